@@ -1,0 +1,387 @@
+r"""Causal self-attention as a value: its parameters, weights, mean, residual map and the covariances of the past.
+
+The notation is that of the whole project: a sequence :math:`u = (u_1, \dots, u_T)`, :math:`u_i \in R^p`, heads h = 1..H,
+
+.. math::
+    q_i = W_Q u_i, \quad k_s = W_K u_s, \quad v_s = W_V u_s, \quad l_{is} = c\, q_i \cdot k_s, \quad
+    \alpha_{i\cdot} = \mathrm{softmax}(l_{i\cdot}), \quad
+    \mu_i = \sum_h W_O^h \sum_s \alpha^h_{is} v^h_s, \quad e_i = u_i - \mu_i .
+
+Under the *strict* mask the past of i is s < i; under the *inclusive* mask it is s <= i.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from probattn import jacobian as blocks
+from probattn.errors import InputError, require_finite
+
+__all__ = ["CausalAttention", "Evaluation", "Mask", "attention_weights", "weighted_covariance"]
+
+Mask = Literal["strict", "inclusive"]
+
+
+def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
+    r"""Softmax weights :math:`\alpha_{is} \propto \exp(q_i \cdot k_s)` over the visible tokens, zero for a row that sees none.
+
+    Args:
+        query: c q, already scaled, (*batch, Q, r).
+        key: k, (*batch, S, r).
+        visible: which s the row i may see, boolean (Q, S); None: all of them.
+
+    Returns:
+        (*batch, Q, S). Stable for logits of any finite size: the row's maximum is subtracted before the exponential.
+
+    Example:
+        >>> attention_weights(torch.zeros(1, 1), torch.zeros(2, 1))
+        tensor([[0.5000, 0.5000]])
+    """
+    logits = query @ key.mT  # (*batch, Q, S)
+    if visible is None:
+        return torch.softmax(logits, dim=-1)
+    # The lowest finite number instead of -inf: a row that sees nothing stays free of NaN and is zeroed below.
+    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    return torch.softmax(logits, dim=-1).masked_fill(~visible, 0.0)
+
+
+def weighted_covariance(weights: Tensor, value: Tensor, key: Tensor) -> Tensor:
+    r"""Cov_i(v, k) = sum_s alpha_is v_s k_s^T - vbar_i kbar_i^T, for all i by one product of alpha with the rows v_s (x) k_s.
+
+    Args:
+        weights: alpha, (*batch, Q, S).
+        value: v, (*batch, S, dv).
+        key: k, (*batch, S, r).
+
+    Returns:
+        (*batch, Q, dv, r); zero for a row without a past. Time O(Q S r dv), memory O((Q + S) r dv).
+    """
+    # A covariance does not change when a constant is subtracted, but the difference of two large products loses digits when the
+    # tokens share a large offset. The first token is such a constant and, unlike the mean, keeps the result causal to the bit.
+    value = value - value[..., :1, :].detach()
+    key = key - key[..., :1, :].detach()
+    products = (value.unsqueeze(-1) * key.unsqueeze(-2)).flatten(-2)  # (*batch, S, dv r)
+    second = (weights @ products).unflatten(-1, (value.shape[-1], key.shape[-1]))  # (*batch, Q, dv, r)
+    return second - (weights @ value).unsqueeze(-1) * (weights @ key).unsqueeze(-2)
+
+
+class Evaluation(NamedTuple):
+    """What one pass over a sequence yields.
+
+    Attributes:
+        weights: alpha, (*batch, H, T, T).
+        mean: mu, (*batch, T, p).
+        factors: M_i = I - J_i in factors.
+    """
+
+    weights: Tensor
+    mean: Tensor
+    factors: blocks.Sensitivity
+
+
+class CausalAttention:
+    r"""Parameters of a causal self-attention, with its mean, its Jacobian blocks and their log-determinants.
+
+    .. math::
+        \mu_i = \sum_h W_O^h \sum_s \alpha^h_{is} W_V^h u_s, \qquad
+        \alpha^h_{is} \propto \exp(c\,(W_Q^h u_i) \cdot (W_K^h u_s)), \qquad J_i = \partial (u_i - \mu_i) / \partial u_i .
+
+    A value, not a module: build it inside a model from sampled tensors, as often as needed. Every method is written for
+    arbitrary leading batch dimensions of the parameters, of u, or of both, which broadcast.
+
+    Args:
+        query: W_Q, (*batch, H, r, p).
+        key: W_K, (*batch, H, r, p).
+        value: W_V, (*batch, H, dv, p); None: the identity, dv = p.
+        output: W_O, (*batch, H, p, dv); None: the identity, which needs dv = p.
+        scale: c, a number or a tensor that broadcasts to (*batch, H); None: 1 / sqrt(r).
+        mask: "strict" (the past of i is s < i) or "inclusive" (s <= i).
+        start: mu_1 under the strict mask, where nothing has been seen yet, (*batch, p); None: zero.
+        validate_args: check that the parameters are finite; None: as torch.distributions validates at the moment.
+
+    Raises:
+        InputError: an axis whose size disagrees (named, with both sizes), an unknown mask, parameters that are not finite.
+
+    Note:
+        Under the inclusive mask the first token attends to itself alone, so J_1 = I - sum_h W_O W_V: with value and output both
+        the identity and one head, J_1 = 0 and there is no density at all.
+
+    Example:
+        >>> A = torch.tensor([[0.5]], dtype=torch.float64)
+        >>> attention = CausalAttention.from_bilinear(A)
+        >>> u = torch.tensor([[-1.0], [1.0], [0.0]], dtype=torch.float64)
+        >>> attention.jacobian(u).flatten()  # 1 - a Var: nothing seen, one token seen, variance 1
+        tensor([1.0000, 1.0000, 0.5000], dtype=torch.float64)
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    scale: Tensor
+    start: Tensor
+    mask: Mask
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        output: Tensor | None = None,
+        *,
+        scale: float | Tensor | None = None,
+        mask: Mask = "strict",
+        start: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if mask not in get_args(Mask):
+            raise InputError(f"mask is {mask!r}; use one of {', '.join(map(repr, get_args(Mask)))}.")
+        for name, tensor in (("query", query), ("key", key), ("value", value), ("output", output)):
+            if tensor is not None and tensor.dim() < 3:
+                raise InputError(
+                    f"{name} has shape {tuple(tensor.shape)}; it needs a heads axis: (*batch, H, rows, columns). "
+                    "Add it with .unsqueeze(-3) for one head."
+                )
+        heads, rank, dim = query.shape[-3:]
+        if min(heads, rank, dim) < 1:
+            raise InputError(f"query has shape {tuple(query.shape)}; heads, rank and features must be at least 1.")
+        _require_axes("key", key, {"heads": heads, "rank": rank, "features": dim})
+        identity = torch.eye(dim, dtype=query.dtype, device=query.device).expand(heads, dim, dim)
+        value = identity if value is None else value
+        _require_axes("value", value, {"heads": heads, "value": value.shape[-2], "features": dim})
+        if output is None and value.shape[-2] != dim:
+            raise InputError(
+                f"value has {value.shape[-2]} rows but output is the identity, which needs {dim}; pass output, "
+                f"(*batch, H, {dim}, {value.shape[-2]})."
+            )
+        output = identity if output is None else output
+        _require_axes("output", output, {"heads": heads, "features": dim, "value": value.shape[-2]})
+        start = torch.zeros(dim, dtype=query.dtype, device=query.device) if start is None else start
+        _require_axes("start", start, {"features": dim})
+        self.query, self.key, self.value, self.output, self.start, self.mask = query, key, value, output, start, mask
+        self.scale = torch.as_tensor(rank**-0.5 if scale is None else scale, dtype=query.dtype, device=query.device)
+        for name, tensor in self._parameters().items():
+            if (tensor.dtype, tensor.device) != (query.dtype, query.device):
+                raise InputError(
+                    f"{name} is {tensor.dtype} on {tensor.device} but query is {query.dtype} on {query.device}; "
+                    "bring them together with .to(query)."
+                )
+        try:
+            self.batch_shape = torch.broadcast_shapes(
+                query.shape[:-3], key.shape[:-3], value.shape[:-3], output.shape[:-3], start.shape[:-1], self.scale.shape[:-1]
+            )
+        except RuntimeError:
+            shapes = {name: tuple(tensor.shape) for name, tensor in self._parameters().items()}
+            raise InputError(f"the batch axes of the parameters do not broadcast: {shapes}.") from None
+        if Distribution._validate_args if validate_args is None else validate_args:
+            for name, tensor in self._parameters().items():
+                require_finite(name, tensor)
+
+    @classmethod
+    def from_bilinear(cls, matrix: Tensor, *, mask: Mask = "strict", start: Tensor | None = None) -> CausalAttention:
+        """The simplest instance, l_is = u_s^T A u_i with W_V = W_O = I.
+
+        Args:
+            matrix: A, (p, p) for one head or (*batch, H, p, p).
+            mask: as in the class.
+            start: as in the class.
+
+        Returns:
+            The attention with W_Q = A, W_K = I and c = 1.
+
+        Raises:
+            InputError: if the matrix is not square.
+        """
+        if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
+            raise InputError(f"the bilinear form has shape {tuple(matrix.shape)}; it must be square, (*batch, H, p, p).")
+        matrix = matrix.unsqueeze(0) if matrix.dim() == 2 else matrix
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand(matrix.shape)
+        return cls(matrix, identity, scale=1.0, mask=mask, start=start)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        names = ("query", "key", "value", "output", "scale", "start")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        sizes = f"heads={self.heads}, rank={self.rank}, value_dim={self.value.shape[-2]}, dim={self.dim}"
+        return f"CausalAttention({sizes}, mask={self.mask!r}, batch_shape={tuple(self.batch_shape)})"
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.query.shape[-3]
+
+    @property
+    def rank(self) -> int:
+        """r, the dimension of queries and keys."""
+        return self.query.shape[-2]
+
+    @property
+    def dim(self) -> int:
+        """p, the dimension of a token."""
+        return self.query.shape[-1]
+
+    @property
+    def bilinear(self) -> Tensor:
+        """A_h = c W_K^T W_Q, (*batch, H, p, p): identified by the logits, as the factors are not."""
+        return self.key.mT @ self.scaled_query
+
+    @property
+    def transport(self) -> Tensor:
+        """C_h = W_O W_V, (*batch, H, p, p): identified by the mean, as the factors are not."""
+        return self.output @ self.value
+
+    @property
+    def scaled_query(self) -> Tensor:
+        """The query map times the logit scale, c W_Q, (*batch, H, r, p)."""
+        return self.scale[..., None, None] * self.query
+
+    def expand(self, batch_shape: torch.Size | tuple[int, ...] | list[int]) -> CausalAttention:
+        """The same attention with its batch axes expanded to ``batch_shape``, as views."""
+        batch = tuple(batch_shape)
+        return CausalAttention(
+            self.query.expand(*batch, *self.query.shape[-3:]),
+            self.key.expand(*batch, *self.key.shape[-3:]),
+            self.value.expand(*batch, *self.value.shape[-3:]),
+            self.output.expand(*batch, *self.output.shape[-3:]),
+            scale=self.scale.expand(*batch, self.heads),
+            mask=self.mask,
+            start=self.start.expand(*batch, self.dim),
+            validate_args=False,
+        )
+
+    def to(self, *args: torch.dtype | torch.device | str) -> CausalAttention:
+        """The same attention with every parameter moved or converted as by ``Tensor.to``."""
+        moved = {name: tensor.to(*args) for name, tensor in self._parameters().items()}  # type: ignore[arg-type]
+        return CausalAttention(**moved, mask=self.mask, validate_args=False)
+
+    def detach(self) -> CausalAttention:
+        """The same attention cut off from the graph of its parameters."""
+        cut = {name: tensor.detach() for name, tensor in self._parameters().items()}
+        return CausalAttention(**cut, mask=self.mask, validate_args=False)
+
+    def equals(self, other: CausalAttention) -> bool:
+        """Whether mask and every parameter agree exactly."""
+        mine, theirs = self._parameters(), other._parameters()
+        return self is other or (
+            self.mask == other.mask and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        )
+
+    def evaluate(self, u: Tensor) -> Evaluation:
+        """Weights, mean and the factored blocks in one pass over the sequence.
+
+        Args:
+            u: tokens, (*batch, T, p).
+
+        Returns:
+            An :class:`Evaluation`. Time O(H T^2 (r + dv + r dv)), memory O(H T (T + r dv)).
+
+        Raises:
+            InputError: if the axes, the dtype or the device of u do not fit.
+        """
+        self._require_tokens(u)
+        query, key, value, visible = self._project(u)
+        weights = attention_weights(query, key, visible)
+        average = weights @ value  # (*batch, H, T, dv)
+        own = None
+        if self.mask == "inclusive":
+            pull = query @ self.key  # c W_K^T q_i, (*batch, H, T, p)
+            own = self.value.unsqueeze(-3) + (value - average).unsqueeze(-1) * pull.unsqueeze(-2)
+            own = weights.diagonal(dim1=-2, dim2=-1)[..., None, None] * own  # (*batch, H, T, dv, p)
+        cov = weighted_covariance(weights, value, key)
+        factors = blocks.Sensitivity(cov, self.scaled_query, self.output, own)
+        return Evaluation(weights, self._assemble_mean(average), factors)
+
+    def weights(self, u: Tensor) -> Tensor:
+        """Attention weights alpha, (*batch, H, T, T); row i sums to one over its past and row 1 of a strict mask is zero."""
+        self._require_tokens(u)
+        query, key, _, visible = self._project(u)
+        return attention_weights(query, key, visible)
+
+    def mean(self, u: Tensor) -> Tensor:
+        """Attention mean mu, (*batch, T, p); u_i enters mu_i through its own query."""
+        self._require_tokens(u)
+        query, key, value, visible = self._project(u)
+        return self._assemble_mean(attention_weights(query, key, visible) @ value)
+
+    def residual(self, u: Tensor) -> Tensor:
+        """The residual map e = u - mu(u), (*batch, T, p)."""
+        return u - self.mean(u)
+
+    def jacobian(self, u: Tensor) -> Tensor:
+        r"""Diagonal blocks J_i = de_i/du_i.
+
+        .. math::
+            \text{strict: } J_i = I - \sum_h W_O \mathrm{Cov}_i(v, k)\, c W_Q, \qquad
+            \text{inclusive: } J_i = I - \sum_h W_O [\mathrm{Cov}_i(v, k)\, c W_Q
+            + \alpha_{ii} (W_V + (v_i - \bar v_i)(c W_K^T q_i)^T)] .
+
+        Args:
+            u: tokens, (*batch, T, p).
+
+        Returns:
+            (*batch, T, p, p). The blocks above the diagonal of de/du are zero, those below do not enter the determinant.
+        """
+        identity = torch.eye(self.dim, dtype=u.dtype, device=u.device)
+        return identity - blocks.sensitivity(self.evaluate(u).factors)
+
+    def logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Sign and log|det J_i| by the cheapest exact route: min(p, H r, H dv) square, min(p, H dv) under the inclusive mask.
+
+        Args:
+            u: tokens, (*batch, T, p).
+
+        Returns:
+            sign and log|det J_i|, (*batch, T) each.
+        """
+        return blocks.logabsdet(blocks.reduced(self.evaluate(u).factors))
+
+    def residual_and_logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual e, (*batch, T, p), and log|det J_i|, (*batch, T), from one evaluation: all that the density needs."""
+        evaluation = self.evaluate(u)
+        return u - evaluation.mean, blocks.logabsdet(blocks.reduced(evaluation.factors))[1]
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
+        query = tokens @ self.scaled_query.mT  # (*batch, H, T, r)
+        key = tokens @ self.key.mT  # (*batch, H, T, r)
+        value = tokens @ self.value.mT  # (*batch, H, T, dv)
+        length = u.shape[-2]
+        diagonal = -1 if self.mask == "strict" else 0
+        visible = torch.ones(length, length, dtype=torch.bool, device=u.device).tril(diagonal)
+        return query, key, value, visible
+
+    def _assemble_mean(self, average: Tensor) -> Tensor:
+        mean = (average @ self.output.mT).sum(-3)  # (*batch, T, p)
+        if self.mask == "inclusive":
+            return mean
+        first = torch.arange(average.shape[-2], device=average.device) == 0
+        return torch.where(first.unsqueeze(-1), self.start.unsqueeze(-2), mean)
+
+    def _require_tokens(self, u: Tensor) -> None:
+        if u.dim() < 2 or u.shape[-1] != self.dim or u.shape[-2] < 1:
+            raise InputError(
+                f"u has shape {tuple(u.shape)}; it must be (*batch, T, p) with p = {self.dim} features in the last axis "
+                "and at least one token in the one before."
+            )
+        if (u.dtype, u.device) != (self.query.dtype, self.query.device):
+            raise InputError(
+                f"u is {u.dtype} on {u.device} but the attention is {self.query.dtype} on {self.query.device}; "
+                "convert one of them with .to(...)."
+            )
+
+
+def _require_axes(name: str, tensor: Tensor, axes: dict[str, int]) -> None:
+    """Check the last axes of a parameter against sizes known from the others."""
+    if tensor.dim() < len(axes):
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}; its last axes must be {axes}.")
+    for position, (axis, size) in enumerate(axes.items(), start=-len(axes)):
+        if tensor.shape[position] != size:
+            raise InputError(
+                f"{name} has {tensor.shape[position]} in its {axis} axis ({position}) where {size} is expected; "
+                f"its shape is {tuple(tensor.shape)}, its last axes must be {axes}."
+            )

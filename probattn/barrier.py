@@ -1,0 +1,285 @@
+r"""The log-barrier b_i = -log|det J_i| and its variants, three margins, support tokens, and the regime of a sequence.
+
+The three margins answer different questions and none is a synonym of another:
+
+=============== ============================================ ==================================================================
+kind            definition                                   meaning
+=============== ============================================ ==================================================================
+determinant     det J_i, sign kept                           the scalar margin 1 - a Var_i; zero on the boundary
+spectral        1 - largest real eigenvalue of M_i = I - J_i room on the path I - t M_i; negative: J_i has a negative eigenvalue
+singular_value  sigma_min(J_i)                               distance to a singular block; 1 / sigma_min is the noise gain
+=============== ============================================ ==================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from probattn import jacobian as blocks
+from probattn.attention import CausalAttention
+from probattn.errors import InputError, require_finite
+
+__all__ = [
+    "BarrierKind",
+    "MarginKind",
+    "Regime",
+    "SupportTokens",
+    "contraction_bound",
+    "log_barrier",
+    "regime",
+    "stability_margin",
+    "support_tokens",
+]
+
+BarrierKind = Literal["logdet", "one_sided", "smooth", "spectral", "singular_value"]
+MarginKind = Literal["determinant", "spectral", "singular_value"]
+
+
+def log_barrier(
+    attention: CausalAttention, u: Tensor, kind: BarrierKind = "logdet", *, sharpness: float = 10.0
+) -> Tensor:
+    r"""Penalty per token that grows without bound as J_i becomes singular.
+
+    .. math::
+        \text{logdet: } b_i = -\log|\det J_i|, \quad \text{one\_sided: } \max(0, b_i), \quad
+        \text{smooth: } \tfrac1\beta \log(1 + e^{\beta b_i}), \quad
+        \text{spectral, singular\_value: } -\log \min(1, m_i)
+
+    with m_i the margin of the same name (spectral: +inf where that margin is not positive).
+
+    What each one does *not* do. ``logdet`` is the term of the density itself, but it is not one-sided: where \|det J_i\| > 1 it is
+    negative and unbounded below, so minimising it against a free attention runs away, and it repels from both sides, so a step
+    that jumps to det J_i < 0 stays there. ``one_sided`` and ``smooth`` do not run away but do not see the sign either, nor
+    det = 2 * 1/2. ``spectral`` sees the sign but not the noise gain of a non-normal block. ``singular_value`` bounds the gain but not
+    the sign. Only ``logdet`` makes the log-density of section 2 of the theory.
+
+    Args:
+        attention: the attention.
+        u: tokens, (*batch, T, p).
+        kind: one of the five.
+        sharpness: beta of ``smooth``; the variant exceeds ``one_sided`` by at most log(2) / beta.
+
+    Returns:
+        (*batch, T), in nats. ``logdet``, ``one_sided``, ``smooth`` are twice differentiable where det J_i != 0 (``one_sided`` away
+        from its kink); ``spectral`` once. Cost: the reduced determinant, its eigenvalues, or a p x p singular value decomposition.
+
+    Raises:
+        InputError: unknown kind, sharpness not positive, or shapes that do not fit.
+
+    Example:
+        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))
+        >>> log_barrier(attention, torch.tensor([[-1.0], [1.0], [0.0]]))[-1]  # -log(1 - 0.5)
+        tensor(0.6931)
+    """
+    _require_kind("kind", kind, BarrierKind)
+    if not sharpness > 0:
+        raise InputError(f"sharpness is {sharpness}; it must be positive.")
+    if kind in ("spectral", "singular_value"):
+        margin = _margin(attention, u, "spectral" if kind == "spectral" else "singular_value")
+        return -margin.clamp(0.0, 1.0).log()
+    literal = -attention.logabsdet(u)[1]
+    if kind == "logdet":
+        return literal
+    if kind == "one_sided":
+        return literal.clamp(min=0.0)
+    return F.softplus(literal, beta=sharpness)
+
+
+def stability_margin(attention: CausalAttention, u: Tensor, kind: MarginKind = "singular_value") -> Tensor:
+    """How far each token is from the degeneracy boundary, in one of three senses (see the table of this module).
+
+    ``determinant`` keeps its sign but says nothing of a product such as 2 * 1/2. ``spectral`` is the room left when the attention
+    is turned up along I - t M_i; it is +inf where M_i has no real eigenvalue, and negative where J_i has a negative one, even
+    with det J_i > 0. ``singular_value`` is never negative: it is the distance to the nearest singular block, not a side.
+
+    Args:
+        attention: the attention.
+        u: tokens, (*batch, T, p), finite.
+        kind: "determinant", "spectral" or "singular_value".
+
+    Returns:
+        (*batch, T), without unit; 1 for a token whose J_i is the identity.
+
+    Raises:
+        InputError: unknown kind, shapes that do not fit, or u not finite (with the position).
+
+    Example:
+        >>> attention = CausalAttention.from_bilinear(2.0 * torch.eye(2))
+        >>> past = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> u = torch.cat([past, torch.zeros(1, 2)])  # det = (1 - 2)^2
+        >>> [round(float(stability_margin(attention, u, kind)[-1]), 6) for kind in ("determinant", "spectral")]
+        [1.0, -1.0]
+    """
+    _require_kind("kind", kind, MarginKind)
+    require_finite("u", u)
+    return _margin(attention, u, kind)
+
+
+class SupportTokens(NamedTuple):
+    """The tokens nearest to the boundary.
+
+    Attributes:
+        positions: indices into the sequence, (*batch, k), smallest margin first, the earlier one first among equals.
+        margins: their margins, (*batch, k).
+    """
+
+    positions: Tensor
+    margins: Tensor
+
+
+def support_tokens(
+    attention: CausalAttention, u: Tensor, k: int = 5, kind: MarginKind = "singular_value"
+) -> SupportTokens:
+    """The k positions of smallest margin, as support vectors are the points of smallest margin.
+
+    With ``singular_value`` these are the positions of largest noise gain. This is not the token-selection margin of Tarzanagh et
+    al. (2308.16898), which separates the tokens that a softmax picks from those that it does not.
+
+    Args:
+        attention: the attention.
+        u: tokens, (*batch, T, p), finite.
+        k: how many, 1 <= k <= T.
+        kind: the margin, see :func:`stability_margin`.
+
+    Returns:
+        :class:`SupportTokens`.
+
+    Raises:
+        InputError: k outside 1..T, and whatever :func:`stability_margin` raises.
+
+    Example:
+        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))
+        >>> support_tokens(attention, torch.tensor([[-1.0], [1.0], [0.0], [5.0]]), k=1).positions
+        tensor([2])
+    """
+    margin = stability_margin(attention, u, kind)
+    if not 1 <= k <= margin.shape[-1]:
+        raise InputError(f"k is {k}; it must lie between 1 and the {margin.shape[-1]} tokens of the sequence.")
+    ordered, positions = margin.sort(dim=-1, stable=True)
+    return SupportTokens(positions[..., :k], ordered[..., :k])
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Whether the density of a sequence is a density.
+
+    Attributes:
+        name: "certified" (the contraction bound holds at every position for every u_i: the density is exact), "regular" (no fold
+            seen: det J_i > 0 and spectral margin > 0 wherever evaluated, which proves nothing elsewhere) or "folded".
+        evidence: the numbers behind the name, in words.
+        proved: False for "regular", and for "folded" where only a negative eigenvalue with det J_i > 0 was seen.
+    """
+
+    name: Literal["certified", "regular", "folded"]
+    evidence: str
+    proved: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
+    r"""Upper bound on the norm of M_i for *every* u_i, from the diameters of the past.
+
+    .. math:: \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{W_O^h v_s^h : s < i\}\; \mathrm{diam}\{c W_Q^{hT} k_s^h : s < i\}
+
+    since \|Cov(x, y)\| <= D_x D_y / 4. Below one, u_i -> e_i is one-to-one whatever the noise. Never larger than the bound that
+    multiplies the norms of W_O and W_Q with the diameters of values and keys, and depends on identified products only.
+
+    Args:
+        attention: an attention with a strict mask; under the inclusive mask the own value is unbounded and the bound is +inf.
+        u: tokens, (*batch, T, p).
+
+    Returns:
+        (*batch, T), not decreasing along the sequence. Time O(H T^2 p). Derived here.
+    """
+    if attention.mask == "inclusive":
+        batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
+        return torch.full((*batch, u.shape[-2]), torch.inf, dtype=u.dtype, device=u.device)
+    tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
+    moved = tokens @ attention.transport.mT  # W_O v_s, (*batch, H, T, p)
+    pulled = tokens @ attention.bilinear  # c W_Q^T k_s, (*batch, H, T, p)
+    bound = (_past_diameter(moved) * _past_diameter(pulled)).sum(-2) / 4
+    return bound
+
+
+def _past_diameter(points: Tensor) -> Tensor:
+    """Diameter of the points before each one, (*batch, T)."""
+    # Differences, not the matrix-product form of cdist: its rounding could make the bound too small.
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").tril()
+    upto = distance.amax(-1).cummax(-1).values  # (*batch, T), the token itself included
+    return torch.cat([torch.zeros_like(upto[..., :1]), upto[..., :-1]], dim=-1)
+
+
+def regime(attention: CausalAttention, u: Tensor) -> Regime | list[Regime] | list[list[Regime]]:
+    """Name the regime of a sequence: certified, regular or folded.
+
+    Args:
+        attention: the attention.
+        u: one sequence (T, p) or a batch, finite.
+
+    Returns:
+        A :class:`Regime`; for a batch a list of them, nested as the batch axes are. ``str()`` gives the name.
+
+    Raises:
+        InputError: shapes that do not fit, or u not finite.
+
+    Example:
+        >>> past = torch.tensor([[-1.0], [1.0], [0.0]])
+        >>> [str(regime(CausalAttention.from_bilinear(torch.tensor([[a]])), past)) for a in (0.9, 1.5)]
+        ['certified', 'folded']
+    """
+    require_finite("u", u)
+    with torch.no_grad():
+        factors = attention.evaluate(u).factors
+        core = blocks.reduced(factors)
+        sign, logabs = blocks.logabsdet(core)
+        determinant = sign * logabs.exp()
+        require_finite("det J", determinant)
+        spectral = 1 - blocks.largest_real_eigenvalue(core, attention.dim)
+        bound = contraction_bound(attention, u)
+    return _nested(bound, determinant, spectral)
+
+
+def _nested(bound: Tensor, determinant: Tensor, spectral: Tensor) -> Regime | list[Regime] | list[list[Regime]]:
+    if bound.dim() == 1:
+        return _classify(bound, determinant, spectral)
+    return [_nested(*row) for row in zip(bound, determinant, spectral, strict=True)]  # type: ignore[return-value]
+
+
+def _classify(bound: Tensor, determinant: Tensor, spectral: Tensor) -> Regime:
+    position = int(determinant.argmin())
+    smallest = f"smallest det J = {float(determinant[position]):.6g} at position {position}"
+    if float(determinant[position]) < 0:
+        return Regime("folded", f"{smallest}: negative, so some noise has several solutions", True)
+    lowest = int(spectral.argmin())
+    if float(spectral[lowest]) <= 0:
+        seen = f"spectral margin {float(spectral[lowest]):.6g} at position {lowest} with det J = {float(determinant[lowest]):.6g}"
+        return Regime("folded", f"{seen}: a real eigenvalue of J is not positive; a fold is suspected, not proved", False)
+    largest = float(bound.max())
+    # Rounding of a bound that sums T products must not certify what exact arithmetic would not.
+    if largest < 1 - 64 * torch.finfo(bound.dtype).eps:
+        return Regime("certified", f"contraction bound {largest:.6g} < 1 at every position and for every token", True)
+    margin = f"smallest spectral margin {float(spectral[lowest]):.6g} at position {lowest}"
+    return Regime("regular", f"{smallest}, {margin}; contraction bound {largest:.6g} does not certify", False)
+
+
+def _margin(attention: CausalAttention, u: Tensor, kind: MarginKind) -> Tensor:
+    factors = attention.evaluate(u).factors
+    if kind == "singular_value":
+        return blocks.smallest_singular_value(blocks.sensitivity(factors))
+    core = blocks.reduced(factors)
+    if kind == "spectral":
+        return 1 - blocks.largest_real_eigenvalue(core, attention.dim)
+    sign, logabs = blocks.logabsdet(core)
+    return sign * logabs.exp()
+
+
+def _require_kind(name: str, kind: str, allowed: object) -> None:
+    if kind not in get_args(allowed):
+        raise InputError(f"{name} is {kind!r}; use one of {', '.join(map(repr, get_args(allowed)))}.")

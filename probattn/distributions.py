@@ -1,0 +1,170 @@
+"""The attention density as a native Pyro distribution over sequences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from probattn.attention import CausalAttention
+from probattn.errors import InputError
+from probattn.solve import Selection
+from probattn.transforms import AttentionTransform
+
+__all__ = ["LatentAttention", "noise_distribution"]
+
+
+def noise_distribution(
+    noise_scale: float | Tensor | None,
+    length: int,
+    dim: int,
+    *,
+    like: Tensor,
+    scale_tril: Tensor | None = None,
+    validate_args: bool | None = None,
+) -> dist.TorchDistribution:
+    """The law N(0, S) of the noise of T tokens, an event of shape (T, p).
+
+    Args:
+        noise_scale: standard deviation: a number, a 0-d tensor, or (*batch, 1) or (*batch, p) per coordinate.
+        length: T.
+        dim: p.
+        like: a tensor with the dtype and device to use.
+        scale_tril: instead of noise_scale, the Cholesky factor of S, (*batch, p, p).
+        validate_args: as in torch.
+
+    Raises:
+        InputError: neither or both scales, a scale that is not positive or of a wrong shape, or a length below 1.
+    """
+    if length < 1:
+        raise InputError(f"length is {length}; it must be at least 1.")
+    if (noise_scale is None) == (scale_tril is None):
+        raise InputError("give exactly one of noise_scale and scale_tril (noise_scale=None when scale_tril is used).")
+    validate = Distribution._validate_args if validate_args is None else validate_args
+    if scale_tril is not None:
+        if scale_tril.shape[-2:] != (dim, dim):
+            raise InputError(f"scale_tril has shape {tuple(scale_tril.shape)}; its last axes must be ({dim}, {dim}).")
+        if validate and not bool(constraints.lower_cholesky.check(scale_tril).all()):
+            raise InputError("scale_tril is not lower triangular with a positive diagonal; pass torch.linalg.cholesky(S).")
+        tril = scale_tril.to(like).unsqueeze(-3)  # (*batch, 1, p, p)
+        rows = dist.MultivariateNormal(like.new_zeros(dim), scale_tril=tril, validate_args=validate_args)
+        return rows.expand((*tril.shape[:-3], length)).to_event(1)  # type: ignore[no-any-return]
+    scale = torch.as_tensor(noise_scale, dtype=like.dtype, device=like.device)
+    if scale.dim() == 0:
+        scale = scale.unsqueeze(-1)
+    if scale.shape[-1] not in (1, dim):
+        raise InputError(
+            f"noise_scale has {scale.shape[-1]} in its last axis, the coordinates, where 1 or {dim} is expected; "
+            "for a batch of scalars append an axis of size 1."
+        )
+    if validate and not bool((scale > 0).all()):
+        raise InputError(f"noise_scale must be positive and finite; its smallest entry is {float(scale.min())}.")
+    scale = scale.unsqueeze(-2)  # (*batch, 1, 1 or p)
+    normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=validate_args)
+    return normal.expand((*scale.shape[:-2], length, dim)).to_event(2)  # type: ignore[no-any-return]
+
+
+class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Pyro's classes are not typed
+    r"""Sequences u with u_i = mu_i(u_<i, u_i) + eps_i, eps_i ~ N(0, S).
+
+    .. math:: \log p(u) = \sum_i \log N(u_i - \mu_i; 0, S) + \sum_i \log|\det J_i|
+
+    A Pyro ``TransformedDistribution`` with event shape (T, p). In the certified regime this is a normalised density; where the
+    residual map folds it integrates to the mean number of solutions instead, so see :func:`probattn.regime` before reading it
+    as a probability.
+
+    Args:
+        attention: the attention; its batch shape broadcasts with that of the noise.
+        noise_scale: standard deviation: a number, a 0-d tensor, (*batch, 1), or (*batch, p) per coordinate; None with scale_tril.
+        length: T.
+        scale_tril: the Cholesky factor of S, (*batch, p, p), instead of noise_scale.
+        selection: what sampling does with several solutions: "unique" raises, "nearest" picks the smallest step and warns.
+        validate_args: as in torch.
+
+    Raises:
+        InputError: a noise scale that is not positive or of a wrong shape, a length below 1.
+        SeveralSolutionsError, NoSolutionError: while sampling, see :func:`probattn.solve.solve_sequence`.
+
+    Cost: ``log_prob`` one evaluation of the attention and T reduced determinants; ``rsample`` is sequential in T, with exact
+    pathwise gradients by the implicit-function theorem. Source: derived here (theory, section 2).
+
+    Example:
+        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))
+        >>> process = LatentAttention(attention, noise_scale=1.0, length=3)
+        >>> process.event_shape, process.log_prob(torch.tensor([[-1.0], [1.0], [0.0]]))
+        (torch.Size([3, 1]), tensor(-5.9500))
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  # torch's own convention
+    support = constraints.independent(constraints.real, 2)
+
+    def __init__(
+        self,
+        attention: CausalAttention,
+        noise_scale: float | Tensor | None,
+        length: int,
+        *,
+        scale_tril: Tensor | None = None,
+        selection: Selection = "unique",
+        validate_args: bool | None = None,
+    ) -> None:
+        base = noise_distribution(
+            noise_scale,
+            length,
+            attention.dim,
+            like=attention.query,
+            scale_tril=scale_tril,
+            validate_args=validate_args,
+        )
+        batch_shape = torch.broadcast_shapes(attention.batch_shape, base.batch_shape)
+        transform = AttentionTransform(attention, selection=selection)
+        super().__init__(base.expand(batch_shape), [transform], validate_args=validate_args)
+
+    @property
+    def transform(self) -> AttentionTransform:
+        """The map from noise to tokens."""
+        (transform,) = self.transforms
+        return transform  # type: ignore[no-any-return]
+
+    @property
+    def attention(self) -> CausalAttention:
+        """The attention."""
+        return self.transform.attention
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return int(self.event_shape[0])
+
+    def __repr__(self) -> str:
+        return f"LatentAttention({self.attention!r}, length={self.length}, batch_shape={tuple(self.batch_shape)})"
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LatentAttention:
+        """The same law with its batch axes expanded; the parameters stay as they are and broadcast."""
+        new = self._get_checked_instance(LatentAttention, _instance)
+        return super().expand(torch.Size(batch_shape), _instance=new)  # type: ignore[no-any-return]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(u), (*batch,); with noise and log-determinant from one pass."""
+        if self._validate_args:
+            self._validate_sample(value)
+        noise, ladj = self.transform.inverse_and_ladj(value)
+        log_noise: Tensor = self.base_dist.log_prob(noise)
+        return log_noise - ladj
+
+    def entropy(self) -> Tensor:
+        r"""Not offered: the entropy is that of the noise plus :math:`E[\sum_i b_i]`, which has no closed form; average ``log_prob``.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("no closed form: estimate it as minus the mean of log_prob over draws.")
+
+
+def gaussian_normaliser(length: int, dim: int, noise_scale: float) -> float:
+    """T p log(noise_scale sqrt(2 pi)): what the Gaussian term of the density adds to 1/2 |e|^2_S."""
+    return length * dim * (math.log(noise_scale) + 0.5 * math.log(2 * math.pi))

@@ -1,0 +1,172 @@
+r"""The diagonal blocks J_i = I - M_i of the residual map's Jacobian, and what is computed from them.
+
+Causality makes de/du block lower triangular, so these T blocks hold the whole determinant. Each M_i is a sum over heads of
+low-rank terms and is kept in factors until somebody asks for a number: by Sylvester's identity
+:math:`\det(I_p - U V) = \det(I_m - V U)`, the smallest of the two sides is used. Pure functions of tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["Sensitivity", "largest_real_eigenvalue", "logabsdet", "reduced", "sensitivity", "smallest_singular_value"]
+
+
+class Sensitivity(NamedTuple):
+    r"""M_i = dmu_i/du_i in factors, :math:`M_i = \sum_h W_O^h (\mathrm{Cov}_i^h(v, k)\, c W_Q^h + \mathrm{own}_i^h)`.
+
+    Attributes:
+        cov: covariance of values and keys under the attention weights, (*batch, H, T, dv, r).
+        query: c W_Q, (*batch, H, r, p).
+        output: W_O, (*batch, H, p, dv).
+        own: the inclusive mask's extra term alpha_ii (W_V + (v_i - vbar_i) (c W_K^T q_i)^T), (*batch, H, T, dv, p);
+            None under the strict mask, where a token is not in its own past.
+    """
+
+    cov: Tensor
+    query: Tensor
+    output: Tensor
+    own: Tensor | None
+
+
+def _stacked_output(factors: Sensitivity) -> Tensor:
+    return factors.output.movedim(-3, -2).flatten(-2)  # (*batch, p, H dv)
+
+
+def sensitivity(factors: Sensitivity) -> Tensor:
+    """Multiply the factors out: M_i = I - J_i as dense blocks.
+
+    Args:
+        factors: see :class:`Sensitivity`.
+
+    Returns:
+        M, (*batch, T, p, p). Time and memory O(T p^2 H dv) and O(T p^2).
+    """
+    inner = factors.cov @ factors.query.unsqueeze(-3)  # (*batch, H, T, dv, p)
+    if factors.own is not None:
+        inner = inner + factors.own
+    inner = inner.movedim(-4, -3).flatten(-3, -2)  # (*batch, T, H dv, p)
+    return _stacked_output(factors).unsqueeze(-3) @ inner
+
+
+def reduced(factors: Sensitivity) -> Tensor:
+    r"""The smallest matrix K_i with :math:`\det(I - K_i) = \det J_i` and the non-zero eigenvalues of M_i.
+
+    Of size m = min(p, H r, H dv) under the strict mask and min(p, H dv) under the inclusive one: the heads' keys, the heads'
+    values, or the features, whichever are fewest. With one head and dv = p this is the r x r route.
+
+    Args:
+        factors: see :class:`Sensitivity`.
+
+    Returns:
+        K, (*batch, T, m, m). Derived here.
+    """
+    heads, value_dim, rank = factors.cov.shape[-4], factors.cov.shape[-2], factors.cov.shape[-1]
+    dim = factors.output.shape[-2]
+    keys = heads * rank if factors.own is None else dim  # the own term has no factor of rank r
+    values = heads * value_dim
+    if dim <= min(keys, values):
+        return sensitivity(factors)
+
+    output = _stacked_output(factors)  # (*batch, p, H dv)
+    if keys <= values:
+        query = factors.query.flatten(-3, -2)  # (*batch, H r, p)
+        mixing = (query @ output).unflatten(-1, (heads, value_dim)).movedim(-2, -3)  # (*batch, H, H r, dv)
+        core = mixing.unsqueeze(-3) @ factors.cov  # (*batch, H, T, H r, r)
+        return core.movedim(-4, -2).flatten(-2)  # (*batch, T, H r, H r)
+
+    mixing = factors.query @ output.unsqueeze(-3)  # (*batch, H, r, H dv)
+    core = factors.cov @ mixing.unsqueeze(-3)  # (*batch, H, T, dv, H dv)
+    if factors.own is not None:
+        core = core + factors.own @ output.unsqueeze(-3).unsqueeze(-3)
+    return core.movedim(-4, -3).flatten(-3, -2)  # (*batch, T, H dv, H dv)
+
+
+def logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Sign and log of the absolute value of det(I - K), exactly; no power series.
+
+    Args:
+        matrix: K, (*batch, m, m).
+
+    Returns:
+        sign in {-1, 0, 1} and log|det(I - K)| (-inf where singular), (*batch,) each. Cost O(m^3) a matrix.
+
+    Example:
+        >>> sign, value = logabsdet(torch.tensor([[3.0]]))  # det = 1 - 3
+        >>> float(sign), round(float(value.exp()), 6)
+        (-1.0, 2.0)
+    """
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    sign, value = torch.linalg.slogdet(identity - matrix)
+    return sign, value
+
+
+def smallest_singular_value(matrix: Tensor) -> Tensor:
+    """sigma_min(I - M), the distance in spectral norm from J to the nearest singular matrix (Eckart and Young).
+
+    Args:
+        matrix: M, (*batch, p, p); not a reduced matrix, whose singular values are others.
+
+    Returns:
+        (*batch,). Cost O(p^3) a matrix.
+    """
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.svdvals(identity - matrix)[..., -1]
+
+
+class _LargestRealEigenvalue(torch.autograd.Function):
+    """Largest real eigenvalue; its derivative is y^T dK x / y^T x with the null vectors x, y of K - lambda I.
+
+    Autograd through torch.linalg.eig inverts the whole matrix of eigenvectors, which fails on the defective matrices that
+    rank-one covariances produce; the one pair that is needed comes from a singular value decomposition instead.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        eigenvalues = torch.linalg.eigvals(matrix)
+        # A double real eigenvalue splits into a pair with imaginary part about sqrt(eps): count it as real.
+        tolerance = 4 * torch.finfo(matrix.dtype).eps ** 0.5
+        real = eigenvalues.imag.abs() <= tolerance * eigenvalues.abs().amax(-1, keepdim=True)
+        return eigenvalues.real.masked_fill(~real, -torch.inf).amax(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it without annotations
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        matrix, value = ctx.saved_tensors
+        none = torch.isneginf(value) | (gradient == 0)
+        shift = value.masked_fill(torch.isneginf(value), 0.0)[..., None, None]
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        left, _, right = torch.linalg.svd(matrix - shift * identity)
+        y, x = left[..., :, -1], right[..., -1, :]
+        slope = y.unsqueeze(-1) * x.unsqueeze(-2) / (y * x).sum(-1)[..., None, None]
+        return torch.where(none[..., None, None], torch.zeros_like(slope), gradient[..., None, None] * slope)
+
+
+def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:
+    """Largest eigenvalue of M that is real, from a reduced matrix K; -inf where every eigenvalue is complex.
+
+    Args:
+        matrix: K, (*batch, m, m), m <= dim.
+        dim: p, the size of M; where m < p, M has the eigenvalue 0 besides those of K.
+
+    Returns:
+        (*batch,). Differentiable once. Cost O(m^3) a matrix.
+
+    Example:
+        >>> float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), dim=2))
+        2.0
+        >>> float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [-2.0, 0.0]]), dim=2))  # both imaginary
+        -inf
+    """
+    value: Tensor = _LargestRealEigenvalue.apply(matrix)  # type: ignore[no-untyped-call]
+    return value if matrix.shape[-1] == dim else value.clamp(min=0.0)

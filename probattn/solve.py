@@ -1,0 +1,222 @@
+r"""Solving the implicit equation u_i = mu_i(u_<i, u_i) + eps_i token by token, and differentiating through the solution.
+
+The map u_i -> e_i is proper and of degree one, so under the strict mask a solution always exists, but it need not be the only one.
+Where the contraction bound does not rule out others, the search starts from several places, and a second solution is an event
+that the caller hears of.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from probattn.attention import CausalAttention
+from probattn.conditional import Past
+from probattn.errors import NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
+
+__all__ = ["Selection", "solve_sequence"]
+
+Selection = Literal["unique", "nearest"]
+
+_STARTS = 8
+_ITERATIONS = 100
+_HALVINGS = 30
+
+
+def solve_sequence(attention: CausalAttention, e: Tensor, *, selection: Selection = "unique") -> Tensor:
+    r"""The sequence u with u - mu(u) = e.
+
+    Each token is found by Newton's method with a line search on \|e_i(u) - e_i\|. The gradient is that of the solution, by the
+    implicit-function theorem: with w = (de/du)^{-T} g from one back substitution through the block-triangular Jacobian,
+    dL/de = w and dL/dtheta = w . dmu/dtheta, so no solver step is kept in the graph.
+
+    Args:
+        attention: the attention.
+        e: noise, (*batch, T, p).
+        selection: "unique" raises where a second solution is found; "nearest" takes the solution with the smallest step
+            \|mu_i\| = \|u_i - eps_i\| and warns with the number of draws and the positions.
+
+    Returns:
+        u, the broadcast of the batch axes with (T, p). Differentiable once in e and in every parameter.
+        Time O(H T^2 p) and a few p x p solves a token, sequential in T.
+
+    Raises:
+        NoSolutionError: Newton's method did not reach tolerance (1000 machine epsilons, relative).
+        SeveralSolutionsError: several solutions, under selection "unique".
+
+    Example:
+        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))
+        >>> u = solve_sequence(attention, torch.tensor([[1.0], [-1.0], [0.3]]))
+        >>> bool(torch.allclose(attention.residual(u), torch.tensor([[1.0], [-1.0], [0.3]]), atol=1e-5))
+        True
+    """
+    with torch.no_grad():
+        solution = _solve(attention.detach(), e.detach(), selection)
+    if not torch.is_grad_enabled():
+        return solution
+    noise = e + attention.mean(solution)  # carries the graph of e and of the parameters; its value is the solution
+    if not noise.requires_grad:
+        return solution
+    result: Tensor = _ImplicitSolution.apply(noise, solution, attention.detach())  # type: ignore[no-untyped-call]
+    return result
+
+
+def _solve(attention: CausalAttention, e: Tensor, selection: Selection) -> Tensor:
+    batch = torch.broadcast_shapes(attention.batch_shape, e.shape[:-2])
+    e = e.expand(*batch, *e.shape[-2:])
+    past = Past.of(attention, e[..., :0, :])
+    tokens, folded = [], []
+    for i in range(e.shape[-2]):
+        token, several = _solve_token(past, e[..., i, :], selection, i)
+        tokens.append(token)
+        folded.append(several)
+        past = past.extend(token)
+    count = torch.stack(folded, dim=-1)  # (*batch, T)
+    if bool(count.any()):
+        positions = sorted({int(i) for i in count.nonzero()[:, -1]})
+        draws = int(count.any(-1).sum())
+        shown = ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
+        warnings.warn(
+            f"{draws} of {max(1, math.prod(batch))} sequences had several solutions, at positions {shown}; the one nearest "
+            "to the noise was taken. The law of these draws is not the density that log_prob gives.",
+            SeveralSolutionsWarning,
+            stacklevel=4,
+        )
+    return torch.stack(tokens, dim=-2)
+
+
+def _solve_token(past: Past, noise: Tensor, selection: Selection, position: int) -> tuple[Tensor, Tensor]:
+    """Solution, (*batch, p), and where more than one was found, (*batch,)."""
+    starts = (noise + past.mean(noise)).unsqueeze(0)  # (1, *batch, p)
+    alone = bool((past.contraction_bound() < 1).all())
+    if not alone:
+        starts = torch.cat([starts, noise + _vertices(past)])  # (starts, *batch, p)
+    u, distance, tolerance, determinant = _newton(past, noise, starts)
+    solved = distance <= tolerance  # (starts, *batch)
+    if not bool(solved.any(0).all()):
+        where = tuple(int(k) for k in (~solved.any(0)).nonzero()[0])
+        raise NoSolutionError(
+            f"position {position}, batch element {where}: no solution of u - mu(u) = eps after {_ITERATIONS} Newton steps from "
+            f"{len(starts)} starts; the smallest residual is {float(distance[(slice(None), *where)].min()):.3g}. "
+            + ("Under the inclusive mask a solution need not exist." if past.attention.mask == "inclusive" else "")
+            + " Reduce the scale of the attention, or use float64."
+        )
+    length = torch.linalg.vector_norm(u - noise, dim=-1).masked_fill(~solved, torch.inf)
+    best = length.argmin(0, keepdim=True)  # (1, *batch)
+    chosen = u.gather(0, best.unsqueeze(-1).expand(1, *u.shape[1:])).squeeze(0)
+    gap = torch.linalg.vector_norm(u - chosen, dim=-1).masked_fill(~solved, 0.0)
+    # Two starts that end at one double root stop within sqrt(tolerance) of each other.
+    several = (gap > 4 * tolerance.sqrt()).any(0) | (determinant.gather(0, best).squeeze(0) < 0)
+    if alone:
+        several = torch.zeros_like(several)
+    if selection == "unique" and bool(several.any()):
+        where = tuple(int(k) for k in several.nonzero()[0])
+        at = (slice(None), *where)
+        roots = sorted({tuple(round(float(x), 6) for x in root) for root in u[at][solved[at]]})
+        raise SeveralSolutionsError(
+            f"position {position}, batch element {where}: u - mu(u) = eps has several solutions, among them {roots[:4]}. "
+            f"{int(several.sum())} of {several.numel()} batch elements at this position. The attention is folded here: shrink "
+            "it, or name a rule with selection='nearest'."
+        )
+    return chosen, several
+
+
+def _vertices(past: Past) -> Tensor:
+    """Some extreme values of the mean, (starts, *batch, p): all heads on one token, tokens chosen far from each other."""
+    values = past.moved.sum(-3)  # (*batch, n, p)
+    distance = torch.linalg.vector_norm(values - values.mean(-2, keepdim=True), dim=-1)  # (*batch, n)
+    chosen = []
+    for step in range(min(_STARTS, past.length)):
+        index = distance.argmax(-1)[..., None, None].expand(*values.shape[:-2], 1, values.shape[-1])
+        vertex = values.gather(-2, index)  # (*batch, 1, p)
+        chosen.append(vertex.squeeze(-2))
+        away = torch.linalg.vector_norm(values - vertex, dim=-1)
+        distance = away if step == 0 else torch.minimum(distance, away)
+    return torch.stack(chosen) if chosen else values.new_empty(0, *values.shape[:-2], values.shape[-1])
+
+
+def _newton(past: Past, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Damped Newton from each start: u, its residual norm, the tolerance there, and det J; (starts, *batch) each but u."""
+    epsilon = torch.finfo(u.dtype).eps
+    mean, jacobian = past.mean_and_jacobian(u)
+    residual = u - mean - noise
+    for _ in range(_ITERATIONS):
+        norm = torch.linalg.vector_norm(residual, dim=-1)
+        tolerance = 1e3 * epsilon * (1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1))
+        active = norm > tolerance
+        if not bool(active.any()):
+            break
+        step, _ = torch.linalg.solve_ex(jacobian, residual.unsqueeze(-1))
+        step = step.squeeze(-1)
+        # On a fold the block is singular: fall back to the plain fixed-point step, whose direction is the residual.
+        usable = torch.isfinite(step).all(-1, keepdim=True)
+        step = torch.where(usable, step, residual)
+        size = torch.ones_like(norm)
+        for _ in range(_HALVINGS):
+            trial = u - size.unsqueeze(-1) * step
+            worse = active & ~(
+                torch.linalg.vector_norm(trial - past.mean(trial) - noise, dim=-1) <= (1 - 1e-4 * size) * norm
+            )
+            if not bool(worse.any()):
+                break
+            size = torch.where(worse, size / 2, size)
+        u = torch.where(active.unsqueeze(-1), u - size.unsqueeze(-1) * step, u)
+        mean, jacobian = past.mean_and_jacobian(u)
+        residual = u - mean - noise
+    norm = torch.linalg.vector_norm(residual, dim=-1)
+    tolerance = 1e3 * epsilon * (1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1))
+    # One more full step costs little and takes the residual from tolerance to rounding; kept only where it helps.
+    step, _ = torch.linalg.solve_ex(jacobian, residual.unsqueeze(-1))
+    polished = u - step.squeeze(-1)
+    after = torch.linalg.vector_norm(polished - past.mean(polished) - noise, dim=-1)
+    better = after < norm
+    u = torch.where(better.unsqueeze(-1), polished, u)
+    return u, torch.where(better, after, norm), tolerance, torch.linalg.det(jacobian)
+
+
+class _ImplicitSolution(torch.autograd.Function):
+    """The solution as a function of z = e + mu(u*): the identity forward, (de/du)^{-T} backward."""
+
+    @staticmethod
+    def forward(ctx: Any, noise: Tensor, solution: Tensor, attention: CausalAttention) -> Tensor:
+        ctx.save_for_backward(solution)
+        ctx.attention = attention
+        return solution.clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it without annotations
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (u,) = ctx.saved_tensors
+        return _back_substitute(ctx.attention, u, gradient), None, None
+
+
+def _back_substitute(attention: CausalAttention, u: Tensor, gradient: Tensor) -> Tensor:
+    r"""w with (de/du)^T w = g, last token first.
+
+    The block (i, s), s < i, of de/du is :math:`-\sum_h \alpha_{is} [C + (o_s - \bar o_i)(A u_i)^T]`. Time O(H T^2 p), memory O(H T p)
+    besides the weights. Derived here.
+    """
+    weights = attention.weights(u)  # (*batch, H, T, T)
+    diagonal = attention.jacobian(u)  # (*batch, T, p, p)
+    tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
+    moved = tokens @ attention.transport.mT  # o, (*batch, H, T, p)
+    average = weights @ moved
+    attraction = tokens @ attention.bilinear.mT  # A u_i, (*batch, H, T, p)
+    remaining = gradient.clone()
+    result = torch.empty_like(remaining)
+    for i in reversed(range(u.shape[-2])):
+        w = torch.linalg.solve(diagonal[..., i, :, :].mT, remaining[..., i, :])  # (*batch, p)
+        result[..., i, :] = w
+        if i == 0:
+            break
+        column = w[..., None, :, None]  # (*batch, 1, p, 1)
+        carried = (attention.transport.mT @ column).mT  # C^T w, (*batch, H, 1, p)
+        reach = (moved[..., :i, :] - average[..., i : i + 1, :]) @ column  # (o_s - obar_i) . w, (*batch, H, i, 1)
+        pull = carried + reach * attraction[..., i : i + 1, :]  # (*batch, H, i, p)
+        remaining[..., :i, :] += (weights[..., i, :i].unsqueeze(-1) * pull).sum(-3)
+    return result
