@@ -1,0 +1,9 @@
+"""The generative stories: Pyro models, simulators, and the corpora that feed them."""
+
+from probattn.models.corpus import Corpus, load_corpus
+from probattn.models.embedding import EmbeddingModel
+from probattn.models.language import LanguageModel
+from probattn.models.scalar import ScalarModel
+from probattn.models.simulate import Simulation, simulate
+
+__all__ = ["Corpus", "EmbeddingModel", "LanguageModel", "ScalarModel", "Simulation", "load_corpus", "simulate"]

@@ -1,0 +1,164 @@
+"""Text as data: three kinds of corpus, characters as tokens, windows as sequences."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from probattn.errors import InputError
+
+__all__ = ["Corpus", "Windows", "load_corpus", "read_text"]
+
+UNKNOWN = "\ufffd"
+_LIMIT = 255
+
+
+class Windows(NamedTuple):
+    """Non-overlapping stretches of a corpus.
+
+    Attributes:
+        inputs: characters y_1..y_T, (N, T).
+        targets: their successors y_2..y_{T+1}, (N, T).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text, its vocabulary and its characters as integers.
+
+    Attributes:
+        name: how reports call it.
+        text: the text for training.
+        heldout: the text for evaluation, disjoint from the other.
+        vocabulary: characters of the training text, by falling frequency, with U+FFFD for all that are rarer or unseen.
+    """
+
+    name: str
+    text: str
+    heldout: str
+    vocabulary: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of both texts, to tell one corpus from another."""
+        return hashlib.sha256(f"{self.text}\0{self.heldout}".encode()).hexdigest()
+
+    def encode(self, text: str) -> Tensor:
+        """Characters as indices into the vocabulary, (len(text),)."""
+        index = {character: k for k, character in enumerate(self.vocabulary)}
+        unknown = index[UNKNOWN]
+        return torch.tensor([index.get(character, unknown) for character in text], dtype=torch.long)
+
+    def windows(self, context: int, *, heldout: bool = False) -> Windows:
+        """Cut the text into windows of ``context`` characters with their successors.
+
+        Args:
+            context: T.
+            heldout: cut the evaluation text instead.
+
+        Raises:
+            InputError: if the text does not fill one window.
+
+        Example:
+            >>> Corpus("toy", "abcabcabc", "abcab", ("a", "b", "c", UNKNOWN)).windows(4).inputs
+            tensor([[0, 1, 2, 0],
+                    [1, 2, 0, 1]])
+        """
+        part, text = ("held-out", self.heldout) if heldout else ("training", self.text)
+        if context < 1:
+            raise InputError(f"context is {context}; it must be at least 1.")
+        count = (len(text) - 1) // context
+        if count < 1:
+            raise InputError(
+                f"corpus {self.name}: its {part} part has {len(text)} characters, too short for a context of {context}; "
+                "give a longer text or a smaller --context."
+            )
+        tokens = self.encode(text[: count * context + 1])
+        return Windows(tokens[:-1].view(count, context), tokens[1:].view(count, context))
+
+
+def load_corpus(spec: str = "python-docs", *, heldout: str | None = None, fraction: float = 0.1) -> Corpus:
+    """Load a corpus by name or path.
+
+    Args:
+        spec: "python-docs" (the Python language reference that ships with CPython, no download), a path to a UTF-8 text, or
+            "hf:NAME[:CONFIG]" (the ``datasets`` package and a network).
+        heldout: the same kinds again, for evaluation; None: the last part of the text.
+        fraction: how much of the text to hold out where no second text is given.
+
+    Raises:
+        InputError: a text that is missing, empty, binary, not UTF-8, or too short to be split.
+    """
+    name, text = read_text(spec)
+    if heldout is not None:
+        evaluation = read_text(heldout)[1]
+    else:
+        cut = len(text) - max(1, int(len(text) * fraction))
+        text, evaluation = text[:cut], text[cut:]
+    if not text:
+        raise InputError(f"corpus {name}: too short to hold out a part of it; give a longer text.")
+    # Ties are broken by the character itself so that the vocabulary does not depend on the order of the text.
+    frequency = sorted(Counter(text).items(), key=lambda item: (-item[1], item[0]))
+    kept = [character for character, _ in frequency if character != UNKNOWN][:_LIMIT]
+    return Corpus(name, text, evaluation, (*kept, UNKNOWN))
+
+
+def read_text(spec: str) -> tuple[str, str]:
+    """Name and text of a corpus; see :func:`load_corpus` for the kinds and the errors."""
+    if spec == "python-docs":
+        return "Python language reference (pydoc_data.topics)", _python_docs()
+    if spec.startswith("hf:"):
+        return spec, _hugging_face(spec)
+    path = Path(spec)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(
+            f"corpus {spec}: no such file; give python-docs, a path to a UTF-8 text, or hf:NAME[:CONFIG]."
+        ) from None
+    except OSError as error:
+        raise InputError(f"corpus {spec}: cannot be read ({error.strerror}); give a readable text file.") from None
+    if not data.strip():
+        raise InputError(f"corpus {spec}: the file is empty; give a text.")
+    if b"\0" in data:
+        raise InputError(f"corpus {spec}: a binary file (NUL at byte {data.index(0)}); give a UTF-8 text.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"corpus {spec}: not UTF-8 (byte {error.start}: {error.reason}); convert it, for example with iconv -t UTF-8."
+        ) from None
+    return path.name, text.replace("\r\n", "\n")
+
+
+def _python_docs() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n".join(str(topics[name]) for name in sorted(topics))
+
+
+def _hugging_face(spec: str) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(f"corpus {spec}: needs the datasets package; install probattn[lm].") from None
+    name, _, config = spec.removeprefix("hf:").partition(":")
+    try:
+        dataset = load_dataset(name, config or None, split="train")
+    except Exception as error:  # the hub's failures have no common class
+        raise InputError(f"corpus {spec}: could not be loaded ({error}); check the name and the network.") from error
+    if "text" not in dataset.column_names:
+        raise InputError(f"corpus {spec}: has no column named text, only {dataset.column_names}.")
+    text = "\n".join(dataset["text"])
+    if not text.strip():
+        raise InputError(f"corpus {spec}: its column text is empty.")
+    return text

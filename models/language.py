@@ -1,0 +1,221 @@
+r"""Characters to embeddings with the attention prior, to a causal decoder, to the next character."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from probattn.attention import CausalAttention, Mask
+from probattn.barrier import BarrierKind, log_barrier
+from probattn.distributions import LatentAttention, noise_distribution
+from probattn.errors import InputError
+from probattn.models.module import SequenceModel
+
+__all__ = ["LanguageConfig", "LanguageModel", "Prior"]
+
+Prior = Literal["full", "margin"]
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Sizes and prior of a :class:`LanguageModel`.
+
+    Attributes:
+        vocabulary: number of characters.
+        context: T, characters in a window.
+        dim: p, size of the embeddings and of the decoder.
+        layers: decoder layers.
+        decoder_heads: heads of the decoder's own attention; they divide dim.
+        stage_heads: H of the attention stage in the prior.
+        stage_rank: r of that stage.
+        weight: lambda, the power to which the density of the embeddings is raised; 0 leaves the stage out.
+        kind: the penalty that takes the place of -log|det J|.
+        prior: "full" (Gaussian term and penalty) or "margin" (penalty alone: the limit of infinite noise variance).
+        noise_scale: standard deviation of the noise in the full prior.
+        prior_scale: standard deviation of the normal prior of every parameter.
+        mask: of the stage.
+    """
+
+    vocabulary: int
+    context: int = 64
+    dim: int = 32
+    layers: int = 2
+    decoder_heads: int = 4
+    stage_heads: int = 1
+    stage_rank: int = 8
+    weight: float = 0.05
+    kind: BarrierKind = "logdet"
+    prior: Prior = "full"
+    noise_scale: float = 1.0
+    prior_scale: float = 1.0
+    mask: Mask = "strict"
+
+    def __post_init__(self) -> None:
+        sizes = ("vocabulary", "context", "dim", "layers", "decoder_heads", "stage_heads", "stage_rank")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("noise_scale", "prior_scale"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if not self.weight >= 0 or math.isinf(self.weight):
+            raise InputError(f"weight is {self.weight}; lambda must be finite and not negative.")
+        if self.dim % self.decoder_heads:
+            raise InputError(f"dim is {self.dim}, which decoder_heads = {self.decoder_heads} does not divide.")
+        for name, allowed in (("kind", BarrierKind), ("prior", Prior), ("mask", Mask)):
+            if getattr(self, name) not in get_args(allowed):
+                raise InputError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}.")
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields by name."""
+        return asdict(self)
+
+
+class _Decoder(nn.Module):
+    """Torch's own transformer layers under a causal mask, then logits."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            config.dim, config.decoder_heads, 4 * config.dim, dropout=0.0, batch_first=True, norm_first=True
+        )
+        norm = nn.LayerNorm(config.dim)
+        self.layers = nn.TransformerEncoder(layer, config.layers, norm=norm, enable_nested_tensor=False)
+        self.readout = nn.Linear(config.dim, config.vocabulary)
+
+    def forward(self, u: Tensor) -> Tensor:
+        future = torch.ones(u.shape[-2], u.shape[-2], dtype=torch.bool, device=u.device).triu(1)
+        logits: Tensor = self.readout(self.layers(u, mask=future, is_causal=True))
+        return logits
+
+
+class LanguageModel(SequenceModel):
+    r"""A character language model whose embeddings have the attention density, raised to the power lambda, as prior.
+
+    .. math::
+        u = E[y] + P, \qquad \log p = \sum_i \log p(y_{i+1} | u_{\le i})
+        - \lambda \sum_i [\tfrac12 |e_i|_S^2 + \tfrac{p}{2} \log 2\pi\sigma^2 + b_i] + \log p(\theta)
+
+    with the Gaussian terms left out under ``prior="margin"``. The embeddings of discrete characters have no density on R^p: here
+    the prior acts as a regulariser of the table E, not as the law of observed vectors.
+
+    Args:
+        config: sizes and prior.
+
+    Sites: ``embedding`` (V, p), ``position`` (T, p), ``query``, ``key`` (H, r, p; absent where lambda = 0), ``decoder.*`` (torch's
+    names), the observed ``u`` (full prior with the literal barrier) or the factor ``attention_prior``, and ``characters`` in the
+    plate ``windows``.
+    """
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            # A skeleton without numbers: the decoder's parameters are sample sites. It stays out of the module tree so that no
+            # second set of parameters appears in it.
+            self.__dict__["_decoder"] = _Decoder(config)
+
+    def initial_values(self, seed: int) -> dict[str, Tensor]:
+        """Torch's usual initial values for every site, to start an optimiser from; the global random state is left as it was."""
+        config, options = self.config, {"dtype": self.unit.dtype, "device": self.unit.device}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            values = {f"decoder.{name}": value.detach() for name, value in _Decoder(config).named_parameters()}
+            values["embedding"] = torch.randn(config.vocabulary, config.dim) * 0.5
+            values["position"] = torch.randn(config.context, config.dim) * 0.1
+            if config.weight > 0:
+                for name in ("query", "key"):
+                    values[name] = torch.randn(config.stage_heads, config.stage_rank, config.dim) / config.dim**0.5
+        return {name: value.to(**options) for name, value in values.items()}  # type: ignore[call-overload]
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, total: int | None = None) -> Tensor:
+        """Score or draw the next characters.
+
+        Args:
+            inputs: characters, (N, T) with T at most the context.
+            targets: their successors, (N, T); None draws them.
+            total: windows in the whole data set; the terms of a minibatch are scaled by total / N.
+
+        Returns:
+            Logits, (*particles, N, T, V).
+
+        Raises:
+            InputError: windows of a wrong shape or longer than the context.
+        """
+        config = self.config
+        if inputs.dim() != 2 or not 1 <= inputs.shape[1] <= config.context:
+            raise InputError(f"inputs have shape {tuple(inputs.shape)}; they must be (N, T) with T <= {config.context}.")
+        values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
+        with pyro.plate("windows", total or len(inputs), subsample_size=len(inputs)):
+            u = self.embed(values, inputs)
+            if config.weight > 0:
+                self._attention_prior(self.stage(values), u)
+            logits = self.decode(values, u)
+            pyro.sample("characters", dist.Categorical(logits=logits).to_event(1), obs=targets)
+        return logits
+
+    def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
+        """The prior of every parameter: normal around 0, around 1 for the gains of the layer norms."""
+        config = self.config
+        shapes = {
+            "embedding": (config.vocabulary, config.dim),
+            "position": (config.context, config.dim),
+        }
+        if config.weight > 0:
+            shapes["query"] = shapes["key"] = (config.stage_heads, config.stage_rank, config.dim)
+        shapes |= {f"decoder.{name}": tuple(value.shape) for name, value in self._decoder.named_parameters()}
+        priors = {}
+        for name, shape in shapes.items():
+            gain = ".norm" in name and name.endswith("weight")
+            centre = torch.full(shape, float(gain), dtype=self.unit.dtype, device=self.unit.device)
+            priors[name] = dist.Normal(centre, config.prior_scale).to_event(len(shape))
+        return priors
+
+    def embed(self, values: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """Embeddings u = E[y] + P, (*particles, N, T, p)."""
+        table, position = values["embedding"], values["position"]
+        if table.dim() > 2:  # particles carry an axis of size one for the plate: (particles, 1, V, p)
+            table = table.squeeze(-3)
+        return table[..., inputs, :] + position[..., : inputs.shape[-1], :]
+
+    def stage(self, values: dict[str, Tensor]) -> CausalAttention:
+        """The attention of the prior, with W_V = W_O = I."""
+        return CausalAttention(values["query"], values["key"], mask=self.config.mask)
+
+    def decode(self, values: dict[str, Tensor], u: Tensor) -> Tensor:
+        """Logits of the next character, (*particles, N, T, V); particles are mapped over with ``torch.vmap``."""
+        parameters = {name: values[f"decoder.{name}"] for name, _ in self._decoder.named_parameters()}
+        particles = u.shape[:-3]
+        if not particles:
+            return functional_call(self._decoder, parameters, (u,))  # type: ignore[no-any-return]
+        flat = {}
+        for name, reference in self._decoder.named_parameters():
+            flat[name] = parameters[name].reshape(-1, *reference.shape)  # (particles, *shape)
+        stacked = u.reshape(-1, *u.shape[-3:])  # (particles, N, T, p)
+        # The fused attention kernels have no batching rule.
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = torch.vmap(lambda own, x: functional_call(self._decoder, own, (x,)))(flat, stacked)
+        return logits.reshape(*particles, *logits.shape[1:])  # type: ignore[no-any-return]
+
+    def _attention_prior(self, attention: CausalAttention, u: Tensor) -> None:
+        config = self.config
+        length = u.shape[-2]
+        if config.prior == "full" and config.kind == "logdet":
+            # The density itself, raised to lambda.
+            with poutine.scale(scale=config.weight):
+                pyro.sample("u", LatentAttention(attention, config.noise_scale, length), obs=u)
+            return
+        penalty = log_barrier(attention, u, config.kind).sum(-1)  # (*particles, N)
+        if config.prior == "full":
+            noise = noise_distribution(config.noise_scale, length, config.dim, like=u)
+            penalty = penalty - noise.log_prob(attention.residual(u))
+        pyro.factor("attention_prior", -config.weight * penalty)

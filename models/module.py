@@ -1,0 +1,52 @@
+"""What every model here shares: parameters kept out of Pyro's global store, one dtype and device, a batch size."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from probattn.errors import InputError
+
+__all__ = ["SequenceModel"]
+
+
+class SequenceModel(PyroModule):  # type: ignore[misc]  # Pyro's classes are not typed
+    """A PyroModule whose priors follow ``.to(dtype)`` and ``.to(device)`` and whose parameters are its own.
+
+    Attributes:
+        unit: the number one as a buffer, float64 unless the module is converted; priors are built like it.
+    """
+
+    unit: Tensor
+
+    def __init__(self) -> None:
+        # Pyro decides at construction whether a module can keep its parameters to itself instead of in the global store.
+        with pyro.settings.context(module_local_params=True):
+            super().__init__()
+        self.register_buffer("unit", torch.ones((), dtype=torch.float64))
+
+    def parameter(self, name: str, law: dist.TorchDistribution) -> Tensor:
+        """Sample a parameter outside the plate, with the batch axes (particles, 1) where there are particles, else none."""
+        value: Tensor = pyro.sample(name, law)
+        event = value.shape[value.dim() - len(law.event_shape) :]
+        particles = value.shape[: value.dim() - len(law.event_shape)]
+        # Pyro's Predictive conditions on draws that lack the plate's axis of size one.
+        return value.reshape(*particles, 1, *event) if len(particles) == 1 else value
+
+    @staticmethod
+    def batch_size(u: Tensor | None, sequences: int | None) -> int:
+        """N, from observed sequences (N, T, p) or from how many are to be drawn.
+
+        Raises:
+            InputError: neither is usable.
+        """
+        if u is not None:
+            if u.dim() != 3:
+                raise InputError(f"u has shape {tuple(u.shape)}; it must be (N, T, p).")
+            return u.shape[0]
+        if sequences is None or sequences < 1:
+            raise InputError(f"sequences is {sequences}; without observed u it must say how many to draw.")
+        return sequences
