@@ -1,0 +1,1 @@
+"""Learning and checking: MAP fits, results, claims, reports."""

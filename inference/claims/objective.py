@@ -1,0 +1,158 @@
+"""Claim: the Pyro model's log-joint is minus cross-entropy plus lambda times the penalty, value and gradient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import get_args
+
+import pyro
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from torch import Tensor
+
+from probattn.barrier import BarrierKind
+from probattn.inference.claims.claim import Claim, Subject, judge
+from probattn.models.language import LanguageConfig, LanguageModel, Prior
+
+__all__ = ["log_joint", "objective_claim", "penalised_cross_entropy"]
+
+BOUND = {"value_error": 1e-10, "gradient_error": 1e-10}
+_WINDOWS, _CONTEXT = 3, 24
+
+Values = Mapping[str, Tensor]
+Objective = Callable[[LanguageConfig, Values, Tensor, Tensor, int], Tensor]
+
+
+def log_joint(model: LanguageModel, values: Values, inputs: Tensor, targets: Tensor, total: int) -> Tensor:
+    """The log-joint that Pyro computes for the model at given values of its sites, with the plate scaled to ``total``."""
+    conditioned = poutine.condition(model, data=dict(values))
+    with pyro.settings.context(module_local_params=True):
+        trace = poutine.trace(conditioned).get_trace(inputs, targets, total=total)
+    return trace.log_prob_sum()  # type: ignore[no-any-return]
+
+
+def penalised_cross_entropy(config: LanguageConfig, values: Values, inputs: Tensor, targets: Tensor, total: int) -> Tensor:
+    r"""The objective written by hand in plain torch, sharing nothing with the package but the names of the sites.
+
+    .. math::
+        \frac{N_{total}}{N} \sum \{ CE + \lambda\, [\tfrac12 |e|_S^2 + \tfrac p2 \log 2\pi\sigma^2] + \lambda\, \mathrm{penalty} \}
+        - \log p(\theta)
+    """
+    length = inputs.shape[1]
+    u = F.embedding(inputs, values["embedding"]) + values["position"][:length]
+    loss = F.cross_entropy(_decoder_logits(config, values, u).flatten(0, 1), targets.flatten(), reduction="sum")
+
+    scores = torch.einsum("hrp,nip,hrq,nsq->nhis", values["query"], u, values["key"], u) / config.stage_rank**0.5
+    past = torch.ones(length, length, dtype=torch.bool).tril(-1)
+    alpha = torch.where(past, scores, -torch.inf)[:, :, 1:].softmax(-1)  # (N, H, T - 1, T): the first token has no past
+    average = torch.einsum("nhis,nsp->nhip", alpha, u)
+    mean = torch.cat([torch.zeros_like(u[:, :1]), average.sum(1)], dim=1)
+    # Two-pass covariance of the raw tokens, then J = I - sum_h Sigma_i A_h.
+    centred = u[:, None, None] - average[..., None, :]  # (N, H, T - 1, T, p)
+    covariance = torch.einsum("nhis,nhisp,nhisq->nhipq", alpha, centred, centred)
+    bilinear = torch.einsum("hrp,hrq->hpq", values["key"], values["query"]) / config.stage_rank**0.5
+    change = torch.einsum("nhipq,hqk->nipk", covariance, bilinear)
+    change = torch.cat([torch.zeros_like(change[:, :1]), change], dim=1)  # (N, T, p, p)
+    penalty = _penalty(config.kind, change).sum()
+
+    if config.prior == "full":
+        squares = (u - mean).square().sum() / config.noise_scale**2
+        constant = u.numel() * math.log(2 * math.pi * config.noise_scale**2)
+        penalty = penalty + 0.5 * (squares + constant)
+    loss = (loss + config.weight * penalty) * total / len(inputs)
+    return loss + sum(_minus_log_normal(name, value, config.prior_scale) for name, value in values.items())
+
+
+def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_entropy) -> Claim:
+    """Compare value and gradient for every penalty, full prior and margin only, at random and at fitted parameters.
+
+    Args:
+        subject: the fitted model, whose real text and whose fitted values are used.
+        objective: the objective under test.
+    """
+    inputs, targets = subject.inputs[:_WINDOWS, :_CONTEXT], subject.targets[:_WINDOWS, :_CONTEXT]
+    base = subject.model.config
+    base = replace(base, weight=base.weight or 0.05, mask="strict")
+    starts = LanguageModel(base).initial_values(subject.seed)
+    fitted = {**starts, **subject.values}
+    measured = {"value_error": 0.0, "gradient_error": 0.0, "comparisons": 0.0, "infinite_on_both_sides": 0.0}
+    for kind, prior, values in itertools.product(get_args(BarrierKind), get_args(Prior), (starts, fitted)):
+        config = replace(base, kind=kind, prior=prior)
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+        own = -log_joint(LanguageModel(config), leaves, inputs, targets, subject.total)
+        other = objective(config, leaves, inputs, targets, subject.total)
+        measured["comparisons"] += 1
+        if math.isinf(float(own)) and float(own) == float(other):
+            measured["infinite_on_both_sides"] += 1  # a fold under the spectral penalty: no gradient to compare
+            continue
+        gap = abs(float(own.detach()) - float(other.detach())) / abs(float(other.detach()))
+        measured["value_error"] = _largest(measured["value_error"], gap)
+        for mine, theirs in zip(_gradient(own, leaves), _gradient(other, leaves), strict=True):
+            gap = float((mine - theirs).norm() / theirs.norm().clamp(min=1e-300))
+            measured["gradient_error"] = _largest(measured["gradient_error"], gap)
+    return Claim(
+        "objective",
+        "Minus the Pyro model's log-joint is cross-entropy + lambda (Gaussian term + penalty) - log prior, value and gradient, for "
+        "every penalty, with the full prior and with the margin alone, at random and at fitted parameters.",
+        "identity",
+        "supported" if judge(measured, BOUND) else "not_supported",
+        measured,
+        BOUND,
+    )
+
+
+def _largest(first: float, second: float) -> float:
+    """The larger of two numbers, NaN if either is."""
+    return math.nan if math.isnan(first) or math.isnan(second) else max(first, second)
+
+
+def _gradient(objective: Tensor, leaves: Values) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(objective, list(leaves.values()), allow_unused=False)
+
+
+def _penalty(kind: BarrierKind, change: Tensor) -> Tensor:
+    """The penalty from M = I - J, each by its definition."""
+    identity = torch.eye(change.shape[-1], dtype=change.dtype)
+    if kind == "singular_value":
+        return -torch.linalg.svd(identity - change)[1][..., -1].clamp(max=1.0).log()
+    if kind == "spectral":
+        eigenvalues = torch.linalg.eigvals(change)
+        size = eigenvalues.abs().amax(-1, keepdim=True)
+        real = eigenvalues.imag.abs() <= 6e-8 * size
+        room = 1 - torch.where(real, eigenvalues.real, -torch.inf).amax(-1)
+        return -room.clamp(0.0, 1.0).log()
+    literal = -torch.linalg.det(identity - change).abs().log()
+    if kind == "logdet":
+        return literal
+    if kind == "one_sided":
+        return literal.relu()
+    return torch.logaddexp(10.0 * literal, torch.zeros_like(literal)) / 10.0
+
+
+def _minus_log_normal(name: str, value: Tensor, scale: float) -> Tensor:
+    centre = 1.0 if ".norm" in name and name.endswith("weight") else 0.0
+    return (0.5 * ((value - centre) / scale).square() + math.log(scale) + 0.5 * math.log(2 * math.pi)).sum()
+
+
+def _decoder_logits(config: LanguageConfig, values: Values, u: Tensor) -> Tensor:
+    """Pre-norm transformer layers spelled out."""
+    prefix = "decoder.layers.layers"
+    x = u
+    future = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool).triu(1)
+    for layer in range(config.layers):
+        own = {name.removeprefix(f"{prefix}.{layer}."): value for name, value in values.items() if name.startswith(f"{prefix}.{layer}.")}
+        y = F.layer_norm(x, (config.dim,), own["norm1.weight"], own["norm1.bias"])
+        q, k, v = F.linear(y, own["self_attn.in_proj_weight"], own["self_attn.in_proj_bias"]).chunk(3, dim=-1)
+        heads = [part.unflatten(-1, (config.decoder_heads, -1)).transpose(1, 2) for part in (q, k, v)]  # (N, heads, T, d)
+        scores = heads[0] @ heads[1].mT / heads[0].shape[-1] ** 0.5
+        mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ heads[2]
+        x = x + F.linear(mixed.transpose(1, 2).flatten(-2), own["self_attn.out_proj.weight"], own["self_attn.out_proj.bias"])
+        y = F.layer_norm(x, (config.dim,), own["norm2.weight"], own["norm2.bias"])
+        hidden = F.relu(F.linear(y, own["linear1.weight"], own["linear1.bias"]))
+        x = x + F.linear(hidden, own["linear2.weight"], own["linear2.bias"])
+    x = F.layer_norm(x, (config.dim,), values["decoder.layers.norm.weight"], values["decoder.layers.norm.bias"])
+    return F.linear(x, values["decoder.readout.weight"], values["decoder.readout.bias"])
