@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from probattn.once import first_order_only
 
 __all__ = ["Sensitivity", "largest_real_eigenvalue", "logabsdet", "reduced", "sensitivity", "smallest_singular_value"]
 
@@ -119,10 +120,11 @@ def smallest_singular_value(matrix: Tensor) -> Tensor:
 
 
 class _LargestRealEigenvalue(torch.autograd.Function):
-    """Largest real eigenvalue; its derivative is y^T dK x / y^T x with the null vectors x, y of K - lambda I.
+    r"""Largest real eigenvalue; its derivative is :math:`\mathrm{tr}((Y^T X)^{-1} Y^T dK\, X) / k`.
 
-    Autograd through torch.linalg.eig inverts the whole matrix of eigenvectors, which fails on the defective matrices that
-    rank-one covariances produce; the one pair that is needed comes from a singular value decomposition instead.
+    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple one this is
+    the derivative of the mean of the cluster. They come from a singular value decomposition: autograd through torch.linalg.eig
+    inverts the whole matrix of eigenvectors, which fails on the defective matrices that covariances of few tokens produce.
     """
 
     generate_vmap_rule = True
@@ -130,9 +132,8 @@ class _LargestRealEigenvalue(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
         eigenvalues = torch.linalg.eigvals(matrix)
-        # A double real eigenvalue splits into a pair with imaginary part about sqrt(eps): count it as real.
-        tolerance = 4 * torch.finfo(matrix.dtype).eps ** 0.5
-        real = eigenvalues.imag.abs() <= tolerance * eigenvalues.abs().amax(-1, keepdim=True)
+        # Rounding splits a double real eigenvalue into a pair with a tiny imaginary part: count it as real.
+        real = eigenvalues.imag.abs() <= _rounding(matrix).unsqueeze(-1)
         return eigenvalues.real.masked_fill(~real, -torch.inf).amax(-1)
 
     @staticmethod
@@ -140,16 +141,27 @@ class _LargestRealEigenvalue(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], output)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it without annotations
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         matrix, value = ctx.saved_tensors
-        none = torch.isneginf(value) | (gradient == 0)
-        shift = value.masked_fill(torch.isneginf(value), 0.0)[..., None, None]
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        left, _, right = torch.linalg.svd(matrix - shift * identity)
-        y, x = left[..., :, -1], right[..., -1, :]
-        slope = y.unsqueeze(-1) * x.unsqueeze(-2) / (y * x).sum(-1)[..., None, None]
-        return torch.where(none[..., None, None], torch.zeros_like(slope), gradient[..., None, None] * slope)
+        with torch.no_grad():
+            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and keep.
+            none = torch.isneginf(value) | (value.abs() <= _rounding(matrix)) | (gradient == 0)
+            shift = value.masked_fill(none, 0.0)[..., None, None]
+            identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+            left, singular, right = torch.linalg.svd(matrix - shift * identity)  # A = left diag(singular) right
+            null = singular <= _rounding(matrix).unsqueeze(-1)
+            null[..., -1] = True
+            chosen = torch.diag_embed(null.to(matrix.dtype))
+            overlap = chosen @ left.mT @ right.mT @ chosen + identity - chosen  # Y^T X on the null vectors, I elsewhere
+            projector = left @ chosen @ torch.linalg.inv_ex(overlap.mT)[0] @ chosen @ right
+            slope = projector / null.sum(-1)[..., None, None]
+            result = torch.where(none[..., None, None], torch.zeros_like(slope), gradient[..., None, None] * slope)
+        return first_order_only(result, matrix, "the largest real eigenvalue")
+
+
+def _rounding(matrix: Tensor) -> Tensor:
+    """Size of the backward error of an eigenvalue, (*batch,)."""
+    return 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * torch.linalg.matrix_norm(matrix)
 
 
 def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:

@@ -63,7 +63,7 @@ def next_token_density(past: Past, u: Tensor, noise_scale: float, *, jacobian: b
     return density * block[..., 0, 0] if jacobian else density
 
 
-def scalar_mass(past: Past, noise_scale: float) -> ScalarMass:
+def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> ScalarMass:
     r"""Z of one past with one-dimensional tokens, by quadrature and, independently, from the turning points.
 
     Turning points are bracketed on a grid that resolves the softmax (1/40 of the scale 1 / spread of the slopes of the logits) and
@@ -72,6 +72,7 @@ def scalar_mass(past: Past, noise_scale: float) -> ScalarMass:
     Args:
         past: strict mask, p = 1, no batch axes, finite, float64.
         noise_scale: sigma > 0.
+        jacobian: False integrates N(e(u)) alone, see :func:`next_token_density`.
 
     Returns:
         :class:`ScalarMass`.
@@ -106,7 +107,7 @@ def scalar_mass(past: Past, noise_scale: float) -> ScalarMass:
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     half = np.diff(edges) / 2
     u = (edges[:-1] + half)[:, None] + half[:, None] * nodes  # (panels, nodes)
-    density = next_token_density(past, _tensor(u.ravel(), past), noise_scale).numpy().reshape(u.shape)
+    density = next_token_density(past, _tensor(u.ravel(), past), noise_scale, jacobian=jacobian).numpy().reshape(u.shape)
     panels = half[:, None] * weights * density
 
     ends = np.concatenate([[-np.inf], _residual(past, turning), [np.inf]])

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from probattn.attention import CausalAttention
 from probattn.conditional import Past
 from probattn.errors import NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
+from probattn.once import first_order_only
 
 __all__ = ["Selection", "solve_sequence"]
 
@@ -184,15 +184,16 @@ class _ImplicitSolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, noise: Tensor, solution: Tensor, attention: CausalAttention) -> Tensor:
-        ctx.save_for_backward(solution)
+        ctx.save_for_backward(noise, solution)
         ctx.attention = attention
         return solution.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it without annotations
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (u,) = ctx.saved_tensors
-        return _back_substitute(ctx.attention, u, gradient), None, None
+        noise, u = ctx.saved_tensors
+        with torch.no_grad():
+            result = _back_substitute(ctx.attention, u, gradient)
+        return first_order_only(result, noise, "the solution of u - mu(u) = e"), None, None
 
 
 def _back_substitute(attention: CausalAttention, u: Tensor, gradient: Tensor) -> Tensor:

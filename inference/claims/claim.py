@@ -12,7 +12,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.models.language import LanguageModel
 
-__all__ = ["Claim", "Subject", "judge"]
+__all__ = ["Claim", "Subject", "judge", "worst"]
 
 Kind = Literal["identity", "statistical", "empirical"]
 Verdict = Literal["supported", "supported_within", "not_supported", "not_run"]
@@ -96,6 +96,11 @@ class Subject:
 def judge(measured: Mapping[str, float], bound: Mapping[str, float]) -> bool:
     """Whether every bounded number stays within its bound; NaN does not."""
     return all(measured[name] <= largest for name, largest in bound.items())
+
+
+def worst(*numbers: float) -> float:
+    """The largest of some errors; NaN if any is, which Python's own max may drop."""
+    return math.nan if any(math.isnan(number) for number in numbers) else max(numbers)
 
 
 def _json_number(value: float) -> float | str:

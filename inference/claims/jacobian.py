@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention, Mask
-from probattn.inference.claims.claim import Claim, Subject, judge
+from probattn.inference.claims.claim import Claim, Subject, judge, worst
 
 __all__ = ["dense_jacobian", "jacobian_claim"]
 
@@ -54,7 +54,7 @@ def jacobian_claim(
             "wrong_signs": float((sign != own_sign).sum()),
             "above_diagonal": float(upper.abs().max()) if upper.numel() else 0.0,
         }
-        measured = {name: max(measured[name], number) for name, number in numbers.items()}
+        measured = {name: worst(measured[name], number) for name, number in numbers.items()}
         count += u.shape[0]
     return Claim(
         "jacobian",

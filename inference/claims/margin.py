@@ -12,7 +12,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.barrier import MarginKind, stability_margin, support_tokens
 from probattn.conditional import Past
-from probattn.inference.claims.claim import Claim, Subject, judge
+from probattn.inference.claims.claim import Claim, Subject, judge, worst
 
 __all__ = ["margin_claim"]
 
@@ -44,7 +44,7 @@ def margin_claim(
     with torch.no_grad():
         for case, sequence in ((attention, u[0]), *_strong(subject)):
             numbers = _errors(case, sequence, margin)
-            measured = {name: max(measured[name], numbers[name]) for name in BOUND}
+            measured = {name: worst(measured[name], numbers[name]) for name in BOUND}
         folded = sum(float((margin(case, sequence, "determinant") < 0).sum()) for case, sequence in _strong(subject))
         agreement = _agreement(attention, subject.tokens(64))
     holds = judge(measured, BOUND)
@@ -83,15 +83,16 @@ def _errors(
 
     eigenvalues = np.linalg.eigvals(change.numpy())
     size = np.abs(eigenvalues).max(-1, keepdims=True)
-    real = np.abs(eigenvalues.imag) <= 1e-7 * np.maximum(size, 1e-300)
+    real = np.abs(eigenvalues.imag) <= 1e-13 * np.maximum(size, 1e-300)
     largest = torch.as_tensor(np.where(real, eigenvalues.real, -np.inf).max(-1))
+    spectral_gap = (spectral - (1 - largest)).abs() / (1 + largest.abs())  # two infinite margins are equal, not NaN
     turned = (1 - spectral).clamp(min=1e-12)
     at_boundary = torch.linalg.svdvals(identity - change / turned[:, None, None])[..., -1]
     relevant = (1 - spectral > 1e-3) & torch.isfinite(spectral)
     nearest = blocks - smallest[:, None, None] * left[..., :, -1:] * right[..., -1:, :]
     return {
         "determinant_error": float(((margin(attention, u, "determinant") - determinant).abs() / (1 + determinant.abs())).max()),
-        "spectral_error": float(((spectral - (1 - largest)).abs() / (1 + largest.abs())).nan_to_num(0.0).max()),
+        "spectral_error": float(torch.where(spectral == 1 - largest, 0.0, spectral_gap).max()),
         "singular_boundary_error": float(at_boundary[relevant].max()) if bool(relevant.any()) else 0.0,
         "nearest_singular_error": float((torch.linalg.svdvals(nearest)[..., -1] / (1 + singular[..., 0])).max()),
         "noise_gain_error": _noise_gain_error(attention, u, smallest, right[..., -1, :]),
@@ -100,14 +101,14 @@ def _errors(
 
 def _noise_gain_error(attention: CausalAttention, u: Tensor, smallest: Tensor, direction: Tensor) -> float:
     """|de_i| / |du_i| along the direction of largest gain, by central differences, against sigma_min."""
-    worst, step = 0.0, 1e-5
+    gaps, step = [], 1e-5
     for i in range(len(u)):
         past = Past.of(attention, u[:i])
         ends = torch.stack([u[i] + step * direction[i], u[i] - step * direction[i]])
         noise = ends - past.mean(ends)
         slope = torch.linalg.vector_norm(noise[0] - noise[1]) / (2 * step)
-        worst = max(worst, float((slope - smallest[i]).abs() / (1 + smallest[i])))
-    return worst
+        gaps.append(float((slope - smallest[i]).abs() / (1 + smallest[i])))
+    return worst(*gaps)
 
 
 def _agreement(attention: CausalAttention, u: Tensor) -> dict[str, float]:

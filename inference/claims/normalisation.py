@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from probattn.conditional import Past
-from probattn.inference.claims.claim import Claim, Subject, judge
+from probattn.inference.claims.claim import Claim, Subject, judge, worst
 from probattn.mass import ScalarMass, scalar_mass
 from probattn.models.scalar import scalar_attention
 
@@ -32,14 +32,14 @@ def normalisation_claim(subject: Subject, *, mass: Callable[[Past, float], Scala
     for past, noise_scale in _cases(subject):
         result = mass(past, noise_scale)
         cases += 1
-        signed = max(signed, abs(result.signed - 1))
-        quadrature = max(quadrature, abs(result.absolute - result.roots))
-        largest = max(largest, result.absolute)
+        signed = worst(signed, abs(result.signed - 1))
+        quadrature = worst(quadrature, abs(result.absolute - result.roots))
+        largest = worst(largest, result.absolute)
         if len(result.turning_points):
             folds += 1
             smallest_folded = min(smallest_folded, result.absolute)
         else:
-            unfolded = max(unfolded, abs(result.absolute - 1))
+            unfolded = worst(unfolded, abs(result.absolute - 1))
     measured = {
         "signed_mass_error": signed,
         "mass_error": quadrature,

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from probattn.barrier import BarrierKind
-from probattn.inference.claims.claim import Claim, Subject, judge
+from probattn.inference.claims.claim import Claim, Subject, judge, worst
 from probattn.models.language import LanguageConfig, LanguageModel, Prior
 
 __all__ = ["log_joint", "objective_claim", "penalised_cross_entropy"]
@@ -54,10 +54,11 @@ def penalised_cross_entropy(config: LanguageConfig, values: Values, inputs: Tens
     # Two-pass covariance of the raw tokens, then J = I - sum_h Sigma_i A_h.
     centred = u[:, None, None] - average[..., None, :]  # (N, H, T - 1, T, p)
     covariance = torch.einsum("nhis,nhisp,nhisq->nhipq", alpha, centred, centred)
-    bilinear = torch.einsum("hrp,hrq->hpq", values["key"], values["query"]) / config.stage_rank**0.5
-    change = torch.einsum("nhipq,hqk->nipk", covariance, bilinear)
-    change = torch.cat([torch.zeros_like(change[:, :1]), change], dim=1)  # (N, T, p, p)
-    penalty = _penalty(config.kind, change).sum()
+    # M_i = left_i @ right with the heads side by side, (N, T, p, H r) and (H r, p).
+    left = torch.einsum("nhipq,hrq->niphr", covariance, values["key"]).flatten(-2)
+    left = torch.cat([torch.zeros_like(left[:, :1]), left], dim=1)
+    right = values["query"].flatten(0, 1) / config.stage_rank**0.5
+    penalty = _penalty(config.kind, left, right).sum()
 
     if config.prior == "full":
         squares = (u - mean).square().sum() / config.noise_scale**2
@@ -86,14 +87,14 @@ def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_
         own = -log_joint(LanguageModel(config), leaves, inputs, targets, subject.total)
         other = objective(config, leaves, inputs, targets, subject.total)
         measured["comparisons"] += 1
-        if math.isinf(float(own)) and float(own) == float(other):
+        mine, theirs = own.item(), other.item()
+        if math.isinf(mine) and mine == theirs:
             measured["infinite_on_both_sides"] += 1  # a fold under the spectral penalty: no gradient to compare
             continue
-        gap = abs(float(own.detach()) - float(other.detach())) / abs(float(other.detach()))
-        measured["value_error"] = _largest(measured["value_error"], gap)
-        for mine, theirs in zip(_gradient(own, leaves), _gradient(other, leaves), strict=True):
-            gap = float((mine - theirs).norm() / theirs.norm().clamp(min=1e-300))
-            measured["gradient_error"] = _largest(measured["gradient_error"], gap)
+        measured["value_error"] = worst(measured["value_error"], abs(mine - theirs) / abs(theirs))
+        for slope, expected in zip(_gradient(own, leaves), _gradient(other, leaves), strict=True):
+            gap = float((slope - expected).norm() / expected.norm().clamp(min=1e-300))
+            measured["gradient_error"] = worst(measured["gradient_error"], gap)
     return Claim(
         "objective",
         "Minus the Pyro model's log-joint is cross-entropy + lambda (Gaussian term + penalty) - log prior, value and gradient, for "
@@ -105,25 +106,23 @@ def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_
     )
 
 
-def _largest(first: float, second: float) -> float:
-    """The larger of two numbers, NaN if either is."""
-    return math.nan if math.isnan(first) or math.isnan(second) else max(first, second)
-
-
 def _gradient(objective: Tensor, leaves: Values) -> tuple[Tensor, ...]:
     return torch.autograd.grad(objective, list(leaves.values()), allow_unused=False)
 
 
-def _penalty(kind: BarrierKind, change: Tensor) -> Tensor:
-    """The penalty from M = I - J, each by its definition."""
+def _penalty(kind: BarrierKind, left: Tensor, right: Tensor) -> Tensor:
+    """The penalty from M = I - J = left @ right, each by its definition."""
+    change = left @ right
     identity = torch.eye(change.shape[-1], dtype=change.dtype)
     if kind == "singular_value":
         return -torch.linalg.svd(identity - change)[1][..., -1].clamp(max=1.0).log()
     if kind == "spectral":
-        eigenvalues = torch.linalg.eigvals(change)
+        eigenvalues = torch.linalg.eigvals(right @ left)  # M's own, but for zeros
         size = eigenvalues.abs().amax(-1, keepdim=True)
-        real = eigenvalues.imag.abs() <= 6e-8 * size
-        room = 1 - torch.where(real, eigenvalues.real, -torch.inf).amax(-1)
+        real = eigenvalues.imag.abs() <= 1e-13 * size
+        largest = torch.where(real, eigenvalues.real, -torch.inf).amax(-1)
+        # M has rank r at most: where no eigenvalue is positive, the largest is the zero of its kernel, up to rounding.
+        room = 1 - torch.where(largest > 1e-13 * size.squeeze(-1), largest, 0.0)
         return -room.clamp(0.0, 1.0).log()
     literal = -torch.linalg.det(identity - change).abs().log()
     if kind == "logdet":

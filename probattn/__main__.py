@@ -1,0 +1,5 @@
+"""`python -m probattn`."""
+
+from probattn.cli import main
+
+main()

@@ -1,0 +1,27 @@
+"""Every test starts from the same seed, with validation on and Pyro's store empty."""
+
+import pyro
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Examples are the same on every run; torch's first calls are slow, which a deadline would mistake for a fault.
+settings.register_profile(
+    "fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_state():
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    pyro.set_rng_seed(0)
+    yield
+    assert not list(pyro.get_param_store().keys()), "the test left parameters in Pyro's global store"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch finds none"))

@@ -1,0 +1,152 @@
+import pytest
+import torch
+from support import attention_like, loop_mean, tokens
+
+from probattn import CausalAttention
+from probattn.attention import weighted_covariance
+from probattn.errors import InputError
+
+
+@pytest.mark.parametrize("mask", ["strict", "inclusive"])
+@pytest.mark.parametrize(("heads", "rank", "dim", "value_dim", "length"), [(1, 1, 1, None, 1), (2, 3, 4, 2, 5), (3, 1, 2, None, 4)])
+def test_mean_is_the_textbook_loop(mask, heads, rank, dim, value_dim, length):
+    attention = attention_like(0, heads, rank, dim, value_dim, mask)
+    u = tokens(0, length, dim)
+    torch.testing.assert_close(attention.mean(u), loop_mean(attention, u))
+
+
+@pytest.mark.parametrize("mask", ["strict", "inclusive"])
+def test_weights_sum_to_one_over_the_past_and_see_nothing_else(mask):
+    weights = attention_like(1, heads=2, mask=mask).weights(tokens(1, 3, 6, 3))
+    total = weights.sum(-1)
+    assert weights.shape == (3, 2, 6, 6)
+    if mask == "strict":
+        assert (total[..., 0] == 0).all()
+        total = total[..., 1:]
+    torch.testing.assert_close(total, torch.ones_like(total))
+    above = torch.ones(6, 6).triu(0 if mask == "strict" else 1).bool()
+    assert (weights[..., above] == 0).all()
+
+
+def test_start_is_the_mean_of_the_first_token_under_the_strict_mask_only():
+    u = tokens(2, 4, 3)
+    strict, inclusive = (attention_like(2, mask=mask) for mask in ("strict", "inclusive"))
+    torch.testing.assert_close(strict.mean(u)[0], strict.start)
+    torch.testing.assert_close(inclusive.mean(u)[0], u[0])
+
+
+@pytest.mark.parametrize("parameters_batch", [(), (4, 1), (4, 5)])
+def test_batches_of_parameters_and_of_tokens_broadcast(parameters_batch):
+    attention = attention_like(3, heads=2, value_dim=2, batch=parameters_batch, mask="inclusive")
+    u = tokens(3, 5, 6, 3)
+    whole = attention.jacobian(u)
+    batch = torch.broadcast_shapes(parameters_batch, (5,))
+    assert whole.shape == (*batch, 6, 3, 3)
+    wide = attention.expand(batch)
+    index = tuple(size - 1 for size in batch)
+    one = CausalAttention(
+        wide.query[index], wide.key[index], wide.value[index], wide.output[index], mask="inclusive", start=wide.start[index]
+    )
+    torch.testing.assert_close(whole[index], one.jacobian(u[-1]))
+    torch.testing.assert_close(attention.mean(u)[index], one.mean(u[-1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mask", ["strict", "inclusive"])
+def test_extreme_logits_stay_finite(mask, dtype):
+    attention = attention_like(4, heads=2, value_dim=2, mask=mask, size=1e4, dtype=dtype)
+    u = tokens(4, 8, 3, dtype=dtype)
+    logits = torch.einsum("hrp,tp,hrq,sq->hts", attention.scaled_query, u, attention.key, u)
+    assert 1e4 < logits.abs().max() < 1e6
+    for result in (attention.weights(u), attention.mean(u), attention.jacobian(u), *attention.logabsdet(u)):
+        assert result.dtype == dtype
+        assert torch.isfinite(result).all()
+
+
+def test_repeated_tokens_have_no_covariance():
+    attention = CausalAttention.from_bilinear(torch.tensor([[3.0]], dtype=torch.float64))
+    u = torch.full((7, 1), 1e6, dtype=torch.float64)
+    assert (attention.jacobian(u) == 1).all()
+
+
+def test_covariance_keeps_its_digits_under_a_large_offset():
+    weights = torch.full((1, 4), 0.25, dtype=torch.float64)
+    points = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64)
+    far = weighted_covariance(weights, points + 1e8, points + 1e8)
+    assert abs(float(far) - 1) < 1e-12
+    plain = (weights @ (points + 1e8) ** 2) - (weights @ (points + 1e8)) ** 2  # what this would give without the shift
+    assert abs(float(plain) - 1) > 1e-3
+
+
+def test_the_past_does_not_see_the_future_to_the_bit():
+    attention = attention_like(5, heads=2, value_dim=2)
+    u = tokens(5, 9, 3)
+    changed = u.clone()
+    changed[6:] += 10.0
+    for function in (attention.mean, attention.jacobian):
+        assert torch.equal(function(u)[:6], function(changed)[:6])
+
+
+def test_float32_agrees_with_float64():
+    double = attention_like(6, heads=2, value_dim=2)
+    u = tokens(6, 8, 3)
+    # Blocks are sums of about 8 products of numbers near one: a few float32 epsilons each.
+    torch.testing.assert_close(double.to(torch.float32).jacobian(u.float()).double(), double.jacobian(u), atol=2e-5, rtol=2e-5)
+
+
+def test_identified_products_do_not_depend_on_the_factors():
+    attention = attention_like(7, heads=2, value_dim=2)
+    turn = tokens(7, 2, 2) + 2 * torch.eye(2)
+    turned = CausalAttention(
+        turn @ attention.query, torch.linalg.inv(turn).mT @ attention.key, attention.value, attention.output, start=attention.start
+    )
+    u = tokens(8, 6, 3)
+    torch.testing.assert_close(turned.bilinear, attention.bilinear)
+    torch.testing.assert_close(turned.logabsdet(u)[1], attention.logabsdet(u)[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(1, 2, 4)}, r"key has 4 in its features axis \(-1\) where 3"),
+        ({"key": torch.zeros(2, 2, 3)}, r"key has 2 in its heads axis \(-3\) where 1"),
+        ({"key": torch.zeros(1, 5, 3)}, r"key has 5 in its rank axis \(-2\) where 2"),
+        ({"value": torch.zeros(1, 2, 3)}, "output is the identity, which needs 3"),
+        ({"value": torch.zeros(1, 2, 3), "output": torch.zeros(1, 3, 1)}, r"output has 1 in its value axis \(-1\) where 2"),
+        ({"query": torch.zeros(2, 3)}, "needs a heads axis"),
+        ({"query": torch.full((1, 2, 3), float("nan"))}, r"query is not finite: nan at index \(0, 0, 0\)"),
+        ({"key": torch.zeros(1, 2, 3).double()}, "bring them together"),
+        ({"mask": "causal"}, "mask is 'causal'; use one of 'strict', 'inclusive'"),
+        ({"start": torch.zeros(2)}, r"start has 2 in its features axis"),
+        ({"key": torch.zeros(2, 1, 2, 3), "query": torch.zeros(3, 1, 2, 3)}, "do not broadcast"),
+    ],
+)
+def test_bad_parameters_are_named(change, message):
+    arguments = {"query": torch.zeros(1, 2, 3), "key": torch.zeros(1, 2, 3), **change}
+    with pytest.raises(InputError, match=message):
+        CausalAttention(**arguments)
+
+
+def test_bad_tokens_are_named():
+    attention = attention_like(0)
+    with pytest.raises(InputError, match="p = 3 features in the last axis"):
+        attention.mean(tokens(0, 5, 2))
+    with pytest.raises(InputError, match="float32"):
+        attention.mean(tokens(0, 5, 3, dtype=torch.float32))
+    with pytest.raises(InputError, match="must be square"):
+        CausalAttention.from_bilinear(torch.zeros(2, 3))
+
+
+def test_repr_and_conversion():
+    attention = attention_like(0, heads=2, value_dim=1)
+    assert repr(attention) == "CausalAttention(heads=2, rank=2, value_dim=1, dim=3, mask='strict', batch_shape=())"
+    assert attention.equals(attention.to(torch.float64))
+    assert not attention.equals(attention_like(1, heads=2, value_dim=1))
+
+
+@pytest.mark.cuda
+def test_cuda_agrees_with_cpu():
+    attention = attention_like(9, heads=2, value_dim=2, mask="inclusive")
+    u = tokens(9, 2, 8, 3)
+    there = attention.to("cuda").jacobian(u.cuda())
+    torch.testing.assert_close(there.cpu(), attention.jacobian(u))
