@@ -30,7 +30,7 @@ def prepare_folder(path: Path) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a neighbour of ``path`` and move it into place in one step; on failure ``path`` is as it was."""
+    """Let ``write`` fill a neighbour of ``path`` and move it into place; on failure ``path`` is as it was."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(descriptor)
     partial = Path(name)

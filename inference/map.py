@@ -1,7 +1,8 @@
 r"""MAP by Pyro's AutoDelta and Trace_ELBO, optimised with torch, resumable bit for bit.
 
-AutoDelta puts a point mass on every latent site, so that the ELBO is the log-joint and its maximum the posterior mode *in the
-constrained space of the sites*. The plate scales a minibatch to the whole data set; the objective is reported per observed token.
+AutoDelta puts a point mass on every latent site, so that the ELBO is the log-joint and its maximum the posterior mode
+*in the constrained space of the sites*. The plate scales a minibatch to the whole data set; the objective is reported
+per observed token.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class MapConfig:
         learning_rate: of Adam, at its highest.
         clip: largest norm of the gradient of the objective per token.
         evaluate_every: steps between two evaluations.
-        patience: stop after so many evaluations in a row without improvement of the mean objective; 0 never stops early.
+        patience: stop after so many evaluations in a row without improvement of the mean objective; 0 never stops
+            early.
         tolerance: relative improvement that counts.
         checkpoint_every: steps between two checkpoints.
         seed: of the order of the minibatches and of Pyro's draws.
@@ -71,7 +73,8 @@ class MapResult:
 
     Attributes:
         values: every latent site at the mode, detached.
-        history: by name, one number an evaluation: ``step``, ``objective`` (minus log-joint per token), and what ``evaluate`` gave.
+        history: by name, one number an evaluation: ``step``, ``objective`` (minus log-joint per token), and what
+            ``evaluate`` gave.
         steps: optimiser steps taken.
         stopped: "converged" (early stop) or "steps".
     """
@@ -97,10 +100,11 @@ def fit_map(
     """Maximise the log-joint of a model over all its latent sites.
 
     Args:
-        model: a Pyro module called as ``model(*minibatch, total=N)``, with a plate that scales the minibatch to N. Its parameters
-            must be module-local (construct it under ``pyro.settings.context(module_local_params=True)``; the models of this package
-            are).
-        data: tensors whose first axis is the N sequences, on the device of the model; tokens are counted on the last one's second.
+        model: a Pyro module called as ``model(*minibatch, total=N)``, with a plate that scales the minibatch to N. Its
+            parameters must be module-local (construct it under ``pyro.settings.context(module_local_params=True)``; the
+            models of this package are).
+        data: tensors whose first axis is the N sequences, on the device of the model; tokens are counted on the last
+            one's second.
         config: how to optimise.
         initial_values: a start for each site.
         evaluate: metrics at the current values, recorded beside the objective.
@@ -110,8 +114,8 @@ def fit_map(
         report: called after each evaluation with the step and the metrics.
 
     Returns:
-        :class:`MapResult`. With a checkpoint, an interrupted and resumed run ends with the same bits as an unbroken one on the same
-        machine and thread count.
+        :class:`MapResult`. With a checkpoint, an interrupted and resumed run ends with the same bits as an unbroken one
+        on the same machine and thread count.
 
     Raises:
         InputError: no data, a checkpoint of another model or one that cannot be read.
@@ -123,7 +127,9 @@ def fit_map(
     total, tokens = len(data[0]), data[-1].shape[0] * data[-1].shape[1]
     described = {**asdict(config), **dict(identity or {})}
     with pyro.settings.context(module_local_params=True), _deferred_interrupt() as interrupted:
-        guide = AutoDelta(model, init_loc_fn=init_to_value(values=dict(initial_values)))
+        # Copies: AutoDelta makes parameters of the very tensors it is given, which the optimiser then changes in place.
+        start = {name: value.detach().clone() for name, value in initial_values.items()}
+        guide = AutoDelta(model, init_loc_fn=init_to_value(values=start))
         elbo = Trace_ELBO()(model, guide)
         elbo(*_minibatch(data, config, 0), total=total)  # the guide's parameters exist only after a first call
         optimizer = torch.optim.Adam(elbo.parameters(), lr=config.learning_rate)
@@ -140,7 +146,8 @@ def fit_map(
             value = float(objective.detach())
             if not math.isfinite(value):
                 raise ArithmeticError(
-                    f"step {state.step}: the objective is {value}; lower the learning rate, start elsewhere, or choose a penalty "
+                    f"step {state.step}: the objective is {value}; lower the learning rate, start elsewhere, or "
+                    "choose a penalty "
                     "that is finite on this side of the boundary."
                 )
             nn.utils.clip_grad_norm_(elbo.parameters(), config.clip)
@@ -236,7 +243,8 @@ def _restore(path: Path, described: Mapping[str, Any], elbo: nn.Module, optimize
     for name in sorted(set(saved) | set(described)):
         if saved.get(name) != described.get(name):
             raise InputError(
-                f"checkpoint {path}: of another fit: {name} is {saved.get(name)!r} there and {described.get(name)!r} here; "
+                f"checkpoint {path}: of another fit: {name} is {saved.get(name)!r} there and {described.get(name)!r} "
+                "here; "
                 "use the same options, another --out, or leave --resume away."
             )
     try:

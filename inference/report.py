@@ -112,12 +112,17 @@ def render_report(
         text = [corpus.vocabulary[index] for index in window.tolist()]
         marked = set(chosen.tolist())
         counts.update(text[position] for position in marked)
-        rows.append([_cell(c, float(m), k in marked, low, high) for k, (c, m) in enumerate(zip(text, row, strict=True))])
+        rows.append(
+            [_cell(c, float(m), k in marked, low, high) for k, (c, m) in enumerate(zip(text, row, strict=True))]
+        )
     regimes = regime(attention, u)
     named = [regimes] if not isinstance(regimes, list) else regimes
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("probattn.inference"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("probattn.inference"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("verify.html").render(
         claims=[claim.as_dict() for claim in claims],
@@ -139,7 +144,9 @@ def render_report(
 
 def _cell(character: str, margin: float, support: bool, low: float, high: float) -> _Cell:
     background, ink = _background((margin - low) / (high - low) if high > low else 1.0)
-    return _Cell(_GREYED.get(character, character), background, ink, support, f"{_label(character)}  margin {margin:.4f}")
+    return _Cell(
+        _GREYED.get(character, character), background, ink, support, f"{_label(character)}  margin {margin:.4f}"
+    )
 
 
 def _label(character: str) -> str:
@@ -147,17 +154,20 @@ def _label(character: str) -> str:
 
 
 def _background(position: float) -> tuple[str, str]:
-    """Colour of a margin between the smallest (0, dark) and the largest (1, light), and an ink that is readable on it."""
+    """Colour of a margin from the smallest (0, dark) to the largest (1, light), and a readable ink."""
     red, green, blue, _ = colormaps["cividis"](position)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}", "#000" if luminance > 0.45 else "#fff"
+    return (
+        f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}",
+        "#000" if luminance > 0.45 else "#fff",
+    )
 
 
 def _line(subject: Subject) -> Tensor:
     """One window of real text on the first principal axis of its embeddings, standardised, (T,)."""
     u = subject.tokens(1)[0]
     centred = u - u.mean(0)
-    line = centred @ torch.linalg.svd(centred, full_matrices=False)[2][0]
+    line: Tensor = centred @ torch.linalg.svd(centred, full_matrices=False)[2][0]
     return line / line.std()
 
 

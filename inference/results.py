@@ -27,8 +27,8 @@ class Fit:
 
     Attributes:
         method: "map", "svi", "laplace" or "nuts".
-        groups: by ArviZ group (posterior, sample_stats, observed_data, constant_data, ...) and variable. Arrays of posterior,
-            sample_stats and other draws are (chain, draw, *event); a point has one chain of one draw.
+        groups: by ArviZ group (posterior, sample_stats, observed_data, constant_data, ...) and variable. Arrays of
+            posterior, sample_stats and other draws are (chain, draw, *event); a point has one chain of one draw.
         dims: names of the event axes of a variable, without chain and draw.
         coords: values along the named axes.
         attributes: versions, seed, hardware, configuration: numbers and strings.

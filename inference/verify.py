@@ -59,7 +59,7 @@ def verify(
     on_fit: Callable[[int, dict[str, float]], None] | None = None,
     on_claim: Callable[[Claim], None] | None = None,
 ) -> list[Claim]:
-    """Run the verification and write ``report.html``, ``claims.json``, ``fit.nc``, ``config.json`` and ``figures/*.png``.
+    """Run the verification and write the report, ``claims.json``, ``fit.nc``, ``config.json`` and ``figures/*.png``.
 
     Args:
         options: see :class:`VerifyOptions`.
@@ -75,7 +75,9 @@ def verify(
     corpus = load_corpus(options.corpus, heldout=options.heldout)
     config = LanguageConfig(vocabulary=len(corpus.vocabulary), **options.model)
     if config.weight == 0:
-        raise InputError("--weight 0 leaves the attention prior out, and there is nothing to verify; give a positive lambda.")
+        raise InputError(
+            "--weight 0 leaves the attention prior out, and there is nothing to verify; give a positive lambda."
+        )
     windows, heldout = corpus.windows(config.context), corpus.windows(config.context, heldout=True)
     prepare_folder(options.out)
 

@@ -79,7 +79,8 @@ class Corpus:
         count = (len(text) - 1) // context
         if count < 1:
             raise InputError(
-                f"corpus {self.name}: its {part} part has {len(text)} characters, too short for a context of {context}; "
+                f"corpus {self.name}: its {part} part has {len(text)} characters, too short for a context of "
+                f"{context}; "
                 "give a longer text or a smaller --context."
             )
         tokens = self.encode(text[: count * context + 1])
@@ -90,8 +91,8 @@ def load_corpus(spec: str = "python-docs", *, heldout: str | None = None, fracti
     """Load a corpus by name or path.
 
     Args:
-        spec: "python-docs" (the Python language reference that ships with CPython, no download), a path to a UTF-8 text, or
-            "hf:NAME[:CONFIG]" (the ``datasets`` package and a network).
+        spec: "python-docs" (the Python language reference that ships with CPython, no download), a path to a UTF-8
+            text, or "hf:NAME[:CONFIG]" (the ``datasets`` package and a network).
         heldout: the same kinds again, for evaluation; None: the last part of the text.
         fraction: how much of the text to hold out where no second text is given.
 
@@ -135,7 +136,8 @@ def read_text(spec: str) -> tuple[str, str]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"corpus {spec}: not UTF-8 (byte {error.start}: {error.reason}); convert it, for example with iconv -t UTF-8."
+            f"corpus {spec}: not UTF-8 (byte {error.start}: {error.reason}); convert it, for example with iconv -t "
+            "UTF-8."
         ) from None
     return path.name, text.replace("\r\n", "\n")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pyro
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention, Mask
@@ -33,7 +32,8 @@ class EmbeddingModel(SequenceModel):
         prior_scale: s.
         mask: as in :class:`CausalAttention`.
 
-    Sites: ``query``, ``key``, [``value``, ``output``], ``noise_scale``, and ``u`` in the plate ``sequences``. Every expression is
+    Sites: ``query``, ``key``, [``value``, ``output``], ``noise_scale``, and ``u`` in the plate ``sequences``. Every
+        expression is
     written for leading batch axes, so particles and parallel predictive draws vectorise.
 
     Raises:
@@ -83,7 +83,7 @@ class EmbeddingModel(SequenceModel):
         noise_scale = self.parameter("noise_scale", noise)
         with pyro.plate("sequences", total or size, subsample_size=size):
             law = LatentAttention(attention, noise_scale, self.length)
-            return pyro.sample("u", law, obs=u)  # type: ignore[no-any-return]
+            return pyro.sample("u", law, obs=u)
 
     def sample_attention(self) -> CausalAttention:
         """Draw the attention parameters from their prior, as sample sites of the running model."""

@@ -105,27 +105,28 @@ class LanguageModel(SequenceModel):
         u = E[y] + P, \qquad \log p = \sum_i \log p(y_{i+1} | u_{\le i})
         - \lambda \sum_i [\tfrac12 |e_i|_S^2 + \tfrac{p}{2} \log 2\pi\sigma^2 + b_i] + \log p(\theta)
 
-    with the Gaussian terms left out under ``prior="margin"``. The embeddings of discrete characters have no density on R^p: here
-    the prior acts as a regulariser of the table E, not as the law of observed vectors.
+    with the Gaussian terms left out under ``prior="margin"``. The embeddings of discrete characters have no density on
+    R^p: here the prior acts as a regulariser of the table E, not as the law of observed vectors.
 
     Args:
         config: sizes and prior.
 
-    Sites: ``embedding`` (V, p), ``position`` (T, p), ``query``, ``key`` (H, r, p; absent where lambda = 0), ``decoder.*`` (torch's
-    names), the observed ``u`` (full prior with the literal barrier) or the factor ``attention_prior``, and ``characters`` in the
-    plate ``windows``.
+    Sites: ``embedding`` (V, p), ``position`` (T, p), ``query``, ``key`` (H, r, p; absent where lambda = 0),
+        ``decoder.*`` (torch's
+    names), the observed ``u`` (full prior with the literal barrier) or the factor ``attention_prior``, and
+    ``characters`` in the plate ``windows``.
     """
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            # A skeleton without numbers: the decoder's parameters are sample sites. It stays out of the module tree so that no
-            # second set of parameters appears in it.
+            # A skeleton without numbers: the decoder's parameters are sample sites. It stays out of the module tree so
+            # that no # second set of parameters appears in it.
             self.__dict__["_decoder"] = _Decoder(config)
 
     def initial_values(self, seed: int) -> dict[str, Tensor]:
-        """Torch's usual initial values for every site, to start an optimiser from; the global random state is left as it was."""
+        """Torch's usual initial values for every site; the global random state is left as it was."""
         config, options = self.config, {"dtype": self.unit.dtype, "device": self.unit.device}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -153,7 +154,9 @@ class LanguageModel(SequenceModel):
         """
         config = self.config
         if inputs.dim() != 2 or not 1 <= inputs.shape[1] <= config.context:
-            raise InputError(f"inputs have shape {tuple(inputs.shape)}; they must be (N, T) with T <= {config.context}.")
+            raise InputError(
+                f"inputs have shape {tuple(inputs.shape)}; they must be (N, T) with T <= {config.context}."
+            )
         values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
         with pyro.plate("windows", total or len(inputs), subsample_size=len(inputs)):
             u = self.embed(values, inputs)
@@ -166,7 +169,7 @@ class LanguageModel(SequenceModel):
     def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
         """The prior of every parameter: normal around 0, around 1 for the gains of the layer norms."""
         config = self.config
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "embedding": (config.vocabulary, config.dim),
             "position": (config.context, config.dim),
         }

@@ -13,7 +13,7 @@ from probattn.errors import InputError
 __all__ = ["SequenceModel"]
 
 
-class SequenceModel(PyroModule):  # type: ignore[misc]  # Pyro's classes are not typed
+class SequenceModel(PyroModule):
     """A PyroModule whose priors follow ``.to(dtype)`` and ``.to(device)`` and whose parameters are its own.
 
     Attributes:
@@ -23,13 +23,14 @@ class SequenceModel(PyroModule):  # type: ignore[misc]  # Pyro's classes are not
     unit: Tensor
 
     def __init__(self) -> None:
-        # Pyro decides at construction whether a module can keep its parameters to itself instead of in the global store.
+        # Pyro decides at construction whether a module can keep its parameters to itself instead of in the global
+        # store.
         with pyro.settings.context(module_local_params=True):
             super().__init__()
         self.register_buffer("unit", torch.ones((), dtype=torch.float64))
 
     def parameter(self, name: str, law: dist.TorchDistribution) -> Tensor:
-        """Sample a parameter outside the plate, with the batch axes (particles, 1) where there are particles, else none."""
+        """Sample a parameter outside the plate, with batch axes (particles, 1) where there are particles."""
         value: Tensor = pyro.sample(name, law)
         event = value.shape[value.dim() - len(law.event_shape) :]
         particles = value.shape[: value.dim() - len(law.event_shape)]

@@ -62,4 +62,4 @@ class ScalarModel(SequenceModel):
         noise_scale = self.parameter("noise_scale", dist.LogNormal(0.0 * self.unit, 0.5))
         with pyro.plate("sequences", total or size, subsample_size=size):
             law = LatentAttention(scalar_attention(a, mask=self.mask), noise_scale.unsqueeze(-1), self.length)
-            return pyro.sample("u", law, obs=u)  # type: ignore[no-any-return]
+            return pyro.sample("u", law, obs=u)

@@ -1,6 +1,7 @@
 r"""Causal self-attention as a value: its parameters, weights, mean, residual map and the covariances of the past.
 
-The notation is that of the whole project: a sequence :math:`u = (u_1, \dots, u_T)`, :math:`u_i \in R^p`, heads h = 1..H,
+The notation is that of the whole project: a sequence :math:`u = (u_1, \dots, u_T)`, :math:`u_i \in R^p`, heads h =
+1..H,
 
 .. math::
     q_i = W_Q u_i, \quad k_s = W_K u_s, \quad v_s = W_V u_s, \quad l_{is} = c\, q_i \cdot k_s, \quad
@@ -12,7 +13,7 @@ Under the *strict* mask the past of i is s < i; under the *inclusive* mask it is
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ Mask = Literal["strict", "inclusive"]
 
 
 def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
-    r"""Softmax weights :math:`\alpha_{is} \propto \exp(q_i \cdot k_s)` over the visible tokens, zero for a row that sees none.
+    r"""Softmax weights :math:`\alpha_{is} \propto \exp(q_i \cdot k_s)`; zero for a row that sees no token.
 
     Args:
         query: c q, already scaled, (*batch, Q, r).
@@ -50,7 +51,7 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None)
 
 
 def weighted_covariance(weights: Tensor, value: Tensor, key: Tensor) -> Tensor:
-    r"""Cov_i(v, k) = sum_s alpha_is v_s k_s^T - vbar_i kbar_i^T, for all i by one product of alpha with the rows v_s (x) k_s.
+    r"""Cov_i(v, k) = sum_s alpha_is v_s k_s^T - vbar_i kbar_i^T, for all i in one product with the v_s k_s^T.
 
     Args:
         weights: alpha, (*batch, Q, S).
@@ -60,12 +61,13 @@ def weighted_covariance(weights: Tensor, value: Tensor, key: Tensor) -> Tensor:
     Returns:
         (*batch, Q, dv, r); zero for a row without a past. Time O(Q S r dv), memory O((Q + S) r dv).
     """
-    # A covariance does not change when a constant is subtracted, but the difference of two large products loses digits when the
-    # tokens share a large offset. The first token is such a constant and, unlike the mean, keeps the result causal to the bit.
+    # A covariance does not change when a constant is subtracted, but the difference of two large products loses digits
+    # when the # tokens share a large offset. The first token is such a constant and, unlike the mean, keeps the result
+    # causal to the bit.
     value = value - value[..., :1, :].detach()
     key = key - key[..., :1, :].detach()
     products = (value.unsqueeze(-1) * key.unsqueeze(-2)).flatten(-2)  # (*batch, S, dv r)
-    second = (weights @ products).unflatten(-1, (value.shape[-1], key.shape[-1]))  # (*batch, Q, dv, r)
+    second: Tensor = (weights @ products).unflatten(-1, (value.shape[-1], key.shape[-1]))  # (*batch, Q, dv, r)
     return second - (weights @ value).unsqueeze(-1) * (weights @ key).unsqueeze(-2)
 
 
@@ -88,7 +90,8 @@ class CausalAttention:
 
     .. math::
         \mu_i = \sum_h W_O^h \sum_s \alpha^h_{is} W_V^h u_s, \qquad
-        \alpha^h_{is} \propto \exp(c\,(W_Q^h u_i) \cdot (W_K^h u_s)), \qquad J_i = \partial (u_i - \mu_i) / \partial u_i .
+        \alpha^h_{is} \propto \exp(c\,(W_Q^h u_i) \cdot (W_K^h u_s)), \qquad J_i = \partial (u_i - \mu_i) / \partial u_i
+        .
 
     A value, not a module: build it inside a model from sampled tensors, as often as needed. Every method is written for
     arbitrary leading batch dimensions of the parameters, of u, or of both, which broadcast.
@@ -104,11 +107,12 @@ class CausalAttention:
         validate_args: check that the parameters are finite; None: as torch.distributions validates at the moment.
 
     Raises:
-        InputError: an axis whose size disagrees (named, with both sizes), an unknown mask, parameters that are not finite.
+        InputError: an axis whose size disagrees (named, with both sizes), an unknown mask, parameters that are not
+            finite.
 
     Note:
-        Under the inclusive mask the first token attends to itself alone, so J_1 = I - sum_h W_O W_V: with value and output both
-        the identity and one head, J_1 = 0 and there is no density at all.
+        Under the inclusive mask the first token attends to itself alone, so J_1 = I - sum_h W_O W_V: with value and
+        output both the identity and one head, J_1 = 0 and there is no density at all.
 
     Example:
         >>> A = torch.tensor([[0.5]], dtype=torch.float64)
@@ -172,7 +176,12 @@ class CausalAttention:
                 )
         try:
             self.batch_shape = torch.broadcast_shapes(
-                query.shape[:-3], key.shape[:-3], value.shape[:-3], output.shape[:-3], start.shape[:-1], self.scale.shape[:-1]
+                query.shape[:-3],
+                key.shape[:-3],
+                value.shape[:-3],
+                output.shape[:-3],
+                start.shape[:-1],
+                self.scale.shape[:-1],
             )
         except RuntimeError:
             shapes = {name: tuple(tensor.shape) for name, tensor in self._parameters().items()}
@@ -197,7 +206,9 @@ class CausalAttention:
             InputError: if the matrix is not square.
         """
         if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-            raise InputError(f"the bilinear form has shape {tuple(matrix.shape)}; it must be square, (*batch, H, p, p).")
+            raise InputError(
+                f"the bilinear form has shape {tuple(matrix.shape)}; it must be square, (*batch, H, p, p)."
+            )
         matrix = matrix.unsqueeze(0) if matrix.dim() == 2 else matrix
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand(matrix.shape)
         return cls(matrix, identity, scale=1.0, mask=mask, start=start)
@@ -254,9 +265,9 @@ class CausalAttention:
             validate_args=False,
         )
 
-    def to(self, *args: torch.dtype | torch.device | str) -> CausalAttention:
-        """The same attention with every parameter moved or converted as by ``Tensor.to``."""
-        moved = {name: tensor.to(*args) for name, tensor in self._parameters().items()}  # type: ignore[arg-type]
+    def to(self, *args: Any, **kwargs: Any) -> CausalAttention:
+        """The same attention with every parameter moved or converted as by ``Tensor.to``, same arguments."""
+        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self._parameters().items()}
         return CausalAttention(**moved, mask=self.mask, validate_args=False)
 
     def detach(self) -> CausalAttention:
@@ -297,7 +308,7 @@ class CausalAttention:
         return Evaluation(weights, self._assemble_mean(average), factors)
 
     def weights(self, u: Tensor) -> Tensor:
-        """Attention weights alpha, (*batch, H, T, T); row i sums to one over its past and row 1 of a strict mask is zero."""
+        """Attention weights alpha, (*batch, H, T, T); a row sums to one, but for row 1 of a strict mask."""
         self._require_tokens(u)
         query, key, _, visible = self._project(u)
         return attention_weights(query, key, visible)
@@ -324,13 +335,16 @@ class CausalAttention:
             u: tokens, (*batch, T, p).
 
         Returns:
-            (*batch, T, p, p). The blocks above the diagonal of de/du are zero, those below do not enter the determinant.
+            (*batch, T, p, p). The blocks above the diagonal of de/du are zero, those below do not enter the
+            determinant.
         """
         identity = torch.eye(self.dim, dtype=u.dtype, device=u.device)
         return identity - blocks.sensitivity(self.evaluate(u).factors)
 
     def logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Sign and log|det J_i| by the cheapest exact route: min(p, H r, H dv) square, min(p, H dv) under the inclusive mask.
+        """Sign and log|det J_i| by the cheapest exact route.
+
+        Square matrices of size min(p, H r, H dv), or min(p, H dv) under the inclusive mask; see ``jacobian.reduced``.
 
         Args:
             u: tokens, (*batch, T, p).
@@ -341,7 +355,7 @@ class CausalAttention:
         return blocks.logabsdet(blocks.reduced(self.evaluate(u).factors))
 
     def residual_and_logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual e, (*batch, T, p), and log|det J_i|, (*batch, T), from one evaluation: all that the density needs."""
+        """The residual e, (*batch, T, p), and log|det J_i|, (*batch, T): all that the density needs, in one pass."""
         evaluation = self.evaluate(u)
         return u - evaluation.mean, blocks.logabsdet(blocks.reduced(evaluation.factors))[1]
 
@@ -365,7 +379,8 @@ class CausalAttention:
     def _require_tokens(self, u: Tensor) -> None:
         if u.dim() < 2 or u.shape[-1] != self.dim or u.shape[-2] < 1:
             raise InputError(
-                f"u has shape {tuple(u.shape)}; it must be (*batch, T, p) with p = {self.dim} features in the last axis "
+                f"u has shape {tuple(u.shape)}; it must be (*batch, T, p) with p = {self.dim} features in the last "
+                "axis "
                 "and at least one token in the one before."
             )
         if (u.dtype, u.device) != (self.query.dtype, self.query.device):

@@ -2,13 +2,14 @@ r"""The log-barrier b_i = -log|det J_i| and its variants, three margins, support
 
 The three margins answer different questions and none is a synonym of another:
 
-=============== ============================================ ==================================================================
-kind            definition                                   meaning
-=============== ============================================ ==================================================================
-determinant     det J_i, sign kept                           the scalar margin 1 - a Var_i; zero on the boundary
-spectral        1 - largest real eigenvalue of M_i = I - J_i room on the path I - t M_i; negative: J_i has a negative eigenvalue
-singular_value  sigma_min(J_i)                               distance to a singular block; 1 / sigma_min is the noise gain
-=============== ============================================ ==================================================================
+=============== ============================================
+================================================================== kind            definition
+meaning =============== ============================================
+================================================================== determinant     det J_i, sign kept
+the scalar margin 1 - a Var_i; zero on the boundary spectral        1 - largest real eigenvalue of M_i = I - J_i room on
+the path I - t M_i; negative: J_i has a negative eigenvalue singular_value  sigma_min(J_i)
+distance to a singular block; 1 / sigma_min is the noise gain ===============
+============================================ ==================================================================
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def log_barrier(
 
     with m_i the margin of the same name (spectral: +inf where that margin is not positive).
 
-    What each one does *not* do. ``logdet`` is the term of the density itself, but it is not one-sided: where \|det J_i\| > 1 it is
-    negative and unbounded below, so minimising it against a free attention runs away, and it repels from both sides, so a step
-    that jumps to det J_i < 0 stays there. ``one_sided`` and ``smooth`` do not run away but do not see the sign either, nor
-    det = 2 * 1/2. ``spectral`` sees the sign but not the noise gain of a non-normal block. ``singular_value`` bounds the gain but not
-    the sign. Only ``logdet`` makes the log-density of section 2 of the theory.
+    What each one does *not* do. ``logdet`` is the term of the density itself, but it is not one-sided: where \|det
+    J_i\| > 1 it is negative and unbounded below, so minimising it against a free attention runs away, and it repels
+    from both sides, so a step that jumps to det J_i < 0 stays there. ``one_sided`` and ``smooth`` do not run away but
+    do not see the sign either, nor det = 2 * 1/2. ``spectral`` sees the sign but not the noise gain of a non-normal
+    block. ``singular_value`` bounds the gain but not the sign. Only ``logdet`` makes the log-density of section 2 of
+    the theory.
 
     Args:
         attention: the attention.
@@ -65,8 +67,9 @@ def log_barrier(
         sharpness: beta of ``smooth``; the variant exceeds ``one_sided`` by at most log(2) / beta.
 
     Returns:
-        (*batch, T), in nats. ``logdet``, ``one_sided``, ``smooth`` are twice differentiable where det J_i != 0 (``one_sided`` away
-        from its kink); ``spectral`` once. Cost: the reduced determinant, its eigenvalues, or a p x p singular value decomposition.
+        (*batch, T), in nats. ``logdet``, ``one_sided``, ``smooth`` are twice differentiable where det J_i != 0
+        (``one_sided`` away from its kink); ``spectral`` once. Cost: the reduced determinant, its eigenvalues, or a p x
+        p singular value decomposition.
 
     Raises:
         InputError: unknown kind, sharpness not positive, or shapes that do not fit.
@@ -93,9 +96,10 @@ def log_barrier(
 def stability_margin(attention: CausalAttention, u: Tensor, kind: MarginKind = "singular_value") -> Tensor:
     """How far each token is from the degeneracy boundary, in one of three senses (see the table of this module).
 
-    ``determinant`` keeps its sign but says nothing of a product such as 2 * 1/2. ``spectral`` is the room left when the attention
-    is turned up along I - t M_i; it is +inf where M_i has no real eigenvalue, and negative where J_i has a negative one, even
-    with det J_i > 0. ``singular_value`` is never negative: it is the distance to the nearest singular block, not a side.
+    ``determinant`` keeps its sign but says nothing of a product such as 2 * 1/2. ``spectral`` is the room left when the
+    attention is turned up along I - t M_i; it is +inf where M_i has no real eigenvalue, and negative where J_i has a
+    negative one, even with det J_i > 0. ``singular_value`` is never negative: it is the distance to the nearest
+    singular block, not a side.
 
     Args:
         attention: the attention.
@@ -137,8 +141,8 @@ def support_tokens(
 ) -> SupportTokens:
     """The k positions of smallest margin, as support vectors are the points of smallest margin.
 
-    With ``singular_value`` these are the positions of largest noise gain. This is not the token-selection margin of Tarzanagh et
-    al. (2308.16898), which separates the tokens that a softmax picks from those that it does not.
+    With ``singular_value`` these are the positions of largest noise gain. This is not the token-selection margin of
+    Tarzanagh et al. (2308.16898), which separates the tokens that a softmax picks from those that it does not.
 
     Args:
         attention: the attention.
@@ -169,7 +173,8 @@ class Regime:
     """Whether the density of a sequence is a density.
 
     Attributes:
-        name: "certified" (the contraction bound holds at every position for every u_i: the density is exact), "regular" (no fold
+        name: "certified" (the contraction bound holds at every position for every u_i: the density is exact), "regular"
+            (no fold
             seen: det J_i > 0 and spectral margin > 0 wherever evaluated, which proves nothing elsewhere) or "folded".
         evidence: the numbers behind the name, in words.
         proved: False for "regular", and for "folded" where only a negative eigenvalue with det J_i > 0 was seen.
@@ -186,13 +191,16 @@ class Regime:
 def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
     r"""Upper bound on the norm of M_i for *every* u_i, from the diameters of the past.
 
-    .. math:: \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{W_O^h v_s^h : s < i\}\; \mathrm{diam}\{c W_Q^{hT} k_s^h : s < i\}
+    .. math:: \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{W_O^h v_s^h : s < i\}\; \mathrm{diam}\{c W_Q^{hT} k_s^h : s <
+    i\}
 
-    since \|Cov(x, y)\| <= D_x D_y / 4. Below one, u_i -> e_i is one-to-one whatever the noise. Never larger than the bound that
-    multiplies the norms of W_O and W_Q with the diameters of values and keys, and depends on identified products only.
+    since \|Cov(x, y)\| <= D_x D_y / 4. Below one, u_i -> e_i is one-to-one whatever the noise. Never larger than the
+    bound that multiplies the norms of W_O and W_Q with the diameters of values and keys, and depends on identified
+    products only.
 
     Args:
-        attention: an attention with a strict mask; under the inclusive mask the own value is unbounded and the bound is +inf.
+        attention: an attention with a strict mask; under the inclusive mask the own value is unbounded and the bound is
+            +inf.
         u: tokens, (*batch, T, p).
 
     Returns:
@@ -259,8 +267,11 @@ def _classify(bound: Tensor, determinant: Tensor, spectral: Tensor) -> Regime:
         return Regime("folded", f"{smallest}: negative, so some noise has several solutions", True)
     lowest = int(spectral.argmin())
     if float(spectral[lowest]) <= 0:
-        seen = f"spectral margin {float(spectral[lowest]):.6g} at position {lowest} with det J = {float(determinant[lowest]):.6g}"
-        return Regime("folded", f"{seen}: a real eigenvalue of J is not positive; a fold is suspected, not proved", False)
+        there = f"at position {lowest}, where det J = {float(determinant[lowest]):.6g}"
+        seen = f"spectral margin {float(spectral[lowest]):.6g} {there}"
+        return Regime(
+            "folded", f"{seen}: a real eigenvalue of J is not positive; a fold is suspected, not proved", False
+        )
     largest = float(bound.max())
     # Rounding of a bound that sums T products must not certify what exact arithmetic would not.
     if largest < 1 - 64 * torch.finfo(bound.dtype).eps:

@@ -20,12 +20,13 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="probattn",
-    help="Causal self-attention as a generative model: its Jacobian is a log-barrier, and every claim about it is measured.",
+    help="Causal self-attention as a generative model: its Jacobian is a log-barrier, every claim is measured.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 # Typer carries a Click of its own since 0.26 and the ordinary one before: name the class by its place, not its module.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -48,12 +49,16 @@ def _root(
 
 @app.command()
 def verify(
-    corpus: Annotated[str, typer.Option(help="python-docs, a path to a UTF-8 text, or hf:NAME[:CONFIG].")] = "python-docs",
+    corpus: Annotated[
+        str, typer.Option(help="python-docs, a path to a UTF-8 text, or hf:NAME[:CONFIG].")
+    ] = "python-docs",
     heldout: Annotated[str | None, typer.Option(help="A second text for evaluation; else the last tenth.")] = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/verify"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or float64, for the fit; claims are measured in float64.")] = "float64",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or float64, for the fit; claims are measured in float64.")
+    ] = "float64",
     steps: Annotated[int, typer.Option(help="Optimiser steps at most.")] = 2000,
     batch: Annotated[int, typer.Option(help="Windows in a minibatch.")] = 32,
     context: Annotated[int, typer.Option(help="Characters in a window.")] = 64,
@@ -61,8 +66,12 @@ def verify(
     layers: Annotated[int, typer.Option(help="Decoder layers.")] = 2,
     weight: Annotated[float, typer.Option(help="lambda, the weight of the prior on the embeddings.")] = 0.05,
     kind: Annotated[str, typer.Option(help=f"Penalty: {', '.join(get_args(BarrierKind))}.")] = "logdet",
-    prior: Annotated[str, typer.Option(help=f"{', '.join(get_args(Prior))}: with or without the Gaussian term.")] = "full",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the fit from the checkpoint in the folder.")] = False,
+    prior: Annotated[
+        str, typer.Option(help=f"{', '.join(get_args(Prior))}: with or without the Gaussian term.")
+    ] = "full",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the fit from the checkpoint in the folder.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
     """Fit a character model with the attention prior on a text, measure every claim, and write a report.
@@ -115,7 +124,9 @@ class _Progress:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
         else:
-            typer.echo(f"fit step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items()))
+            typer.echo(
+                f"fit step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+            )
 
     def claim(self, claim: Any) -> None:
         if self.bar is not None:
@@ -139,11 +150,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; run the same command with --resume to go on from the last checkpoint.", 130)
+        status = _INTERRUPTED
     except Exception as error:
         if debug:
             raise
         _fail(f"{type(error).__name__}: {error} (a traceback with --debug)", 3)
+    if status == _INTERRUPTED:
+        _fail("interrupted; run the same command with --resume to go on from the last checkpoint.", _INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -1,7 +1,8 @@
 r"""One step of the process: the residual map of the next token given a past, at any number of candidate tokens.
 
-Everything is written in the identified products :math:`A_h = c W_K^T W_Q` and :math:`C_h = W_O W_V`, so that head h attends with
-the logits :math:`u_i \cdot g_s`, :math:`g_s = A_h^T u_s`, and carries the values :math:`o_s = C_h u_s`; both are computed once a token.
+Everything is written in the identified products :math:`A_h = c W_K^T W_Q` and :math:`C_h = W_O W_V`, so that head h
+attends with the logits :math:`u_i \cdot g_s`, :math:`g_s = A_h^T u_s`, and carries the values :math:`o_s = C_h u_s`;
+both are computed once a token.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ class Past:
             InputError: if the last axis is not p.
         """
         if u.dim() < 2 or u.shape[-1] != attention.dim:
-            raise InputError(f"the past has shape {tuple(u.shape)}; it must be (*batch, n, p) with p = {attention.dim}.")
+            raise InputError(
+                f"the past has shape {tuple(u.shape)}; it must be (*batch, n, p) with p = {attention.dim}."
+            )
         tokens = u.unsqueeze(-3)  # (*batch, 1, n, p)
         moved, pulled = tokens @ attention.transport.mT, tokens @ attention.bilinear
         return cls(attention, moved, pulled, (_diameter(moved), _diameter(pulled)))
 
     def extend(self, u: Tensor) -> Past:
-        """The past with one more token u, (*batch, p); time and memory O(H n p), so that a path of T tokens costs O(H T^2 p)."""
+        """The past with one more token u, (*batch, p); O(H n p), so that a path of T tokens costs O(H T^2 p)."""
         token = u.unsqueeze(-2).unsqueeze(-2)  # (*batch, 1, 1, p)
         moved, pulled = token @ self.attention.transport.mT, token @ self.attention.bilinear
         spread = (_widened(self.spread[0], self.moved, moved), _widened(self.spread[1], self.pulled, pulled))
@@ -104,7 +107,7 @@ class Past:
         return mean, identity - change.sum(-3)
 
     def contraction_bound(self) -> Tensor:
-        """Upper bound on |dmu/du| for every u, (*batch,); +inf under the inclusive mask. See ``barrier.contraction_bound``."""
+        """Upper bound on |dmu/du| for every u, (*batch,); +inf under the inclusive mask."""
         if self.attention.mask == "inclusive":
             return self.moved.new_full(self.moved.shape[:-3], torch.inf)
         return (self.spread[0] * self.spread[1]).sum(-1) / 4

@@ -49,7 +49,9 @@ def noise_distribution(
         if scale_tril.shape[-2:] != (dim, dim):
             raise InputError(f"scale_tril has shape {tuple(scale_tril.shape)}; its last axes must be ({dim}, {dim}).")
         if validate and not bool(constraints.lower_cholesky.check(scale_tril).all()):
-            raise InputError("scale_tril is not lower triangular with a positive diagonal; pass torch.linalg.cholesky(S).")
+            raise InputError(
+                "scale_tril is not lower triangular with a positive diagonal; pass torch.linalg.cholesky(S)."
+            )
         tril = scale_tril.to(like).unsqueeze(-3)  # (*batch, 1, p, p)
         rows = dist.MultivariateNormal(like.new_zeros(dim), scale_tril=tril, validate_args=validate_args)
         return rows.expand((*tril.shape[:-3], length)).to_event(1)  # type: ignore[no-any-return]
@@ -73,23 +75,26 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
 
     .. math:: \log p(u) = \sum_i \log N(u_i - \mu_i; 0, S) + \sum_i \log|\det J_i|
 
-    A Pyro ``TransformedDistribution`` with event shape (T, p). In the certified regime this is a normalised density; where the
-    residual map folds it integrates to the mean number of solutions instead, so see :func:`probattn.regime` before reading it
-    as a probability.
+    A Pyro ``TransformedDistribution`` with event shape (T, p). In the certified regime this is a normalised density;
+    where the residual map folds it integrates to the mean number of solutions instead, so see :func:`probattn.regime`
+    before reading it as a probability.
 
     Args:
         attention: the attention; its batch shape broadcasts with that of the noise.
-        noise_scale: standard deviation: a number, a 0-d tensor, (*batch, 1), or (*batch, p) per coordinate; None with scale_tril.
+        noise_scale: standard deviation: a number, a 0-d tensor, (*batch, 1), or (*batch, p) per coordinate; None with
+            scale_tril.
         length: T.
         scale_tril: the Cholesky factor of S, (*batch, p, p), instead of noise_scale.
-        selection: what sampling does with several solutions: "unique" raises, "nearest" picks the smallest step and warns.
+        selection: what sampling does with several solutions: "unique" raises, "nearest" picks the smallest step and
+            warns.
         validate_args: as in torch.
 
     Raises:
         InputError: a noise scale that is not positive or of a wrong shape, a length below 1.
         SeveralSolutionsError, NoSolutionError: while sampling, see :func:`probattn.solve.solve_sequence`.
 
-    Cost: ``log_prob`` one evaluation of the attention and T reduced determinants; ``rsample`` is sequential in T, with exact
+    Cost: ``log_prob`` one evaluation of the attention and T reduced determinants; ``rsample`` is sequential in T, with
+        exact
     pathwise gradients by the implicit-function theorem. Source: derived here (theory, section 2).
 
     Example:
@@ -149,7 +154,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
         return super().expand(torch.Size(batch_shape), _instance=new)  # type: ignore[no-any-return]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(u), (*batch,); with noise and log-determinant from one pass."""
+        """Log p(u), (*batch,); with noise and log-determinant from one pass."""
         if self._validate_args:
             self._validate_sample(value)
         noise, ladj = self.transform.inverse_and_ladj(value)
@@ -157,7 +162,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
         return log_noise - ladj
 
     def entropy(self) -> Tensor:
-        r"""Not offered: the entropy is that of the noise plus :math:`E[\sum_i b_i]`, which has no closed form; average ``log_prob``.
+        r"""Not offered: it is that of the noise plus :math:`E[\sum_i b_i]`, which has no closed form.
 
         Raises:
             NotImplementedError: always.

@@ -47,6 +47,6 @@ def require_finite(name: str, tensor: Tensor) -> None:
     index = tuple(int(i) for i in bad[0])
     entry = float(tensor[index])
     raise InputError(
-        f"{name} is not finite: {entry} at index {index}; {len(bad)} of {tensor.numel()} entries; "
-        "remove or impute them first."
+        f"{name} is not finite: {entry} at index {index}; {len(bad)} of {tensor.numel()} entries; remove or impute "
+        "them first."
     )

@@ -1,7 +1,7 @@
 r"""The diagonal blocks J_i = I - M_i of the residual map's Jacobian, and what is computed from them.
 
-Causality makes de/du block lower triangular, so these T blocks hold the whole determinant. Each M_i is a sum over heads of
-low-rank terms and is kept in factors until somebody asks for a number: by Sylvester's identity
+Causality makes de/du block lower triangular, so these T blocks hold the whole determinant. Each M_i is a sum over heads
+of low-rank terms and is kept in factors until somebody asks for a number: by Sylvester's identity
 :math:`\det(I_p - U V) = \det(I_m - V U)`, the smallest of the two sides is used. Pure functions of tensors.
 """
 
@@ -51,14 +51,15 @@ def sensitivity(factors: Sensitivity) -> Tensor:
     if factors.own is not None:
         inner = inner + factors.own
     inner = inner.movedim(-4, -3).flatten(-3, -2)  # (*batch, T, H dv, p)
-    return _stacked_output(factors).unsqueeze(-3) @ inner
+    change: Tensor = _stacked_output(factors).unsqueeze(-3) @ inner
+    return change
 
 
 def reduced(factors: Sensitivity) -> Tensor:
     r"""The smallest matrix K_i with :math:`\det(I - K_i) = \det J_i` and the non-zero eigenvalues of M_i.
 
-    Of size m = min(p, H r, H dv) under the strict mask and min(p, H dv) under the inclusive one: the heads' keys, the heads'
-    values, or the features, whichever are fewest. With one head and dv = p this is the r x r route.
+    Of size m = min(p, H r, H dv) under the strict mask and min(p, H dv) under the inclusive one: the heads' keys, the
+    heads' values, or the features, whichever are fewest. With one head and dv = p this is the r x r route.
 
     Args:
         factors: see :class:`Sensitivity`.
@@ -77,7 +78,7 @@ def reduced(factors: Sensitivity) -> Tensor:
     if keys <= values:
         query = factors.query.flatten(-3, -2)  # (*batch, H r, p)
         mixing = (query @ output).unflatten(-1, (heads, value_dim)).movedim(-2, -3)  # (*batch, H, H r, dv)
-        core = mixing.unsqueeze(-3) @ factors.cov  # (*batch, H, T, H r, r)
+        core: Tensor = mixing.unsqueeze(-3) @ factors.cov  # (*batch, H, T, H r, r)
         return core.movedim(-4, -2).flatten(-2)  # (*batch, T, H r, H r)
 
     mixing = factors.query @ output.unsqueeze(-3)  # (*batch, H, r, H dv)
@@ -116,22 +117,24 @@ def smallest_singular_value(matrix: Tensor) -> Tensor:
         (*batch,). Cost O(p^3) a matrix.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.svdvals(identity - matrix)[..., -1]
+    singular: Tensor = torch.linalg.svdvals(identity - matrix)
+    return singular[..., -1]
 
 
 class _LargestRealEigenvalue(torch.autograd.Function):
     r"""Largest real eigenvalue; its derivative is :math:`\mathrm{tr}((Y^T X)^{-1} Y^T dK\, X) / k`.
 
-    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple one this is
-    the derivative of the mean of the cluster. They come from a singular value decomposition: autograd through torch.linalg.eig
-    inverts the whole matrix of eigenvectors, which fails on the defective matrices that covariances of few tokens produce.
+    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple
+    one this is the derivative of the mean of the cluster. They come from a singular value decomposition: autograd
+    through torch.linalg.eig inverts the whole matrix of eigenvectors, which fails on the defective matrices that
+    covariances of few tokens produce.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
-        eigenvalues = torch.linalg.eigvals(matrix)
+        eigenvalues: Tensor = torch.linalg.eigvals(matrix)
         # Rounding splits a double real eigenvalue into a pair with a tiny imaginary part: count it as real.
         real = eigenvalues.imag.abs() <= _rounding(matrix).unsqueeze(-1)
         return eigenvalues.real.masked_fill(~real, -torch.inf).amax(-1)
@@ -144,7 +147,8 @@ class _LargestRealEigenvalue(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         matrix, value = ctx.saved_tensors
         with torch.no_grad():
-            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and keep.
+            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and
+            # keep.
             none = torch.isneginf(value) | (value.abs() <= _rounding(matrix)) | (gradient == 0)
             shift = value.masked_fill(none, 0.0)[..., None, None]
             identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -161,7 +165,8 @@ class _LargestRealEigenvalue(torch.autograd.Function):
 
 def _rounding(matrix: Tensor) -> Tensor:
     """Size of the backward error of an eigenvalue, (*batch,)."""
-    return 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * torch.linalg.matrix_norm(matrix)
+    norm: Tensor = torch.linalg.matrix_norm(matrix)
+    return 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * norm
 
 
 def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:
@@ -175,7 +180,7 @@ def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:
         (*batch,). Differentiable once. Cost O(m^3) a matrix.
 
     Example:
-        >>> float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), dim=2))
+        >>> round(float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), dim=2)), 6)
         2.0
         >>> float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [-2.0, 0.0]]), dim=2))  # both imaginary
         -inf

@@ -1,9 +1,11 @@
 r"""The mass Z of the next-token density for one-dimensional tokens, exactly.
 
 .. math::
-    Z(\text{past}) = \int N(e(u); 0, \sigma^2)\, |e'(u)|\, du = E[\text{number of } u \text{ with } e(u) = \epsilon] \ge 1,
+    Z(\text{past}) = \int N(e(u); 0, \sigma^2)\, |e'(u)|\, du = E[\text{number of } u \text{ with } e(u) = \epsilon] \ge
+    1,
 
-with equality if and only if the residual map does not fold. Without the modulus the integral is always 1, as e has degree one.
+with equality if and only if the residual map does not fold. Without the modulus the integral is always 1, as e has
+degree one.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class ScalarMass:
     Attributes:
         absolute: Z, the integral with the modulus, by Gauss-Legendre quadrature.
         signed: the integral without it; 1 up to rounding.
-        roots: the mean number of solutions, from the values of e at its turning points and the normal distribution function alone.
+        roots: the mean number of solutions, from the values of e at its turning points and the normal distribution
+            function alone.
         turning_points: where e'(u) = 0, in increasing order; empty where e is one-to-one.
     """
 
@@ -52,22 +55,24 @@ def next_token_density(past: Past, u: Tensor, noise_scale: float, *, jacobian: b
         past: a past without batch axes, p = 1.
         u: candidates, (G,).
         noise_scale: sigma.
-        jacobian: False leaves the determinant out, which is what a reader who forgets the change of variables would write.
+        jacobian: False leaves the determinant out, which is what a reader who forgets the change of variables would
+            write.
 
     Returns:
         (G,); negative on a fold. Its modulus is the density that ``LatentAttention.log_prob`` gives.
     """
     mean, block = past.mean_and_jacobian(u.unsqueeze(-1))
     z = (u - mean.squeeze(-1)) / noise_scale
-    density = torch.exp(-0.5 * z.square()) / (noise_scale * (2 * torch.pi) ** 0.5)
+    density: Tensor = torch.exp(-0.5 * z.square()) / (noise_scale * (2 * torch.pi) ** 0.5)
     return density * block[..., 0, 0] if jacobian else density
 
 
 def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> ScalarMass:
     r"""Z of one past with one-dimensional tokens, by quadrature and, independently, from the turning points.
 
-    Turning points are bracketed on a grid that resolves the softmax (1/40 of the scale 1 / spread of the slopes of the logits) and
-    refined by Brent's method; between them e is monotone, so each piece holds the mass \|Phi(e(b)/sigma) - Phi(e(a)/sigma)\|.
+    Turning points are bracketed on a grid that resolves the softmax (1/40 of the scale 1 / spread of the slopes of the
+    logits) and refined by Brent's method; between them e is monotone, so each piece holds the mass \|Phi(e(b)/sigma) -
+    Phi(e(a)/sigma)\|.
 
     Args:
         past: strict mask, p = 1, no batch axes, finite, float64.
@@ -83,7 +88,8 @@ def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> Sca
     Example:
         >>> from probattn.attention import CausalAttention
         >>> tokens = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)  # e(u) = u - tanh(a u)
-        >>> masses = [scalar_mass(Past.of(CausalAttention.from_bilinear(torch.tensor([[a]]).double()), tokens), 0.5) for a in (0.9, 3.0)]
+        >>> masses = [scalar_mass(Past.of(CausalAttention.from_bilinear(torch.tensor([[a]]).double()), tokens), 0.5) for
+        a in (0.9, 3.0)]
         >>> [round(mass.absolute, 6) for mass in masses], [len(mass.turning_points) for mass in masses]
         ([1.0, 2.230141], [0, 2])
     """
@@ -107,7 +113,9 @@ def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> Sca
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     half = np.diff(edges) / 2
     u = (edges[:-1] + half)[:, None] + half[:, None] * nodes  # (panels, nodes)
-    density = next_token_density(past, _tensor(u.ravel(), past), noise_scale, jacobian=jacobian).numpy().reshape(u.shape)
+    density = (
+        next_token_density(past, _tensor(u.ravel(), past), noise_scale, jacobian=jacobian).numpy().reshape(u.shape)
+    )
     panels = half[:, None] * weights * density
 
     ends = np.concatenate([[-np.inf], _residual(past, turning), [np.inf]])

@@ -13,8 +13,8 @@ __all__ = ["first_order_only"]
 def first_order_only(gradient: Tensor, origin: Tensor, name: str) -> Tensor:
     """Return a gradient that raises when it is differentiated again, instead of passing for a constant.
 
-    Torch's own ``once_differentiable`` does not notice a second derivative when the incoming gradient is a constant, which is the
-    usual case.
+    Torch's own ``once_differentiable`` does not notice a second derivative when the incoming gradient is a constant,
+    which is the usual case.
 
     Args:
         gradient: the gradient, computed without a graph.

@@ -39,7 +39,9 @@ def plot_margins(margins: Mapping[str, Array], characters: Sequence[str], suppor
         if positive.size and positive.min() > 0 and positive.max() / positive.min() > 100:
             axis.set_yscale("log")
     axes[0].legend(loc="best", fontsize=8)
-    axes[-1].set_xticks(positions, [_visible(character) for character in characters], fontfamily="monospace", fontsize=8)
+    axes[-1].set_xticks(
+        positions, [_visible(character) for character in characters], fontfamily="monospace", fontsize=8
+    )
     axes[-1].set_xlabel("character")
     figure.suptitle("Margins along one window of held-out text")
     return figure
@@ -49,8 +51,8 @@ def plot_conditional(panels: Sequence[Mapping[str, Any]]) -> Figure:
     """Residual map and next-token law of one past, one column a panel.
 
     Args:
-        panels: each with ``title``, the grid ``u`` (G,), ``residual`` e(u), ``density`` N |det J|, ``plain`` N without the determinant,
-            ``mass`` of the density, ``plain_mass``, and ``turning_points``.
+        panels: each with ``title``, the grid ``u`` (G,), ``residual`` e(u), ``density`` N |det J|, ``plain`` N without
+            the determinant, ``mass`` of the density, ``plain_mass``, and ``turning_points``.
     """
     figure = Figure(figsize=(5.5 * len(panels), 6.2), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False, sharex="col")
@@ -66,7 +68,9 @@ def plot_conditional(panels: Sequence[Mapping[str, Any]]) -> Figure:
         upper.legend(fontsize=8)
         lower.fill_between(u, panel["density"], color=_COLOURS[0], alpha=0.25)
         lower.plot(u, panel["density"], color=_COLOURS[0], label=f"with |det J|: mass {panel['mass']:.3f}")
-        lower.plot(u, panel["plain"], color=_COLOURS[1], linestyle="--", label=f"without: mass {panel['plain_mass']:.3f}")
+        lower.plot(
+            u, panel["plain"], color=_COLOURS[1], linestyle="--", label=f"without: mass {panel['plain_mass']:.3f}"
+        )
         lower.set_xlabel("next token u")
         lower.set_ylabel("density")
         lower.set_ylim(bottom=0)
@@ -80,8 +84,8 @@ def plot_training(history: Mapping[str, Sequence[float]]) -> Figure:
     """Training curves against optimiser steps.
 
     Args:
-        history: ``step``, ``objective``, ``cross_entropy``, ``barrier``, ``smallest_margin``, ``embedding_norm``; one number an
-            evaluation each.
+        history: ``step``, ``objective``, ``cross_entropy``, ``barrier``, ``smallest_margin``, ``embedding_norm``; one
+            number an evaluation each.
     """
     panels = {
         "objective per character (nats)": "objective",
@@ -101,7 +105,7 @@ def plot_training(history: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def plot_barriers(factor: Array, boundary: float, barriers: Mapping[str, Array]) -> Figure:
+def plot_barriers(factor: Array, boundary: float, barriers: Mapping[Any, Array]) -> Figure:
     """Penalties as the attention is turned up through the degeneracy boundary.
 
     Args:

@@ -1,8 +1,8 @@
-r"""Solving the implicit equation u_i = mu_i(u_<i, u_i) + eps_i token by token, and differentiating through the solution.
+r"""Solving u_i = mu_i(u_<i, u_i) + eps_i token by token, and differentiating through the solution.
 
-The map u_i -> e_i is proper and of degree one, so under the strict mask a solution always exists, but it need not be the only one.
-Where the contraction bound does not rule out others, the search starts from several places, and a second solution is an event
-that the caller hears of.
+The map u_i -> e_i is proper and of degree one, so under the strict mask a solution always exists, but it need not be
+the only one. Where the contraction bound does not rule out others, the search starts from several places, and a second
+solution is an event that the caller hears of.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _HALVINGS = 30
 def solve_sequence(attention: CausalAttention, e: Tensor, *, selection: Selection = "unique") -> Tensor:
     r"""The sequence u with u - mu(u) = e.
 
-    Each token is found by Newton's method with a line search on \|e_i(u) - e_i\|. The gradient is that of the solution, by the
-    implicit-function theorem: with w = (de/du)^{-T} g from one back substitution through the block-triangular Jacobian,
-    dL/de = w and dL/dtheta = w . dmu/dtheta, so no solver step is kept in the graph.
+    Each token is found by Newton's method with a line search on \|e_i(u) - e_i\|. The gradient is that of the solution,
+    by the implicit-function theorem: with w = (de/du)^{-T} g from one back substitution through the block-triangular
+    Jacobian, dL/de = w and dL/dtheta = w . dmu/dtheta, so no solver step is kept in the graph.
 
     Args:
         attention: the attention.
@@ -82,7 +82,8 @@ def _solve(attention: CausalAttention, e: Tensor, selection: Selection) -> Tenso
         draws = int(count.any(-1).sum())
         shown = ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
         warnings.warn(
-            f"{draws} of {max(1, math.prod(batch))} sequences had several solutions, at positions {shown}; the one nearest "
+            f"{draws} of {max(1, math.prod(batch))} sequences had several solutions, at positions {shown}; the one "
+            "nearest "
             "to the noise was taken. The law of these draws is not the density that log_prob gives.",
             SeveralSolutionsWarning,
             stacklevel=4,
@@ -99,10 +100,11 @@ def _solve_token(past: Past, noise: Tensor, selection: Selection, position: int)
     u, distance, tolerance, determinant = _newton(past, noise, starts)
     solved = distance <= tolerance  # (starts, *batch)
     if not bool(solved.any(0).all()):
-        where = tuple(int(k) for k in (~solved.any(0)).nonzero()[0])
+        where = _first(~solved.any(0))
         raise NoSolutionError(
-            f"position {position}, batch element {where}: no solution of u - mu(u) = eps after {_ITERATIONS} Newton steps from "
-            f"{len(starts)} starts; the smallest residual is {float(distance[(slice(None), *where)].min()):.3g}. "
+            f"position {position}, batch element {where}: no solution of u - mu(u) = eps after {_ITERATIONS} Newton "
+            "steps from "
+            f"{len(starts)} starts; the smallest residual is {float(distance.amin(0)[where]):.3g}. "
             + ("Under the inclusive mask a solution need not exist." if past.attention.mask == "inclusive" else "")
             + " Reduce the scale of the attention, or use float64."
         )
@@ -115,19 +117,26 @@ def _solve_token(past: Past, noise: Tensor, selection: Selection, position: int)
     if alone:
         several = torch.zeros_like(several)
     if selection == "unique" and bool(several.any()):
-        where = tuple(int(k) for k in several.nonzero()[0])
-        at = (slice(None), *where)
-        roots = sorted({tuple(round(float(x), 6) for x in root) for root in u[at][solved[at]]})
+        where = _first(several)
+        starting = u.movedim(0, -2)[where][solved.movedim(0, -1)[where]]  # (solved starts, p)
+        roots = sorted({tuple(round(float(x), 6) for x in root) for root in starting})
         raise SeveralSolutionsError(
-            f"position {position}, batch element {where}: u - mu(u) = eps has several solutions, among them {roots[:4]}. "
-            f"{int(several.sum())} of {several.numel()} batch elements at this position. The attention is folded here: shrink "
+            f"position {position}, batch element {where}: u - mu(u) = eps has several solutions, among them "
+            f"{roots[:4]}. "
+            f"{int(several.sum())} of {several.numel()} batch elements at this position. The attention is folded "
+            "here: shrink "
             "it, or name a rule with selection='nearest'."
         )
     return chosen, several
 
 
+def _first(mask: Tensor) -> tuple[int, ...]:
+    """Index of the first true entry."""
+    return tuple(int(k) for k in mask.nonzero()[0])
+
+
 def _vertices(past: Past) -> Tensor:
-    """Some extreme values of the mean, (starts, *batch, p): all heads on one token, tokens chosen far from each other."""
+    """Some extreme values of the mean, (starts, *batch, p): all heads on one token, tokens far from each other."""
     values = past.moved.sum(-3)  # (*batch, n, p)
     distance = torch.linalg.vector_norm(values - values.mean(-2, keepdim=True), dim=-1)  # (*batch, n)
     chosen = []
@@ -141,7 +150,7 @@ def _vertices(past: Past) -> Tensor:
 
 
 def _newton(past: Past, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Damped Newton from each start: u, its residual norm, the tolerance there, and det J; (starts, *batch) each but u."""
+    """Damped Newton from each start: u, (starts, *batch, p), its residual norm, the tolerance there, and det J."""
     epsilon = torch.finfo(u.dtype).eps
     mean, jacobian = past.mean_and_jacobian(u)
     residual = u - mean - noise
@@ -197,9 +206,10 @@ class _ImplicitSolution(torch.autograd.Function):
 
 
 def _back_substitute(attention: CausalAttention, u: Tensor, gradient: Tensor) -> Tensor:
-    r"""w with (de/du)^T w = g, last token first.
+    r"""W with (de/du)^T w = g, last token first.
 
-    The block (i, s), s < i, of de/du is :math:`-\sum_h \alpha_{is} [C + (o_s - \bar o_i)(A u_i)^T]`. Time O(H T^2 p), memory O(H T p)
+    The block (i, s), s < i, of de/du is :math:`-\sum_h \alpha_{is} [C + (o_s - \bar o_i)(A u_i)^T]`.
+    Time O(H T^2 p), memory O(H T p)
     besides the weights. Derived here.
     """
     weights = attention.weights(u)  # (*batch, H, T, T)

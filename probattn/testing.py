@@ -1,7 +1,7 @@
-"""A conformance kit: what a transform or a distribution over sequences must satisfy to pass as native to torch and Pyro.
+"""A conformance kit: what a transform or a distribution must satisfy to pass as native to torch and Pyro.
 
-Written for the classes of this package and usable for anybody's: each check raises :class:`ConformanceError` with the name of the
-rule that is broken, the measured number and the bound.
+Written for the classes of this package and usable for anybody's: each check raises :class:`ConformanceError` with the
+name of the rule that is broken, the measured number and the bound.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def _close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> Non
 def check_transform(transform: Transform, x: Tensor, *, tolerance: float = 1e-8, causal: bool = False) -> None:
     r"""Check a bijective transform at a batch of points of its domain.
 
-    Rules: ``domain``, ``codomain`` and ``event_dim`` agree; the output lies in the codomain and keeps dtype and device; both round
-    trips return; ``inv.inv`` is the transform; \|det\| agrees with the dense Jacobian of the *inverse* by autograd, has batch
-    shape, and changes sign under ``inv``; extra batch axes and ``forward_shape``, ``inverse_shape`` agree; ``with_cache`` returns
-    the same object when nothing changes and caches otherwise; deepcopy and pickle give the same map; first derivatives of both
-    directions and of the log-determinant pass ``gradcheck``; with ``causal``, the Jacobian's entries above the block diagonal are
-    exactly zero.
+    Rules: ``domain``, ``codomain`` and ``event_dim`` agree; the output lies in the codomain and keeps dtype and device;
+        both round
+    trips return; ``inv.inv`` is the transform; \|det\| agrees with the dense Jacobian of the *inverse* by autograd, has
+    batch shape, and changes sign under ``inv``; extra batch axes and ``forward_shape``, ``inverse_shape`` agree;
+    ``with_cache`` returns the same object when nothing changes and caches otherwise; deepcopy and pickle give the same
+    map; first derivatives of both directions and of the log-determinant pass ``gradcheck``; with ``causal``, the
+    Jacobian's entries above the block diagonal are exactly zero.
 
     Args:
         transform: the transform.
@@ -72,7 +73,7 @@ def check_transform(transform: Transform, x: Tensor, *, tolerance: float = 1e-8,
     _close("inv(t(x)) = x", transform.inv(y.clone()), x, tolerance)
     _close("t(inv(y)) = y", transform(transform.inv(y.clone())), y, tolerance)
     _require(transform.inv.inv is transform, "inv.inv is another object")
-    _require(transform == copy.copy(transform), "a copy is not equal")  # noqa: SIM300
+    _require(transform == copy.copy(transform), "a copy is not equal")
 
     ladj = transform.log_abs_det_jacobian(x, y)
     _require(ladj.shape == batch_shape, f"log_abs_det_jacobian has shape {tuple(ladj.shape)}, not {tuple(batch_shape)}")
@@ -113,15 +114,21 @@ def check_transform(transform: Transform, x: Tensor, *, tolerance: float = 1e-8,
 
 
 def check_distribution(
-    distribution: Distribution, *, draws: int = 2000, failure_rate: float = 1e-6, seed: int = 0, tolerance: float = 1e-10
+    distribution: Distribution,
+    *,
+    draws: int = 2000,
+    failure_rate: float = 1e-6,
+    seed: int = 0,
+    tolerance: float = 1e-10,
 ) -> None:
-    r"""Check a reparameterised, everywhere supported distribution: its shapes, its copies, and its draws against its density.
+    r"""Check a reparameterised, everywhere supported distribution: shapes, copies, and draws against density.
 
-    Rules: ``support.event_dim``, sample and log_prob shapes; samples lie in the support; a wrong event shape raises under
-    validation; ``expand`` to new batch axes keeps class, draws shape and density, chains, and refuses to shrink; deepcopy and pickle
-    give the same density; ``rsample`` carries gradients; and the identities of Stein,
-    :math:`E[\partial_j \log p] = 0`, :math:`E[x_j \partial_j \log p] = -1` for every coordinate j, hold within Monte Carlo error, which
-    a density that lost its Jacobian or its scale does not satisfy.
+    Rules: ``support.event_dim``, sample and log_prob shapes; samples lie in the support; a wrong event shape raises
+        under
+    validation; ``expand`` to new batch axes keeps class, draws shape and density, chains, and refuses to shrink;
+    deepcopy and pickle give the same density; ``rsample`` carries gradients; and the identities of Stein,
+    :math:`E[\partial_j \log p] = 0`, :math:`E[x_j \partial_j \log p] = -1` for every coordinate j, hold within Monte
+    Carlo error, which a density that lost its Jacobian or its scale does not satisfy.
 
     Args:
         distribution: a distribution with ``has_rsample`` and a smooth density on the whole space.
@@ -182,7 +189,9 @@ def _check_expand(distribution: Distribution, value: Tensor, density: Tensor, to
         raise ConformanceError("expand is not implemented") from error
     _require(type(expanded) is type(distribution), f"expand returned a {type(expanded).__name__}")
     _require(expanded.batch_shape == torch.Size(wide), f"expand gave batch_shape {tuple(expanded.batch_shape)}")
-    _require(again.sample().shape == (3, *wide, *distribution.event_shape), "an expansion of an expansion has a wrong shape")
+    _require(
+        again.sample().shape == (3, *wide, *distribution.event_shape), "an expansion of an expansion has a wrong shape"
+    )
     _close("density after expand", expanded.log_prob(value), density, tolerance)
     try:
         again.expand(torch.Size((5, *wide)))
@@ -203,6 +212,7 @@ def _check_stein(distribution: Distribution, draws: int, failure_rate: float) ->
     which = "E[d log p] = 0" if worst < half else "E[x d log p] = -1"
     _require(
         float(z[worst]) <= bound,
-        f"draws disagree with log_prob: {which} is off by {float(z[worst]):.1f} standard errors at coordinate {worst % half} "
+        f"draws disagree with log_prob: {which} is off by {float(z[worst]):.1f} standard errors at coordinate "
+        f"{worst % half} "
         f"(bound {bound:.1f})",
     )

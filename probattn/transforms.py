@@ -17,8 +17,9 @@ class AttentionTransform(Transform):
 
     .. math:: \log|\det \partial u / \partial e| = -\sum_i \log|\det J_i| = \sum_i b_i
 
-    The inverse is explicit, the forward direction is solved. In the certified and regular regimes the map is a bijection as far as
-    is known; where it folds, the forward direction raises (or follows the named rule) instead of picking a root silently.
+    The inverse is explicit, the forward direction is solved. In the certified and regular regimes the map is a
+    bijection as far as is known; where it folds, the forward direction raises (or follows the named rule) instead of
+    picking a root silently.
 
     Args:
         attention: the attention; the transform is a light view of it, so build both anew inside a model.
@@ -37,9 +38,7 @@ class AttentionTransform(Transform):
     codomain = constraints.independent(constraints.real, 2)
     bijective = True
 
-    def __init__(
-        self, attention: CausalAttention, *, selection: Selection = "unique", cache_size: int = 0
-    ) -> None:
+    def __init__(self, attention: CausalAttention, *, selection: Selection = "unique", cache_size: int = 0) -> None:
         self.attention = attention
         self.selection: Selection = selection
         super().__init__(cache_size=cache_size)

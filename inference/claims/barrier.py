@@ -19,10 +19,8 @@ __all__ = ["barrier_claim"]
 BOUND = {"density_error": 1e-10, "slope_error": 1e-3, "witness_error": 1e-12}
 
 
-def barrier_claim(
-    subject: Subject, *, barrier: Callable[[CausalAttention, Tensor], Tensor] = log_barrier
-) -> Claim:
-    r"""The barrier is the Jacobian term of the density, grows like -log(distance), and is negative without bound elsewhere.
+def barrier_claim(subject: Subject, *, barrier: Callable[[CausalAttention, Tensor], Tensor] = log_barrier) -> Claim:
+    r"""The barrier is the Jacobian term of the density, grows like -log(distance), and is unbounded below elsewhere.
 
     Args:
         subject: the fitted model; how often the barrier is a reward is counted on real text.
@@ -44,13 +42,16 @@ def barrier_claim(
     holds = judge(measured, BOUND)
     return Claim(
         "barrier",
-        "b_i = -log|det J_i| is the change-of-variables term of the density and keeps the attention away from the degeneracy boundary.",
+        "b_i = -log|det J_i| is the change-of-variables term of the density and keeps the attention away from the "
+        "degeneracy boundary.",
         "identity",
         "supported_within" if holds else "not_supported",
         measured,
         BOUND,
-        "where |det J_i| < 1 and det J_i > 0 to begin with: beyond |det J_i| = 1 the same term is a reward without lower bound, and "
-        f"a step across the boundary is held on the far side. On the held-out text {measured['share_below_zero_on_text']:.0%} of the "
+        "where |det J_i| < 1 and det J_i > 0 to begin with: beyond |det J_i| = 1 the same term is a reward without "
+        "lower bound, and "
+        "a step across the boundary is held on the far side. On the held-out text "
+        f"{measured['share_below_zero_on_text']:.0%} of the "
         f"positions are rewarded (mean b = {measured['mean_on_text']:.2f})."
         if holds
         else None,
@@ -59,7 +60,9 @@ def barrier_claim(
 
 def _pair(a: float, *, dtype: torch.dtype = torch.float64) -> tuple[CausalAttention, Tensor]:
     """Past {+1, -1} and u = 0, with A = a: J = 1 - a and the residual of the last token is zero."""
-    return CausalAttention.from_bilinear(torch.tensor([[a]], dtype=dtype)), torch.tensor([[1.0], [-1.0], [0.0]], dtype=dtype)
+    return CausalAttention.from_bilinear(torch.tensor([[a]], dtype=dtype)), torch.tensor(
+        [[1.0], [-1.0], [0.0]], dtype=dtype
+    )
 
 
 def _density_error(
@@ -87,12 +90,10 @@ def _slope_error(barrier: Callable[[CausalAttention, Tensor], Tensor]) -> float:
 
 
 def _witness_error(barrier: Callable[[CausalAttention, Tensor], Tensor]) -> float:
-    """A = -c gives b = -log(1 + c) with zero residual, for any c: no lower bound, and the Gaussian term does not stop it."""
+    """A = -c gives b = -log(1 + c) with zero residual, for any c: no lower bound."""
     return worst(*(abs(float(barrier(*_pair(-c))[-1]) + math.log1p(c)) for c in (1.0, 1e2, 1e4, 1e6)))
 
 
 def _two_sided_gap(barrier: Callable[[CausalAttention, Tensor], Tensor]) -> float:
-    """b just beyond the boundary against b just before it: equal, so the barrier repels from both sides."""
-    return worst(
-        *(abs(float(barrier(*_pair(1 + d))[-1]) - float(barrier(*_pair(1 - d))[-1])) for d in (1e-3, 1e-5))
-    )
+    """B just beyond the boundary against b just before it: equal, so the barrier repels from both sides."""
+    return worst(*(abs(float(barrier(*_pair(1 + d))[-1]) - float(barrier(*_pair(1 - d))[-1])) for d in (1e-3, 1e-5)))

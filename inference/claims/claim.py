@@ -25,10 +25,10 @@ class Claim:
     Attributes:
         id: short name.
         statement: one sentence that can be false.
-        kind: "identity" (must hold to numerical precision), "statistical" (a test with a stated error rate) or "empirical" (an
-            experiment whose verdict decides nothing but itself).
-        verdict: "supported", "supported_within" (then ``condition`` says where), "not_supported", "not_run" (then ``condition`` says
-            why).
+        kind: "identity" (must hold to numerical precision), "statistical" (a test with a stated error rate) or
+            "empirical" (an experiment whose verdict decides nothing but itself).
+        verdict: "supported", "supported_within" (then ``condition`` says where), "not_supported", "not_run" (then
+            ``condition`` says why).
         measured: numbers by name.
         bound: the largest value that each decisive number may take.
         condition: where it holds.

@@ -19,7 +19,7 @@ BOUND = {"max_abs_error": 1e-10, "max_logdet_error": 1e-10, "wrong_signs": 0.0, 
 
 def dense_jacobian(attention: CausalAttention, u: Tensor) -> Tensor:
     """The whole Jacobian de/du of one sequence by automatic differentiation, (T, p, T, p): the reference."""
-    jacobian: Tensor = torch.autograd.functional.jacobian(attention.residual, u)  # type: ignore[no-untyped-call]
+    jacobian: Tensor = torch.autograd.functional.jacobian(attention.residual, u)
     return jacobian
 
 
@@ -58,7 +58,8 @@ def jacobian_claim(
         count += u.shape[0]
     return Claim(
         "jacobian",
-        "The diagonal blocks of de/du and their log-determinants have the stated closed form under both masks, and the blocks above "
+        "The diagonal blocks of de/du and their log-determinants have the stated closed form under both masks, and "
+        "the blocks above "
         "the diagonal are exactly zero.",
         "identity",
         "supported" if judge(measured, BOUND) else "not_supported",

@@ -31,9 +31,10 @@ def margin_claim(
 ) -> Claim:
     """Each margin against its own definition, and against the other two on real text.
 
-    The determinant margin against the dense determinant with its sign; the spectral one against the eigenvalues of the dense block,
-    and as the first singular matrix on the path I - t M; the singular-value one as the distance to a singular block that is
-    constructed, and as the reciprocal of the gain from noise to token that finite differences of the residual map show.
+    The determinant margin against the dense determinant with its sign; the spectral one against the eigenvalues of the
+    dense block, and as the first singular matrix on the path I - t M; the singular-value one as the distance to a
+    singular block that is constructed, and as the reciprocal of the gain from noise to token that finite differences of
+    the residual map show.
 
     Args:
         subject: the fitted model.
@@ -50,7 +51,8 @@ def margin_claim(
     holds = judge(measured, BOUND)
     return Claim(
         "margin",
-        "Determinant, spectral and singular-value margin measure orientation, room along I - t M, and distance to a singular block "
+        "Determinant, spectral and singular-value margin measure orientation, room along I - t M, and distance to a "
+        "singular block "
         "(the reciprocal noise gain); none replaces another.",
         "identity",
         "supported" if holds else "not_supported",
@@ -91,7 +93,9 @@ def _errors(
     relevant = (1 - spectral > 1e-3) & torch.isfinite(spectral)
     nearest = blocks - smallest[:, None, None] * left[..., :, -1:] * right[..., -1:, :]
     return {
-        "determinant_error": float(((margin(attention, u, "determinant") - determinant).abs() / (1 + determinant.abs())).max()),
+        "determinant_error": float(
+            ((margin(attention, u, "determinant") - determinant).abs() / (1 + determinant.abs())).max()
+        ),
         "spectral_error": float(torch.where(spectral == 1 - largest, 0.0, spectral_gap).max()),
         "singular_boundary_error": float(at_boundary[relevant].max()) if bool(relevant.any()) else 0.0,
         "nearest_singular_error": float((torch.linalg.svdvals(nearest)[..., -1] / (1 + singular[..., 0])).max()),

@@ -57,7 +57,8 @@ def normalisation_claim(subject: Subject, *, mass: Callable[[Past, float], Scala
         "supported_within" if holds else "not_supported",
         measured,
         BOUND,
-        f"where u_i -> e_i does not fold (a sup Var <= 1): {cases - folds} of {cases} cases; with folds the mass is the mean number of "
+        f"where u_i -> e_i does not fold (a sup Var <= 1): {cases - folds} of {cases} cases; with folds the mass is "
+        "the mean number of "
         f"solutions, here up to {largest:.3f}. With det J in place of its modulus the integral is always one."
         if holds
         else None,
@@ -85,5 +86,5 @@ def _first_axis(u: Tensor) -> Tensor:
     """Tokens along their first principal axis, standardised, (windows, T)."""
     centred = u - u.mean((0, 1))
     axis = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)[2][0]
-    line = centred @ axis
+    line: Tensor = centred @ axis
     return line / line.std()

@@ -28,19 +28,21 @@ Objective = Callable[[LanguageConfig, Values, Tensor, Tensor, int], Tensor]
 
 
 def log_joint(model: LanguageModel, values: Values, inputs: Tensor, targets: Tensor, total: int) -> Tensor:
-    """The log-joint that Pyro computes for the model at given values of its sites, with the plate scaled to ``total``."""
+    """The log-joint that Pyro computes at given values of the sites, with the plate scaled to ``total``."""
     conditioned = poutine.condition(model, data=dict(values))
     with pyro.settings.context(module_local_params=True):
         trace = poutine.trace(conditioned).get_trace(inputs, targets, total=total)
-    return trace.log_prob_sum()  # type: ignore[no-any-return]
+    return torch.as_tensor(trace.log_prob_sum())
 
 
-def penalised_cross_entropy(config: LanguageConfig, values: Values, inputs: Tensor, targets: Tensor, total: int) -> Tensor:
+def penalised_cross_entropy(
+    config: LanguageConfig, values: Values, inputs: Tensor, targets: Tensor, total: int
+) -> Tensor:
     r"""The objective written by hand in plain torch, sharing nothing with the package but the names of the sites.
 
     .. math::
-        \frac{N_{total}}{N} \sum \{ CE + \lambda\, [\tfrac12 |e|_S^2 + \tfrac p2 \log 2\pi\sigma^2] + \lambda\, \mathrm{penalty} \}
-        - \log p(\theta)
+        \frac{N_{total}}{N} \sum \{ CE + \lambda\, [\tfrac12 |e|_S^2 + \tfrac p2 \log 2\pi\sigma^2] + \lambda\,
+        \mathrm{penalty} \} - \log p(\theta)
     """
     length = inputs.shape[1]
     u = F.embedding(inputs, values["embedding"]) + values["position"][:length]
@@ -97,7 +99,8 @@ def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_
             measured["gradient_error"] = worst(measured["gradient_error"], gap)
     return Claim(
         "objective",
-        "Minus the Pyro model's log-joint is cross-entropy + lambda (Gaussian term + penalty) - log prior, value and gradient, for "
+        "Minus the Pyro model's log-joint is cross-entropy + lambda (Gaussian term + penalty) - log prior, value and "
+        "gradient, for "
         "every penalty, with the full prior and with the margin alone, at random and at fitted parameters.",
         "identity",
         "supported" if judge(measured, BOUND) else "not_supported",
@@ -115,16 +118,17 @@ def _penalty(kind: BarrierKind, left: Tensor, right: Tensor) -> Tensor:
     change = left @ right
     identity = torch.eye(change.shape[-1], dtype=change.dtype)
     if kind == "singular_value":
-        return -torch.linalg.svd(identity - change)[1][..., -1].clamp(max=1.0).log()
+        singular: Tensor = torch.linalg.svd(identity - change)[1]
+        return -singular[..., -1].clamp(max=1.0).log()
     if kind == "spectral":
-        eigenvalues = torch.linalg.eigvals(right @ left)  # M's own, but for zeros
+        eigenvalues: Tensor = torch.linalg.eigvals(right @ left)  # M's own, but for zeros
         size = eigenvalues.abs().amax(-1, keepdim=True)
         real = eigenvalues.imag.abs() <= 1e-13 * size
         largest = torch.where(real, eigenvalues.real, -torch.inf).amax(-1)
         # M has rank r at most: where no eigenvalue is positive, the largest is the zero of its kernel, up to rounding.
         room = 1 - torch.where(largest > 1e-13 * size.squeeze(-1), largest, 0.0)
         return -room.clamp(0.0, 1.0).log()
-    literal = -torch.linalg.det(identity - change).abs().log()
+    literal: Tensor = -torch.linalg.det(identity - change).abs().log()
     if kind == "logdet":
         return literal
     if kind == "one_sided":
@@ -143,13 +147,21 @@ def _decoder_logits(config: LanguageConfig, values: Values, u: Tensor) -> Tensor
     x = u
     future = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool).triu(1)
     for layer in range(config.layers):
-        own = {name.removeprefix(f"{prefix}.{layer}."): value for name, value in values.items() if name.startswith(f"{prefix}.{layer}.")}
+        own = {
+            name.removeprefix(f"{prefix}.{layer}."): value
+            for name, value in values.items()
+            if name.startswith(f"{prefix}.{layer}.")
+        }
         y = F.layer_norm(x, (config.dim,), own["norm1.weight"], own["norm1.bias"])
         q, k, v = F.linear(y, own["self_attn.in_proj_weight"], own["self_attn.in_proj_bias"]).chunk(3, dim=-1)
-        heads = [part.unflatten(-1, (config.decoder_heads, -1)).transpose(1, 2) for part in (q, k, v)]  # (N, heads, T, d)
+        heads = [
+            part.unflatten(-1, (config.decoder_heads, -1)).transpose(1, 2) for part in (q, k, v)
+        ]  # (N, heads, T, d)
         scores = heads[0] @ heads[1].mT / heads[0].shape[-1] ** 0.5
         mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ heads[2]
-        x = x + F.linear(mixed.transpose(1, 2).flatten(-2), own["self_attn.out_proj.weight"], own["self_attn.out_proj.bias"])
+        x = x + F.linear(
+            mixed.transpose(1, 2).flatten(-2), own["self_attn.out_proj.weight"], own["self_attn.out_proj.bias"]
+        )
         y = F.layer_norm(x, (config.dim,), own["norm2.weight"], own["norm2.bias"])
         hidden = F.relu(F.linear(y, own["linear1.weight"], own["linear1.bias"]))
         x = x + F.linear(hidden, own["linear2.weight"], own["linear2.bias"])

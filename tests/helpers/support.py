@@ -5,7 +5,9 @@ import torch
 from probattn import CausalAttention
 
 
-def attention_like(seed, heads=1, rank=2, dim=3, value_dim=None, mask="strict", size=1.0, dtype=torch.float64, batch=()):
+def attention_like(
+    seed, heads=1, rank=2, dim=3, value_dim=None, mask="strict", size=1.0, dtype=torch.float64, batch=()
+):
     """A random attention; ``size`` scales the query, and with it the logits."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -15,7 +17,9 @@ def attention_like(seed, heads=1, rank=2, dim=3, value_dim=None, mask="strict", 
     value = output = None
     if value_dim is not None:
         value, output = normal(heads, value_dim, dim), normal(heads, dim, value_dim) / heads
-    return CausalAttention(size * normal(heads, rank, dim), normal(heads, rank, dim), value, output, mask=mask, start=normal(dim))
+    return CausalAttention(
+        size * normal(heads, rank, dim), normal(heads, rank, dim), value, output, mask=mask, start=normal(dim)
+    )
 
 
 def tokens(seed, *shape, dtype=torch.float64):
@@ -44,6 +48,8 @@ def loop_mean(attention, u):
             query = attention.query[h] @ u[i]
             logits = torch.stack([attention.scale * (query @ (attention.key[h] @ s)) for s in seen])
             weights = logits.softmax(0)
-            mean = mean + attention.output[h] @ sum(w * (attention.value[h] @ s) for w, s in zip(weights, seen, strict=True))
+            mean = mean + attention.output[h] @ sum(
+                w * (attention.value[h] @ s) for w, s in zip(weights, seen, strict=True)
+            )
         means.append(mean)
     return torch.stack(means)

@@ -1,14 +1,16 @@
 import pytest
 import torch
-from support import attention_like, loop_mean, tokens
 
 from probattn import CausalAttention
 from probattn.attention import weighted_covariance
 from probattn.errors import InputError
+from support import attention_like, loop_mean, tokens
 
 
 @pytest.mark.parametrize("mask", ["strict", "inclusive"])
-@pytest.mark.parametrize(("heads", "rank", "dim", "value_dim", "length"), [(1, 1, 1, None, 1), (2, 3, 4, 2, 5), (3, 1, 2, None, 4)])
+@pytest.mark.parametrize(
+    ("heads", "rank", "dim", "value_dim", "length"), [(1, 1, 1, None, 1), (2, 3, 4, 2, 5), (3, 1, 2, None, 4)]
+)
 def test_mean_is_the_textbook_loop(mask, heads, rank, dim, value_dim, length):
     attention = attention_like(0, heads, rank, dim, value_dim, mask)
     u = tokens(0, length, dim)
@@ -45,7 +47,12 @@ def test_batches_of_parameters_and_of_tokens_broadcast(parameters_batch):
     wide = attention.expand(batch)
     index = tuple(size - 1 for size in batch)
     one = CausalAttention(
-        wide.query[index], wide.key[index], wide.value[index], wide.output[index], mask="inclusive", start=wide.start[index]
+        wide.query[index],
+        wide.key[index],
+        wide.value[index],
+        wide.output[index],
+        mask="inclusive",
+        start=wide.start[index],
     )
     torch.testing.assert_close(whole[index], one.jacobian(u[-1]))
     torch.testing.assert_close(attention.mean(u)[index], one.mean(u[-1]))
@@ -91,14 +98,20 @@ def test_float32_agrees_with_float64():
     double = attention_like(6, heads=2, value_dim=2)
     u = tokens(6, 8, 3)
     # Blocks are sums of about 8 products of numbers near one: a few float32 epsilons each.
-    torch.testing.assert_close(double.to(torch.float32).jacobian(u.float()).double(), double.jacobian(u), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(
+        double.to(torch.float32).jacobian(u.float()).double(), double.jacobian(u), atol=2e-5, rtol=2e-5
+    )
 
 
 def test_identified_products_do_not_depend_on_the_factors():
     attention = attention_like(7, heads=2, value_dim=2)
     turn = tokens(7, 2, 2) + 2 * torch.eye(2)
     turned = CausalAttention(
-        turn @ attention.query, torch.linalg.inv(turn).mT @ attention.key, attention.value, attention.output, start=attention.start
+        turn @ attention.query,
+        torch.linalg.inv(turn).mT @ attention.key,
+        attention.value,
+        attention.output,
+        start=attention.start,
     )
     u = tokens(8, 6, 3)
     torch.testing.assert_close(turned.bilinear, attention.bilinear)
@@ -112,7 +125,10 @@ def test_identified_products_do_not_depend_on_the_factors():
         ({"key": torch.zeros(2, 2, 3)}, r"key has 2 in its heads axis \(-3\) where 1"),
         ({"key": torch.zeros(1, 5, 3)}, r"key has 5 in its rank axis \(-2\) where 2"),
         ({"value": torch.zeros(1, 2, 3)}, "output is the identity, which needs 3"),
-        ({"value": torch.zeros(1, 2, 3), "output": torch.zeros(1, 3, 1)}, r"output has 1 in its value axis \(-1\) where 2"),
+        (
+            {"value": torch.zeros(1, 2, 3), "output": torch.zeros(1, 3, 1)},
+            r"output has 1 in its value axis \(-1\) where 2",
+        ),
         ({"query": torch.zeros(2, 3)}, "needs a heads axis"),
         ({"query": torch.full((1, 2, 3), float("nan"))}, r"query is not finite: nan at index \(0, 0, 0\)"),
         ({"key": torch.zeros(1, 2, 3).double()}, "bring them together"),

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import attention_like, dense, dense_blocks, tokens
 
 from probattn import jacobian as blocks
 from probattn.conditional import Past
+from support import attention_like, dense, dense_blocks, tokens
 
 
 @settings(max_examples=200)
@@ -62,7 +62,8 @@ def test_several_heads_do_not_factor():
     attention = attention_like(2, heads=2)
     u = tokens(2, 6, 3)
     product = sum(
-        type(attention)(attention.query[h : h + 1], attention.key[h : h + 1], start=attention.start).logabsdet(u)[1] for h in (0, 1)
+        type(attention)(attention.query[h : h + 1], attention.key[h : h + 1], start=attention.start).logabsdet(u)[1]
+        for h in (0, 1)
     )
     assert (attention.logabsdet(u)[1] - product).abs().max() > 0.1
 
@@ -85,7 +86,14 @@ def test_first_and_second_derivatives(mask):
 
     inputs = [
         x.clone().requires_grad_()
-        for x in (attention.query, attention.key, attention.value, 0.5 * attention.output, attention.start, tokens(4, 4, 2))
+        for x in (
+            attention.query,
+            attention.key,
+            attention.value,
+            0.5 * attention.output,
+            attention.start,
+            tokens(4, 4, 2),
+        )
     ]
     assert torch.autograd.gradcheck(evaluate, inputs)
     assert torch.autograd.gradgradcheck(evaluate, inputs)
@@ -117,7 +125,9 @@ class TestLargestRealEigenvalue:
         assert blocks.largest_real_eigenvalue(turn, 3) == 0
 
     def test_gradient_also_where_the_eigenvectors_do_not_span(self):
-        matrix = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]).double().requires_grad_()  # a Jordan block
+        matrix = (
+            torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]).double().requires_grad_()
+        )  # a Jordan block
         blocks.largest_real_eigenvalue(matrix, 3).backward()
         expected = torch.zeros(3, 3).double()
         expected[0, 0] = 1

@@ -1,0 +1,189 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from probattn import CausalAttention, log_barrier, regime, stability_margin, support_tokens
+from probattn.barrier import contraction_bound
+from probattn.conditional import Past
+from probattn.errors import InputError
+from support import attention_like, dense_blocks, tokens
+
+KINDS = ["logdet", "one_sided", "smooth", "spectral", "singular_value"]
+PAIR = torch.tensor([[1.0], [-1.0], [0.0]], dtype=torch.float64)  # past {+1, -1}, u = 0: J = 1 - a
+
+
+def scalar(a):
+    return CausalAttention.from_bilinear(torch.tensor([[a]], dtype=torch.float64))
+
+
+class TestBarrier:
+    @pytest.mark.parametrize(
+        ("a", "expected"),
+        [
+            (0.5, dict.fromkeys(["logdet", "one_sided", "spectral", "singular_value"], math.log(2))),
+            (-3.0, {"logdet": -math.log(4), "one_sided": 0.0, "spectral": 0.0, "singular_value": 0.0}),
+            (
+                1.5,
+                {"logdet": math.log(2), "one_sided": math.log(2), "spectral": math.inf, "singular_value": math.log(2)},
+            ),
+            (3.0, {"logdet": -math.log(2), "one_sided": 0.0, "spectral": math.inf, "singular_value": 0.0}),
+        ],
+    )
+    def test_known_values_on_both_sides_of_the_boundary(self, a, expected):
+        for kind, value in expected.items():
+            assert float(log_barrier(scalar(a), PAIR, kind)[-1]) == pytest.approx(value, abs=1e-14)
+
+    def test_unbounded_below_with_zero_residual(self):
+        for c in (1.0, 1e3, 1e6):
+            assert float(log_barrier(scalar(-c), PAIR)[-1]) == pytest.approx(-math.log1p(c))
+            assert float(scalar(-c).residual(PAIR)[-1]) == 0
+
+    def test_smooth_lies_above_one_sided_by_at_most_log2_over_sharpness(self):
+        attention, u = attention_like(0, heads=2, dim=4), tokens(0, 3, 9, 4)
+        for sharpness in (1.0, 10.0, 1000.0):
+            gap = log_barrier(attention, u, "smooth", sharpness=sharpness) - log_barrier(attention, u, "one_sided")
+            assert (gap >= 0).all()
+            assert (gap <= math.log(2) / sharpness + 1e-12).all()
+
+    def test_infinite_exactly_on_the_boundary(self):
+        for kind in KINDS:
+            assert torch.isposinf(log_barrier(scalar(1.0), PAIR, kind)[-1])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gradients(self, kind):
+        u = tokens(1, 5, 3)
+
+        def penalty(query, key):
+            return log_barrier(CausalAttention(query, key), u, kind)
+
+        attention = attention_like(1, size=0.4)
+        inputs = (attention.query.clone().requires_grad_(), attention.key.clone().requires_grad_())
+        assert torch.autograd.gradcheck(penalty, inputs)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_shape_and_dtype(self, kind, dtype):
+        result = log_barrier(
+            attention_like(2, heads=2, dtype=dtype, batch=(4, 1)), tokens(2, 5, 6, 3, dtype=dtype), kind
+        )
+        assert result.shape == (4, 5, 6)
+        assert result.dtype == dtype
+
+    def test_bad_arguments(self):
+        with pytest.raises(InputError, match="kind is 'log'; use one of 'logdet', 'one_sided'"):
+            log_barrier(scalar(0.5), PAIR, "log")
+        with pytest.raises(InputError, match="sharpness is 0"):
+            log_barrier(scalar(0.5), PAIR, "smooth", sharpness=0)
+
+
+class TestMargins:
+    @given(seed=st.integers(0, 10**6), mask=st.sampled_from(["strict", "inclusive"]), heads=st.integers(1, 3))
+    def test_each_by_its_definition_from_the_dense_block(self, seed, mask, heads):
+        attention, u = attention_like(seed, heads, 2, 4, 2, mask), tokens(seed, 5, 4)
+        block = dense_blocks(attention, u)
+        margin = {kind: stability_margin(attention, u, kind) for kind in ("determinant", "spectral", "singular_value")}
+        torch.testing.assert_close(margin["determinant"], torch.linalg.det(block), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(margin["singular_value"], torch.linalg.svdvals(block)[..., -1])
+        # A negative determinant has an odd number of negative eigenvalues: the spectral margin must see one.
+        assert (margin["spectral"][margin["determinant"] < -1e-9] < 0).all()
+        # And the path I - t M, t in [0, 1], meets no singular matrix where the margin is positive.
+        path = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None, None, None]
+        change = torch.eye(4) - block
+        determinants = torch.linalg.det(torch.eye(4) - path * change)
+        assert (determinants[:, margin["spectral"] > 1e-9] > 0).all()
+
+    def test_two_folds_hide_from_the_determinant_but_not_from_the_spectrum(self):
+        corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
+        attention = CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64))
+        assert float(stability_margin(attention, corners, "determinant")[-1]) == pytest.approx(1.0)
+        assert float(stability_margin(attention, corners, "spectral")[-1]) == pytest.approx(-1.0)
+        assert float(log_barrier(attention, corners)[-1]) == pytest.approx(0.0)
+
+    def test_determinant_one_can_be_far_from_safe(self):
+        corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
+        attention = CausalAttention.from_bilinear(torch.diag(torch.tensor([-9.0, 0.9])).double())  # J = diag(10, 0.1)
+        assert float(stability_margin(attention, corners, "determinant")[-1]) == pytest.approx(1.0)
+        assert float(stability_margin(attention, corners, "singular_value")[-1]) == pytest.approx(0.1)
+
+    def test_spectral_margin_is_infinite_without_a_real_eigenvalue(self):
+        corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
+        attention = CausalAttention.from_bilinear(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double())
+        assert torch.isposinf(stability_margin(attention, corners, "spectral")[-1])
+        assert log_barrier(attention, corners, "spectral")[-1] == 0
+
+    def test_not_finite_tokens_are_located(self):
+        u = tokens(0, 2, 4, 3)
+        u[1, 2, 0] = float("inf")
+        with pytest.raises(InputError, match=r"u is not finite: inf at index \(1, 2, 0\); 1 of 24"):
+            stability_margin(attention_like(0), u)
+
+
+class TestSupportTokens:
+    def test_smallest_first_and_the_earlier_among_equals(self):
+        attention, u = attention_like(3), tokens(3, 4, 12, 3)
+        positions, margins = support_tokens(attention, u, k=12)
+        everything = stability_margin(attention, u)
+        torch.testing.assert_close(margins, everything.sort(-1).values)
+        torch.testing.assert_close(everything.gather(-1, positions), margins)
+        equal = support_tokens(scalar(0.0), PAIR, k=3)
+        assert equal.positions.tolist() == [0, 1, 2]
+
+    def test_they_are_the_positions_of_largest_noise_gain(self):
+        attention, u = attention_like(4, size=0.3), tokens(4, 8, 3)
+        gain = torch.linalg.svdvals(torch.linalg.inv(dense_blocks(attention, u)))[..., 0]
+        assert support_tokens(attention, u, k=3).positions.tolist() == gain.argsort(descending=True)[:3].tolist()
+
+    @pytest.mark.parametrize("k", [0, 4])
+    def test_k_out_of_range(self, k):
+        with pytest.raises(InputError, match=f"k is {k}; it must lie between 1 and the 3 tokens"):
+            support_tokens(scalar(0.5), PAIR, k=k)
+
+
+class TestRegime:
+    @pytest.mark.parametrize(
+        ("a", "name", "proved"), [(0.9, "certified", True), (1.1, "folded", True), (-5.0, "regular", False)]
+    )
+    def test_of_one_sequence(self, a, name, proved):
+        found = regime(scalar(a), PAIR)
+        assert (str(found), found.proved) == (name, proved)
+        assert "position" in found.evidence
+
+    def test_a_negative_eigenvalue_under_a_positive_determinant_is_suspected_only(self):
+        # Only the last token sees its past evenly; both eigenvalues of its J are negative.
+        corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -2], [0, 0]], dtype=torch.float64)
+        found = regime(CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64)), corners)
+        assert (str(found), found.proved) == ("folded", False)
+        assert "suspected, not proved" in found.evidence
+
+    def test_of_batches(self):
+        attention = CausalAttention.from_bilinear(torch.tensor([0.9, 1.1]).double()[:, None, None, None])
+        assert [str(found) for found in regime(attention, PAIR)] == ["certified", "folded"]
+        nested = regime(attention.expand((3, 2)), PAIR)
+        assert [[str(found) for found in row] for row in nested] == [["certified", "folded"]] * 3
+
+    def test_inclusive_mask_is_never_certified(self):
+        assert (
+            str(regime(attention_like(5, mask="inclusive", size=1e-6, value_dim=1), 0.1 * tokens(5, 6, 3)))
+            != "certified"
+        )
+
+    @given(seed=st.integers(0, 10**6), heads=st.integers(1, 3), length=st.integers(2, 6))
+    def test_the_bound_bounds_every_next_token(self, seed, heads, length):
+        attention, u = attention_like(seed, heads, 2, 3, 2), tokens(seed, length, 3)
+        bound = float(contraction_bound(attention, torch.cat([u, u[:1]]))[-1])
+        candidates = 5 * tokens(seed + 1, 200, 3)
+        jacobian = Past.of(attention, u).mean_and_jacobian(candidates)[1]
+        norm = torch.linalg.matrix_norm(torch.eye(3) - jacobian, ord=2).max()
+        assert float(norm) <= bound * (1 + 1e-9)
+        assert bound == pytest.approx(float(Past.of(attention, u).contraction_bound()))
+
+    @given(seed=st.integers(0, 10**6), size=st.floats(0.01, 0.5))
+    def test_certified_means_no_fold_anywhere(self, seed, size):
+        attention, u = attention_like(seed, 2, 2, 3, 2, size=size), 0.5 * tokens(seed, 5, 3)
+        if str(regime(attention, u)) == "certified":
+            candidates = 10 * tokens(seed + 1, 500, 3)
+            for i in range(5):
+                assert (torch.linalg.det(Past.of(attention, u[:i]).mean_and_jacobian(candidates)[1]) > 0).all()

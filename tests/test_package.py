@@ -1,0 +1,129 @@
+"""The package as a whole: what it imports, what it documents, what a wheel holds."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import probattn
+import probattn.inference
+import probattn.models
+
+ROOT = Path(__file__).parents[1]
+
+
+def modules():
+    for package in (probattn, probattn.models, probattn.inference):
+        yield package.__name__
+        for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            if found.name != "probattn.__main__":
+                yield found.name
+
+
+@pytest.mark.parametrize("name", sorted(set(modules())))
+def test_examples_in_docstrings_run(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_import_is_light_and_does_no_work():
+    program = (
+        "import sys, torch, pyro.distributions; before = set(sys.modules)\n"
+        "import time; start = time.perf_counter(); import probattn; seconds = time.perf_counter() - start\n"
+        "names = ('matplotlib', 'arviz_base', 'arviz_stats', 'arviz_plots', 'transformers', 'xarray')\n"
+        "heavy = [name for name in names if name in sys.modules]\n"
+        "print(heavy, seconds < 1.0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split("\n")[0] == "[] True"
+
+
+def test_importing_changes_nothing_of_torch_or_pyro():
+    program = (
+        "import torch, pyro\n"
+        "before = (torch.distributions.Distribution._validate_args, pyro.settings.get(), torch.get_default_dtype())\n"
+        "import probattn, probattn.models, probattn.inference.verify, probattn.cli\n"
+        "after = (torch.distributions.Distribution._validate_args, pyro.settings.get(), torch.get_default_dtype())\n"
+        "print(before == after)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "True\n"
+
+
+def test_public_names():
+    assert set(probattn.__all__) <= set(dir(probattn))
+    for name in probattn.__all__:
+        assert getattr(probattn, name).__doc__
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
+    # Built from a copy: setuptools leaves a build folder behind.
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
+    for name in filter(None, tracked.decode().split("\0")):
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(folder),
+            str(source),
+        ],
+        check=True,
+        timeout=300,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_a_wheel_puts_one_name_into_site_packages(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"probattn"}
+    for expected in (
+        "probattn/py.typed",
+        "probattn/models/corpus.py",
+        "probattn/inference/claims/objective.py",
+        "probattn/inference/templates/verify.html",
+    ):
+        assert expected in names
+    assert not [name for name in names if "test" in name.split("/")[-1] and name != "probattn/testing.py"]
+
+
+def test_a_wheel_runs_from_another_folder(wheel, tmp_path):
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    program = (
+        "import probattn, sys\n"
+        "assert probattn.__file__.startswith(sys.argv.pop(1)), probattn.__file__\n"
+        "from probattn.cli import main\n"
+        "main()\n"
+    )
+    small = ["--steps", "6", "--context", "16", "--dim", "8", "--layers", "1", "--batch", "8", "--out", "out"]
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(target), "verify", *small],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(target)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "report.html").exists()
