@@ -31,6 +31,7 @@ __all__ = ["draw_figures", "render_report", "save_figures"]
 
 _SUPPORT = 5
 _WINDOWS = 12
+_LINE = 8
 _GREYED = {" ": " ", "\n": "\u21b5", "\t": "\u21e5"}
 
 
@@ -50,7 +51,7 @@ def draw_figures(subject: Subject, corpus: Corpus, history: Mapping[str, Sequenc
     margins = {kind: stability_margin(attention, u, kind).numpy() for kind in kinds}  # type: ignore[arg-type]
     support = support_tokens(attention, u, min(_SUPPORT, len(u))).positions.tolist()
     characters = [corpus.vocabulary[index] for index in subject.inputs[0].tolist()]
-    line = _line(subject)[:8]
+    line = _line(subject)
     critical = critical_slope(line)
     return {
         "margins": plotting.plot_margins(margins, characters, support),
@@ -164,11 +165,11 @@ def _background(position: float) -> tuple[str, str]:
 
 
 def _line(subject: Subject) -> Tensor:
-    """One window of real text on the first principal axis of its embeddings, standardised, (T,)."""
-    u = subject.tokens(1)[0]
+    """The first characters of the text on the first principal axis of their embeddings, standardised, (8,) at most."""
+    u = subject.tokens(1)[0, :_LINE]
     centred = u - u.mean(0)
     line: Tensor = centred @ torch.linalg.svd(centred, full_matrices=False)[2][0]
-    return line / line.std()
+    return (line - line.mean()) / line.std()
 
 
 def _panel(tokens: Tensor, a: float, critical: float, noise_scale: float = 0.7) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> Sca
     Example:
         >>> from probattn.attention import CausalAttention
         >>> tokens = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)  # e(u) = u - tanh(a u)
-        >>> masses = [scalar_mass(Past.of(CausalAttention.from_bilinear(torch.tensor([[a]]).double()), tokens), 0.5) for
-        a in (0.9, 3.0)]
+        >>> attentions = [CausalAttention.from_bilinear(torch.tensor([[a]]).double()) for a in (0.9, 3.0)]
+        >>> masses = [scalar_mass(Past.of(attention, tokens), 0.5) for attention in attentions]
         >>> [round(mass.absolute, 6) for mass in masses], [len(mass.turning_points) for mass in masses]
         ([1.0, 2.230141], [0, 2])
     """

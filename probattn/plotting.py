@@ -35,6 +35,7 @@ def plot_margins(margins: Mapping[str, Array], characters: Sequence[str], suppor
         axis.set_ylabel(kind.replace("_", " "))
         axis.margins(x=0.01)
         axis.grid(alpha=0.25)
+        axis.ticklabel_format(axis="y", useOffset=False, style="plain")
         positive = values[np.isfinite(values)]
         if positive.size and positive.min() > 0 and positive.max() / positive.min() > 100:
             axis.set_yscale("log")

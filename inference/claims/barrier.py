@@ -42,7 +42,7 @@ def barrier_claim(subject: Subject, *, barrier: Callable[[CausalAttention, Tenso
     holds = judge(measured, BOUND)
     return Claim(
         "barrier",
-        "b_i = -log|det J_i| is the change-of-variables term of the density and keeps the attention away from the "
+        "b_i = −log |det J_i| is the change-of-variables term of the density and keeps the attention away from the "
         "degeneracy boundary.",
         "identity",
         "supported_within" if holds else "not_supported",

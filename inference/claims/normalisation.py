@@ -57,7 +57,7 @@ def normalisation_claim(subject: Subject, *, mass: Callable[[Past, float], Scala
         "supported_within" if holds else "not_supported",
         measured,
         BOUND,
-        f"where u_i -> e_i does not fold (a sup Var <= 1): {cases - folds} of {cases} cases; with folds the mass is "
+        f"where u_i → e_i does not fold (a sup Var ≤ 1): {cases - folds} of {cases} cases; with folds the mass is "
         "the mean number of "
         f"solutions, here up to {largest:.3f}. With det J in place of its modulus the integral is always one."
         if holds

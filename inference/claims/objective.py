@@ -99,7 +99,7 @@ def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_
             measured["gradient_error"] = worst(measured["gradient_error"], gap)
     return Claim(
         "objective",
-        "Minus the Pyro model's log-joint is cross-entropy + lambda (Gaussian term + penalty) - log prior, value and "
+        "Minus the Pyro model's log-joint is cross-entropy + λ (Gaussian term + penalty) − log prior, value and "
         "gradient, for "
         "every penalty, with the full prior and with the margin alone, at random and at fitted parameters.",
         "identity",
