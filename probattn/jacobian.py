@@ -117,60 +117,73 @@ def smallest_singular_value(matrix: Tensor) -> Tensor:
         (*batch,). Cost O(p^3) a matrix.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    singular: Tensor = torch.linalg.svdvals(identity - matrix)
-    return singular[..., -1]
+    finite = _finite(matrix)
+    singular: Tensor = torch.linalg.svdvals(identity - matrix.where(finite[..., None, None], 0.0))
+    return singular[..., -1].where(finite, torch.nan)
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """Which matrices may be handed to LAPACK, (*batch,): on NaN it returns nonsense, or does not return."""
+    return torch.isfinite(matrix).all(-1).all(-1)
 
 
 class _LargestRealEigenvalue(torch.autograd.Function):
-    r"""Largest real eigenvalue; its derivative is :math:`\mathrm{tr}((Y^T X)^{-1} Y^T dK\, X) / k`.
+    r"""Largest real eigenvalue; its derivative is :math:`\mathrm{Re}\, \mathrm{tr}((Y^H X)^{-1} Y^H dK\, X) / k`.
 
-    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple
-    one this is the derivative of the mean of the cluster. They come from a singular value decomposition: autograd
-    through torch.linalg.eig inverts the whole matrix of eigenvectors, which fails on the defective matrices that
-    covariances of few tokens produce.
+    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple one this is
+    the derivative of the mean of the cluster. They come from a singular value decomposition: autograd through torch.linalg.eig
+    inverts the whole matrix of eigenvectors, which fails on the defective matrices that covariances of few tokens produce.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(matrix: Tensor) -> Tensor:
-        eigenvalues: Tensor = torch.linalg.eigvals(matrix)
-        # Rounding splits a double real eigenvalue into a pair with a tiny imaginary part: count it as real.
-        real = eigenvalues.imag.abs() <= _rounding(matrix).unsqueeze(-1)
-        return eigenvalues.real.masked_fill(~real, -torch.inf).amax(-1)
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        finite = _finite(matrix)
+        eigenvalues: Tensor = torch.linalg.eigvals(matrix.where(finite[..., None, None], 0.0))
+        # Rounding splits a double real eigenvalue into a pair with an imaginary part up to sqrt(eps): count it as real.
+        tolerance = 4 * torch.finfo(matrix.dtype).eps ** 0.5 * _norm(matrix)
+        real = eigenvalues.imag.abs() <= tolerance.unsqueeze(-1)
+        candidates = eigenvalues.real.masked_fill(~real, -torch.inf)
+        value, index = candidates.max(-1)
+        imaginary = eigenvalues.imag.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        return value.where(finite, torch.nan), imaginary
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        matrix, value = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        matrix, value, imaginary = ctx.saved_tensors
         with torch.no_grad():
-            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and
-            # keep.
-            none = torch.isneginf(value) | (value.abs() <= _rounding(matrix)) | (gradient == 0)
-            shift = value.masked_fill(none, 0.0)[..., None, None]
-            identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-            left, singular, right = torch.linalg.svd(matrix - shift * identity)  # A = left diag(singular) right
-            null = singular <= _rounding(matrix).unsqueeze(-1)
+            rounding = 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * _norm(matrix)
+            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and keep.
+            none = torch.isneginf(value) | (value.abs() <= rounding) | (gradient == 0)
+            finite = torch.isfinite(value)
+            shift = torch.complex(value, imaginary).where(finite & ~none, 0.0)[..., None, None]
+            identity = torch.eye(matrix.shape[-1], dtype=shift.dtype, device=matrix.device)
+            shifted = matrix.where(_finite(matrix)[..., None, None], 0.0) - shift * identity
+            left, singular, right = torch.linalg.svd(shifted)  # A = left diag(singular) right
+            null = singular <= rounding.unsqueeze(-1)
             null[..., -1] = True
-            chosen = torch.diag_embed(null.to(matrix.dtype))
-            overlap = chosen @ left.mT @ right.mT @ chosen + identity - chosen  # Y^T X on the null vectors, I elsewhere
-            projector = left @ chosen @ torch.linalg.inv_ex(overlap.mT)[0] @ chosen @ right
-            slope = projector / null.sum(-1)[..., None, None]
+            chosen = torch.diag_embed(null.to(shift.dtype))
+            overlap = chosen @ left.mH @ right.mH @ chosen + identity - chosen  # Y^H X on the null vectors, I elsewhere
+            projector = right.mH @ chosen @ torch.linalg.inv_ex(overlap)[0] @ chosen @ left.mH  # X (Y^H X)^-1 Y^H
+            slope = projector.mT.real / null.sum(-1)[..., None, None]
+            slope = slope.where((finite | none)[..., None, None], torch.nan)
             result = torch.where(none[..., None, None], torch.zeros_like(slope), gradient[..., None, None] * slope)
         return first_order_only(result, matrix, "the largest real eigenvalue")
 
 
-def _rounding(matrix: Tensor) -> Tensor:
-    """Size of the backward error of an eigenvalue, (*batch,)."""
+def _norm(matrix: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.matrix_norm(matrix)
-    return 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * norm
+    return norm
 
 
 def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:
-    """Largest eigenvalue of M that is real, from a reduced matrix K; -inf where every eigenvalue is complex.
+    """Largest eigenvalue of M that is real, from a reduced matrix K; -inf where all are complex, NaN where K is.
 
     Args:
         matrix: K, (*batch, m, m), m <= dim.
@@ -185,5 +198,5 @@ def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:
         >>> float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [-2.0, 0.0]]), dim=2))  # both imaginary
         -inf
     """
-    value: Tensor = _LargestRealEigenvalue.apply(matrix)  # type: ignore[no-untyped-call]
+    value: Tensor = _LargestRealEigenvalue.apply(matrix)[0]  # type: ignore[no-untyped-call]
     return value if matrix.shape[-1] == dim else value.clamp(min=0.0)

@@ -15,19 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.special import ndtr
 from torch import Tensor
 
 from probattn.conditional import Past
-from probattn.errors import InputError, require_finite
+from probattn.errors import InputError
+from probattn.fold import turning_points
 
 __all__ = ["ScalarMass", "next_token_density", "scalar_mass"]
 
 # The Gaussian beyond 40 standard deviations is below the smallest positive double.
 _REACH = 40.0
 _NODES = 24
-_POINTS_PER_SCALE = 40
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,8 @@ def next_token_density(past: Past, u: Tensor, noise_scale: float, *, jacobian: b
 def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> ScalarMass:
     r"""Z of one past with one-dimensional tokens, by quadrature and, independently, from the turning points.
 
-    Turning points are bracketed on a grid that resolves the softmax (1/40 of the scale 1 / spread of the slopes of the
-    logits) and refined by Brent's method; between them e is monotone, so each piece holds the mass \|Phi(e(b)/sigma) -
-    Phi(e(a)/sigma)\|.
+    Between the turning points e is monotone, so each piece holds the mass \|Phi(e(b)/sigma) - Phi(e(a)/sigma)\|; the panels of the
+    quadrature end at them.
 
     Args:
         past: strict mask, p = 1, no batch axes, finite, float64.
@@ -98,16 +96,12 @@ def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> Sca
         raise InputError("scalar_mass needs one-dimensional tokens, one past without batch axes, and a strict mask.")
     if not noise_scale > 0:
         raise InputError(f"noise_scale is {noise_scale}; it must be positive.")
-    require_finite("the past", past.moved)
-    require_finite("the past", past.pulled)
-
     reach = float(past.spread[0].sum())
     slope = float(past.spread[1].amax())
     centre = float(past.moved.mean(-2).sum()) if past.length else float(attention.start)
     low, high = centre - reach - _REACH * noise_scale, centre + reach + _REACH * noise_scale
     scale = min(noise_scale, 1 / slope if slope > 0 else noise_scale)
-    grid = np.linspace(low, high, max(2000, int((high - low) / scale * _POINTS_PER_SCALE)))
-    turning = _turning_points(past, grid)
+    turning = turning_points(past).cpu().numpy()
 
     edges = np.unique(np.concatenate([turning, np.linspace(low, high, max(100, int((high - low) / scale)))]))
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
@@ -121,16 +115,6 @@ def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> Sca
     ends = np.concatenate([[-np.inf], _residual(past, turning), [np.inf]])
     pieces = np.abs(np.diff(ndtr(ends / noise_scale)))
     return ScalarMass(float(np.abs(panels).sum()), float(panels.sum()), float(pieces.sum()), turning)
-
-
-def _turning_points(past: Past, grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    slope = past.mean_and_jacobian(_tensor(grid, past).unsqueeze(-1))[1][..., 0, 0].numpy()
-
-    def derivative(point: float) -> float:
-        return float(past.mean_and_jacobian(_tensor(np.array([point]), past).unsqueeze(-1))[1])
-
-    crossings = np.nonzero(np.sign(slope[:-1]) * np.sign(slope[1:]) < 0)[0]
-    return np.array([brentq(derivative, grid[k], grid[k + 1], xtol=1e-14) for k in crossings])
 
 
 def _residual(past: Past, points: NDArray[np.float64]) -> NDArray[np.float64]:

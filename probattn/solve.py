@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.conditional import Past
-from probattn.errors import NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
+from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
 from probattn.once import first_order_only
 
-__all__ = ["Selection", "solve_sequence"]
+__all__ = ["Selection", "solve_sequence", "solve_token"]
 
-Selection = Literal["unique", "nearest"]
+Selection = Literal["unique", "uniform", "smallest_step", "nearest_mean"]
 
 _STARTS = 8
 _ITERATIONS = 100
@@ -38,8 +38,9 @@ def solve_sequence(attention: CausalAttention, e: Tensor, *, selection: Selectio
     Args:
         attention: the attention.
         e: noise, (*batch, T, p).
-        selection: "unique" raises where a second solution is found; "nearest" takes the solution with the smallest step
-            \|mu_i\| = \|u_i - eps_i\| and warns with the number of draws and the positions.
+        selection: "unique" raises where a second solution is found. The others choose among those found and warn with the number of
+            draws and the positions: "uniform" at random, "smallest_step" the one with the smallest \|mu_i\| = \|u_i - eps_i\|,
+            "nearest_mean" the one nearest to the plain mean of what the past carries.
 
     Returns:
         u, the broadcast of the batch axes with (T, p). Differentiable once in e and in every parameter.
@@ -72,7 +73,7 @@ def _solve(attention: CausalAttention, e: Tensor, selection: Selection) -> Tenso
     past = Past.of(attention, e[..., :0, :])
     tokens, folded = [], []
     for i in range(e.shape[-2]):
-        token, several = _solve_token(past, e[..., i, :], selection, i)
+        token, several = solve_token(past, e[..., i, :], selection, i)
         tokens.append(token)
         folded.append(several)
         past = past.extend(token)
@@ -91,43 +92,70 @@ def _solve(attention: CausalAttention, e: Tensor, selection: Selection) -> Tenso
     return torch.stack(tokens, dim=-2)
 
 
-def _solve_token(past: Past, noise: Tensor, selection: Selection, position: int) -> tuple[Tensor, Tensor]:
-    """Solution, (*batch, p), and where more than one was found, (*batch,)."""
-    starts = (noise + past.mean(noise)).unsqueeze(0)  # (1, *batch, p)
+def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) -> tuple[Tensor, Tensor]:
+    """One step: the token, (*sample, *batch, p), and where more than one solution was found, (*sample, *batch).
+
+    Args:
+        past: what has been seen, batch (*batch,).
+        noise: eps, (*sample, *batch, p).
+        selection: see :func:`solve_sequence`.
+        position: of the token, for messages.
+
+    Raises:
+        InputError: an unknown selection.
+        NoSolutionError, SeveralSolutionsError: see :func:`solve_sequence`.
+    """
+    if selection not in get_args(Selection):
+        raise InputError(f"selection is {selection!r}; use one of {', '.join(map(repr, get_args(Selection)))}.")
+    starts = (noise + past.mean(noise)).unsqueeze(0)  # (1, *sample, *batch, p)
     alone = bool((past.contraction_bound() < 1).all())
     if not alone:
-        starts = torch.cat([starts, noise + _vertices(past)])  # (starts, *batch, p)
+        vertices = _vertices(past)  # (starts, *batch, p)
+        vertices = vertices.view(len(vertices), *[1] * (noise.dim() + 1 - vertices.dim()), *vertices.shape[1:])
+        starts = torch.cat([starts, noise + vertices])
     u, distance, tolerance, determinant = _newton(past, noise, starts)
-    solved = distance <= tolerance  # (starts, *batch)
+    solved = distance <= tolerance  # (starts, *sample, *batch)
     if not bool(solved.any(0).all()):
         where = _first(~solved.any(0))
         raise NoSolutionError(
-            f"position {position}, batch element {where}: no solution of u - mu(u) = eps after {_ITERATIONS} Newton "
-            "steps from "
-            f"{len(starts)} starts; the smallest residual is {float(distance.amin(0)[where]):.3g}. "
-            + ("Under the inclusive mask a solution need not exist." if past.attention.mask == "inclusive" else "")
-            + " Reduce the scale of the attention, or use float64."
+            f"position {position}, batch element {where}: no solution of u - mu(u) = eps after {_ITERATIONS} Newton steps "
+            f"from {len(starts)} starts; the smallest residual is {float(distance.amin(0)[where]):.3g}. "
+            + ("Under the inclusive mask a solution need not exist. " if past.attention.mask == "inclusive" else "")
+            + "Reduce the scale of the attention, or use float64."
         )
-    length = torch.linalg.vector_norm(u - noise, dim=-1).masked_fill(~solved, torch.inf)
-    best = length.argmin(0, keepdim=True)  # (1, *batch)
+    best = _choose(past, noise, u, solved, tolerance, selection).unsqueeze(0)  # (1, *sample, *batch)
     chosen = u.gather(0, best.unsqueeze(-1).expand(1, *u.shape[1:])).squeeze(0)
     gap = torch.linalg.vector_norm(u - chosen, dim=-1).masked_fill(~solved, 0.0)
-    # Two starts that end at one double root stop within sqrt(tolerance) of each other.
-    several = (gap > 4 * tolerance.sqrt()).any(0) | (determinant.gather(0, best).squeeze(0) < 0)
+    several = (gap > _same_root(tolerance)).any(0) | (determinant.gather(0, best).squeeze(0) < 0)
     if alone:
         several = torch.zeros_like(several)
     if selection == "unique" and bool(several.any()):
         where = _first(several)
-        starting = u.movedim(0, -2)[where][solved.movedim(0, -1)[where]]  # (solved starts, p)
-        roots = sorted({tuple(round(float(x), 6) for x in root) for root in starting})
+        found = u.movedim(0, -2)[where][solved.movedim(0, -1)[where]]  # (solved starts, p)
+        roots = sorted({tuple(round(float(x), 6) for x in root) for root in found})
         raise SeveralSolutionsError(
-            f"position {position}, batch element {where}: u - mu(u) = eps has several solutions, among them "
-            f"{roots[:4]}. "
-            f"{int(several.sum())} of {several.numel()} batch elements at this position. The attention is folded "
-            "here: shrink "
-            "it, or name a rule with selection='nearest'."
+            f"position {position}, batch element {where}: u - mu(u) = eps has several solutions, among them {roots[:4]}. "
+            f"{int(several.sum())} of {several.numel()} batch elements at this position. The attention is folded here: "
+            "shrink it, or name a rule with selection='uniform', 'smallest_step' or 'nearest_mean'."
         )
     return chosen, several
+
+
+def _choose(past: Past, noise: Tensor, u: Tensor, solved: Tensor, tolerance: Tensor, selection: Selection) -> Tensor:
+    """Index of the start whose root is taken, (*sample, *batch)."""
+    if selection == "uniform" and len(u) > 1:
+        apart = torch.linalg.vector_norm(u.unsqueeze(1) - u.unsqueeze(0), dim=-1) > _same_root(tolerance)
+        earlier = torch.ones(len(u), len(u), dtype=torch.bool, device=u.device).tril(-1)
+        earlier = earlier.view(len(u), len(u), *[1] * (u.dim() - 2))
+        repeated = (~apart & earlier & solved.unsqueeze(0)).any(1)  # found by a start before it
+        return torch.rand_like(tolerance).masked_fill(repeated | ~solved, -1.0).argmax(0)
+    aim = past.moved.mean(-2).sum(-2) if selection == "nearest_mean" and past.length else noise
+    return torch.linalg.vector_norm(u - aim, dim=-1).masked_fill(~solved, torch.inf).argmin(0)
+
+
+def _same_root(tolerance: Tensor) -> Tensor:
+    """Two starts that end at one double root stop within about sqrt(tolerance) of each other."""
+    return 4 * tolerance.sqrt()
 
 
 def _first(mask: Tensor) -> tuple[int, ...]:

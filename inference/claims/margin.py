@@ -84,8 +84,8 @@ def _errors(
     smallest = margin(attention, u, "singular_value")
 
     eigenvalues = np.linalg.eigvals(change.numpy())
-    size = np.abs(eigenvalues).max(-1, keepdims=True)
-    real = np.abs(eigenvalues.imag) <= 1e-13 * np.maximum(size, 1e-300)
+    size = np.linalg.norm(change.numpy(), axis=(-2, -1))[..., None]
+    real = np.abs(eigenvalues.imag) <= 6e-8 * size
     largest = torch.as_tensor(np.where(real, eigenvalues.real, -np.inf).max(-1))
     spectral_gap = (spectral - (1 - largest)).abs() / (1 + largest.abs())  # two infinite margins are equal, not NaN
     turned = (1 - spectral).clamp(min=1e-12)

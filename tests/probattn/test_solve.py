@@ -65,7 +65,7 @@ def test_second_derivatives_are_refused_not_wrong():
 def test_several_solutions_raise_with_position_and_roots():
     attention, noise = folded()
     with pytest.raises(
-        SeveralSolutionsError, match=r"position 2, batch element \(\): .*several solutions.*selection='nearest'"
+        SeveralSolutionsError, match=r"position 2, batch element \(\): .*several solutions.*name a rule with selection="
     ):
         solve_sequence(attention, noise)
 
@@ -73,7 +73,7 @@ def test_several_solutions_raise_with_position_and_roots():
 def test_nearest_takes_the_smallest_step_and_says_so():
     attention, noise = folded()
     with pytest.warns(SeveralSolutionsWarning, match="1 of 1 sequences had several solutions, at positions 2"):
-        u = solve_sequence(attention, noise + 0.05 * torch.tensor([[0.0], [0.0], [1.0]]), selection="nearest")
+        u = solve_sequence(attention, noise + 0.05 * torch.tensor([[0.0], [0.0], [1.0]]), selection="smallest_step")
     assert (attention.residual(u) - noise - 0.05 * torch.tensor([[0.0], [0.0], [1.0]])).abs().max() < 1e-12
     # Roots of u - tanh(3 u) = 0.05 are near 1.04, -0.94 and -0.025; the last needs the smallest step.
     assert -0.1 < float(u[-1]) < 0

@@ -1,0 +1,213 @@
+r"""The law of the next token given a past, as a Pyro distribution that knows its own mass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from probattn.branches import Branches
+from probattn.conditional import Past
+from probattn.distributions import noise_distribution
+from probattn.errors import InputError
+from probattn.solve import Selection, solve_token
+
+__all__ = ["Mass", "NextToken"]
+
+
+class Mass(NamedTuple):
+    """Mass Z of a next-token law.
+
+    Attributes:
+        value: the estimate, or the exact value.
+        standard_error: zero where it is exact.
+        method: "contraction" (exactly one), "branches" (exact, one dimension) or "importance sampling".
+    """
+
+    value: float
+    standard_error: float
+    method: str
+
+
+class NextToken(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's classes are not typed
+    r"""u with u = mu(past, u) + eps, eps ~ N(0, S).
+
+    .. math:: \log p(u | \text{past}) = \log N(u - \mu; 0, S) + \log|\det J(u)|
+
+    This is a normalised density where u -> u - mu(u) does not fold; elsewhere its mass is the mean number of solutions, see
+    :meth:`mass`. With one-dimensional tokens a selection rule makes it the exact, normalised law of the root that is taken.
+
+    Args:
+        past: what has been seen.
+        noise_scale: as in :class:`LatentAttention`.
+        scale_tril: as in :class:`LatentAttention`.
+        selection: "unique" raises in sampling where a second solution is found; "uniform", "smallest_step" and "nearest_mean" choose.
+            In one dimension, for one past, ``log_prob`` is then the law of the choice.
+        validate_args: as in torch.
+
+    Raises:
+        InputError: as :class:`LatentAttention`.
+
+    Example:
+        >>> from probattn.attention import CausalAttention
+        >>> attention = CausalAttention.from_bilinear(torch.tensor([[3.0]]).double())
+        >>> past = Past.of(attention, torch.tensor([[-1.0], [1.0]]).double())
+        >>> law = NextToken(past, 0.5)
+        >>> law.roots(0.0), law.mass().method
+        (tensor([-0.9949,  0.0000,  0.9949], dtype=torch.float64), 'branches')
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  # torch's own convention
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(
+        self,
+        past: Past,
+        noise_scale: float | Tensor | None,
+        *,
+        scale_tril: Tensor | None = None,
+        selection: Selection = "unique",
+        validate_args: bool | None = None,
+    ) -> None:
+        dim = past.moved.shape[-1]
+        noise = noise_distribution(
+            noise_scale, 1, dim, like=past.moved, scale_tril=scale_tril, validate_args=validate_args
+        )
+        self.past, self.noise, self.selection = past, noise, selection
+        batch_shape = torch.broadcast_shapes(past.moved.shape[:-3], noise.batch_shape)
+        super().__init__(batch_shape, torch.Size((dim,)), validate_args=validate_args)
+        self._branches: Branches | None = None
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> NextToken:
+        """The same law with its batch axes expanded; past and noise broadcast."""
+        new = self._get_checked_instance(NextToken, _instance)
+        new.past, new.selection, new._branches = self.past, self.selection, self._branches
+        new.noise = self.noise.expand(batch_shape)
+        super(NextToken, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def _scalar(self) -> bool:
+        """Whether the exact one-dimensional tools apply: one past, p = 1, strict mask."""
+        attention = self.past.attention
+        return (
+            attention.dim == 1
+            and attention.mask == "strict"
+            and self.past.moved.dim() == 3
+            and not self.noise.batch_shape
+        )
+
+    @property
+    def branches(self) -> Branches:
+        """Exact roots and laws.
+
+        Raises:
+            InputError: several dimensions, a batch, or an inclusive mask.
+        """
+        if not self._scalar:
+            raise InputError(
+                "exact roots, cdf and icdf need one-dimensional tokens, one past, one noise scale, a strict mask."
+            )
+        if self._branches is None:
+            rule = "all" if self.selection == "unique" else self.selection
+            self._branches = Branches(self.past, float(self.noise.stddev.flatten()[0]), rule)
+        return self._branches
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log N(e) + log|det J|, plus the log-probability of the choice under a one-dimensional selection rule; (*batch,)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        mean, jacobian = self.past.mean_and_jacobian(value)
+        density: Tensor = self.noise.log_prob((value - mean).unsqueeze(-2)) + torch.linalg.slogdet(jacobian)[1]
+        if self.selection == "unique" or not self._scalar:
+            return density
+        weights = [self.branches.log_weight(u) for u in value.detach().flatten().tolist()]
+        return density + torch.tensor(weights, dtype=density.dtype, device=density.device).view(density.shape)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draw noise and solve; see ``selection``.
+
+        Raises:
+            SeveralSolutionsError, NoSolutionError: see :func:`probattn.solve.solve_sequence`.
+        """
+        noise = self.noise.sample(torch.Size(sample_shape)).squeeze(-2)  # (*sample, *batch, p)
+        if self._scalar and self.selection != "unique":
+            uniform = torch.rand(noise.shape, dtype=torch.float64).flatten().tolist()
+            drawn = [self.branches.choose(e, r) for e, r in zip(noise.flatten().tolist(), uniform, strict=True)]
+            return torch.tensor(drawn, dtype=noise.dtype, device=noise.device).view(noise.shape)
+        return solve_token(self.past, noise, self.selection, self.past.length)[0]
+
+    def roots(self, noise: float) -> Tensor:
+        """All solutions for a noise, in increasing order, (K,); one dimension."""
+        return torch.as_tensor(self.branches.roots(noise), dtype=self.past.moved.dtype)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Distribution function, relative to the total mass, elementwise on (*shape, 1); one dimension, exact."""
+        branches = self.branches
+        values = [branches.cdf(u) / branches.mass for u in value.detach().flatten().tolist()]
+        return torch.tensor(values, dtype=value.dtype, device=value.device).view(value.shape)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantiles, elementwise on (*shape, 1); one dimension, exact to the last bits."""
+        quantiles = [self.branches.icdf(q) for q in value.detach().flatten().tolist()]
+        return torch.tensor(quantiles, dtype=value.dtype, device=value.device).view(value.shape)
+
+    @torch.no_grad()
+    def mass(self, draws: int = 20_000, seed: int = 0) -> Mass:
+        r"""Z of N(e(u); 0, S) \|det J(u)\|: the mean number of solutions.
+
+        Exactly one where the contraction bound certifies; exact from the branches in one dimension; else by importance sampling
+        from u = m + eps' with m one of the values that the mean can come near and eps' from a noise of 1.5 times the scale. The
+        estimator is defensive: the proposal has heavier tails than the integrand and covers all of {mu} + noise.
+
+        Args:
+            draws: proposals.
+            seed: of the proposals; the global random state is left as it was.
+
+        Raises:
+            InputError: batches.
+        """
+        if self.batch_shape:
+            raise InputError(f"mass is for one past at a time; this law has batch shape {tuple(self.batch_shape)}.")
+        if float(self.past.contraction_bound()) < 1:
+            return Mass(1.0, 0.0, "contraction")
+        if self._scalar:
+            branches = self.branches if self.selection == "unique" else Branches(self.past, self.branches.noise_scale)
+            return Mass(branches.mass, 0.0, "branches")
+        weights = self.importance_weights(draws, seed)[0]
+        return Mass(float(weights.mean()), float(weights.std() / math.sqrt(draws)), "importance sampling")
+
+    @torch.no_grad()
+    def importance_weights(self, draws: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        r"""N \|det J\| / q and N det J / q at proposals u ~ q, (draws,) each; their means estimate Z and 1.
+
+        The mean of the second is exactly one: an estimate that is far from it says that the proposals miss part of the mass.
+        """
+        values = self.past.moved.sum(-3)  # (n, p)
+        centre = values.mean(0, keepdim=True)
+        anchors = torch.cat([centre, values, (values + centre) / 2])  # (A, p)
+        wide = 1.5
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            chosen = torch.randint(len(anchors), (draws,))
+            noise = wide * self.noise.sample((draws,)).squeeze(-2)
+        u = anchors[chosen] + noise  # (draws, p)
+        steps = (u.unsqueeze(1) - anchors) / wide  # (draws, A, p)
+        log_q = torch.logsumexp(self.noise.log_prob(steps.unsqueeze(-2)), dim=1)
+        log_q = log_q - math.log(len(anchors)) - u.shape[-1] * math.log(wide)
+        mean, jacobian = self.past.mean_and_jacobian(u)
+        sign, logabs = torch.linalg.slogdet(jacobian)
+        weights = (self.noise.log_prob((u - mean).unsqueeze(-2)) + logabs - log_q).exp()
+        return weights, sign * weights
+
+    def __repr__(self) -> str:
+        return (
+            f"NextToken(length={self.past.length}, selection={self.selection!r}, batch_shape={tuple(self.batch_shape)})"
+        )
