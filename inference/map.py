@@ -7,6 +7,7 @@ per observed token.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import threading
@@ -125,8 +126,13 @@ def fit_map(
     if not data or len(data[0]) == 0:
         raise InputError("there are no sequences to fit; give at least one.")
     total, tokens = len(data[0]), data[-1].shape[0] * data[-1].shape[1]
-    described = {**asdict(config), **dict(identity or {})}
-    with pyro.settings.context(module_local_params=True), _deferred_interrupt() as interrupted:
+    described = {**asdict(config), **_identify(model, data), **dict(identity or {})}
+    devices = [data[0].device] if data[0].is_cuda else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        pyro.settings.context(module_local_params=True),
+        _deferred_interrupt() as interrupted,
+    ):
         # Copies: AutoDelta makes parameters of the very tensors it is given, which the optimiser then changes in place.
         start = {name: value.detach().clone() for name, value in initial_values.items()}
         guide = AutoDelta(model, init_loc_fn=init_to_value(values=start))
@@ -150,7 +156,13 @@ def fit_map(
                     "choose a penalty "
                     "that is finite on this side of the boundary."
                 )
-            nn.utils.clip_grad_norm_(elbo.parameters(), config.clip)
+            norm = float(nn.utils.clip_grad_norm_(elbo.parameters(), config.clip))
+            if not math.isfinite(norm):
+                raise ArithmeticError(
+                    f"step {state.step}: the objective is {value:.6g} but its gradient has norm {norm}; start "
+                    "elsewhere, or choose "
+                    "a penalty that is smooth there. The last checkpoint is from before this step."
+                )
             optimizer.step()
             state.step += 1
             state.recent.append(value)
@@ -167,6 +179,19 @@ def fit_map(
         values = _values(guide)
     stopped = "steps" if state.step == config.steps else "converged"
     return MapResult(values, state.history, state.step, stopped)
+
+
+def _identify(model: nn.Module, data: tuple[Tensor, ...]) -> dict[str, str]:
+    """What a checkpoint must agree with: the model's class and plain attributes, and the data."""
+    plain = {
+        name: value for name, value in vars(model).items() if isinstance(value, (int, float, str)) and name[:1] != "_"
+    }
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    plain.pop("training", None)
+    return {"model": f"{type(model).__name__} {sorted(plain.items())}", "data": digest.hexdigest()}
 
 
 class _State:
@@ -240,7 +265,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def _restore(path: Path, described: Mapping[str, Any], elbo: nn.Module, optimizer: torch.optim.Optimizer) -> _State:
     content = load_checkpoint(path)
     saved = content["identity"]
-    for name in sorted(set(saved) | set(described)):
+    for name in sorted(set(saved) | set(described), key=lambda name: (name != "model", name)):
         if saved.get(name) != described.get(name):
             raise InputError(
                 f"checkpoint {path}: of another fit: {name} is {saved.get(name)!r} there and {described.get(name)!r} "

@@ -19,13 +19,14 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from probattn import plotting
-from probattn.barrier import BarrierKind, log_barrier, regime, stability_margin, support_tokens
+from probattn.barrier import BarrierKind, log_barrier, stability_margin, support_tokens
 from probattn.conditional import Past
 from probattn.inference.claims.claim import Claim, Subject
 from probattn.inference.files import write_atomically
 from probattn.mass import next_token_density, scalar_mass
 from probattn.models.corpus import Corpus
 from probattn.models.scalar import scalar_attention
+from probattn.regimes import regime
 
 __all__ = ["draw_figures", "render_report", "save_figures"]
 

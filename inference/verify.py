@@ -78,6 +78,10 @@ def verify(
         raise InputError(
             "--weight 0 leaves the attention prior out, and there is nothing to verify; give a positive lambda."
         )
+    if config.context < 3:
+        raise InputError(
+            f"--context is {config.context}; with fewer than 3 characters no token has a past that varies."
+        )
     windows, heldout = corpus.windows(config.context), corpus.windows(config.context, heldout=True)
     prepare_folder(options.out)
 

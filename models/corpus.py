@@ -99,6 +99,8 @@ def load_corpus(spec: str = "python-docs", *, heldout: str | None = None, fracti
     Raises:
         InputError: a text that is missing, empty, binary, not UTF-8, or too short to be split.
     """
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction is {fraction}; the held-out share must lie between 0 and 1.")
     name, text = read_text(spec)
     if heldout is not None:
         evaluation = read_text(heldout)[1]

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
-from probattn.attention import CausalAttention, Mask
+from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
@@ -58,11 +58,19 @@ class EmbeddingModel(SequenceModel):
     ) -> None:
         super().__init__()
         rank = dim if rank is None else rank
-        for name, size in (("length", length), ("dim", dim), ("heads", heads), ("rank", rank)):
+        sizes = {
+            "length": length,
+            "dim": dim,
+            "heads": heads,
+            "rank": rank,
+            "value_dim": 1 if value_dim is None else value_dim,
+        }
+        for name, size in sizes.items():
             if size < 1:
                 raise InputError(f"{name} is {size}; it must be at least 1.")
         if not prior_scale > 0:
             raise InputError(f"prior_scale is {prior_scale}; it must be positive.")
+        require_mask(mask)
         self.length, self.dim, self.heads, self.rank, self.value_dim = length, dim, heads, rank, value_dim
         self.prior_scale, self.mask = prior_scale, mask
 

@@ -65,8 +65,8 @@ class LanguageConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("noise_scale", "prior_scale"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive and finite.")
         if not self.weight >= 0 or math.isinf(self.weight):
             raise InputError(f"weight is {self.weight}; lambda must be finite and not negative.")
         if self.dim % self.decoder_heads:
@@ -156,6 +156,10 @@ class LanguageModel(SequenceModel):
         if inputs.dim() != 2 or not 1 <= inputs.shape[1] <= config.context:
             raise InputError(
                 f"inputs have shape {tuple(inputs.shape)}; they must be (N, T) with T <= {config.context}."
+            )
+        if targets is not None and targets.shape != inputs.shape:
+            raise InputError(
+                f"targets have shape {tuple(targets.shape)}; they must have that of inputs, {tuple(inputs.shape)}."
             )
         values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
         with pyro.plate("windows", total or len(inputs), subsample_size=len(inputs)):

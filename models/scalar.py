@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from probattn.attention import CausalAttention, Mask
+from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
@@ -53,6 +53,7 @@ class ScalarModel(SequenceModel):
         super().__init__()
         if length < 1 or not prior_scale > 0:
             raise InputError(f"length is {length} and prior_scale {prior_scale}; both must be positive.")
+        require_mask(mask)
         self.length, self.prior_scale, self.mask = length, prior_scale, mask
 
     def forward(self, u: Tensor | None = None, *, sequences: int | None = None, total: int | None = None) -> Tensor:

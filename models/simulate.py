@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention
-from probattn.barrier import Regime, regime
 from probattn.distributions import LatentAttention
 from probattn.errors import InputError
+from probattn.regimes import Regime, regime
 from probattn.solve import Selection
 
 __all__ = ["Simulation", "simulate"]

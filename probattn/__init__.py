@@ -1,9 +1,10 @@
 """Causal self-attention as a generative model whose change-of-variables Jacobian is a log-barrier."""
 
 from probattn.attention import CausalAttention
-from probattn.barrier import log_barrier, regime, stability_margin, support_tokens
+from probattn.barrier import log_barrier, stability_margin, support_tokens
 from probattn.distributions import LatentAttention
 from probattn.process import AttentionProcess
+from probattn.regimes import regime
 from probattn.transforms import AttentionTransform
 
 __version__ = "0.1.0"

@@ -22,9 +22,19 @@ from torch.distributions import Distribution
 from probattn import jacobian as blocks
 from probattn.errors import InputError, require_finite
 
-__all__ = ["CausalAttention", "Evaluation", "Mask", "attention_weights", "weighted_covariance"]
+__all__ = ["CausalAttention", "Evaluation", "Mask", "attention_weights", "require_mask", "weighted_covariance"]
 
 Mask = Literal["strict", "inclusive"]
+
+
+def require_mask(mask: str) -> None:
+    """Refuse a mask that does not exist.
+
+    Raises:
+        InputError: naming those that do.
+    """
+    if mask not in get_args(Mask):
+        raise InputError(f"mask is {mask!r}; use one of {', '.join(map(repr, get_args(Mask)))}.")
 
 
 def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -50,16 +60,19 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None)
     return torch.softmax(logits, dim=-1).masked_fill(~visible, 0.0)
 
 
-def weighted_covariance(weights: Tensor, value: Tensor, key: Tensor) -> Tensor:
+def weighted_covariance(weights: Tensor, value: Tensor, key: Tensor, gain: float | Tensor = 1.0) -> Tensor:
     r"""Cov_i(v, k) = sum_s alpha_is v_s k_s^T - vbar_i kbar_i^T, for all i in one product with the v_s k_s^T.
 
     Args:
         weights: alpha, (*batch, Q, S).
         value: v, (*batch, S, dv).
         key: k, (*batch, S, r).
+        gain: what the covariance will be multiplied by, (*batch, 1); says how much rounding matters.
 
     Returns:
-        (*batch, Q, dv, r); zero for a row without a past. Time O(Q S r dv), memory O((Q + S) r dv).
+        (*batch, Q, dv, r); zero for a row without a past. Time O(Q S r dv), memory O((Q + S) r dv). Rows whose mean
+        lies so far from the first token that the difference of the two products would cancel are computed again about
+        their own mean, except under ``torch.func.vmap``.
     """
     # A covariance does not change when a constant is subtracted, but the difference of two large products loses digits
     # when the # tokens share a large offset. The first token is such a constant and, unlike the mean, keeps the result
@@ -68,7 +81,34 @@ def weighted_covariance(weights: Tensor, value: Tensor, key: Tensor) -> Tensor:
     key = key - key[..., :1, :].detach()
     products = (value.unsqueeze(-1) * key.unsqueeze(-2)).flatten(-2)  # (*batch, S, dv r)
     second: Tensor = (weights @ products).unflatten(-1, (value.shape[-1], key.shape[-1]))  # (*batch, Q, dv, r)
-    return second - (weights @ value).unsqueeze(-1) * (weights @ key).unsqueeze(-2)
+    mean_value, mean_key = weights @ value, weights @ key
+    result = second - mean_value.unsqueeze(-1) * mean_key.unsqueeze(-2)
+    lost = mean_value.detach().norm(dim=-1) * mean_key.detach().norm(dim=-1) * gain > _CANCELLATION  # (*batch, Q)
+    return _recomputed(result, lost, weights, value, key) if _anywhere(lost) else result
+
+
+# What |vbar| |kbar| ||W_O|| ||c W_Q||, after the shift, may be before a block loses more than three of its digits.
+_CANCELLATION = 1e3
+_ROWS = 4096
+
+
+def _anywhere(mask: Tensor) -> bool:
+    try:
+        return bool(mask.any())
+    except RuntimeError:  # under torch.func.vmap a tensor has no truth value; the rows stay as they are
+        return False
+
+
+def _recomputed(result: Tensor, rows: Tensor, weights: Tensor, value: Tensor, key: Tensor) -> Tensor:
+    """The covariances of some rows again, about their own means: two passes, O(S (r + dv)) memory a row."""
+    index = rows.nonzero(as_tuple=True)  # batch axes, then the row
+    value, key = (part.expand(*rows.shape[:-1], *part.shape[-2:]) for part in (value, key))
+    fresh = []
+    for chunk in zip(*(axis.split(_ROWS) for axis in index), strict=True):
+        alpha = weights[chunk].unsqueeze(-2)  # (R, 1, S)
+        v, k = value[chunk[:-1]], key[chunk[:-1]]  # (R, S, dv), (R, S, r)
+        fresh.append((alpha.mT * (v - alpha @ v)).mT @ (k - alpha @ k))
+    return result.index_put(index, torch.cat(fresh))
 
 
 class Evaluation(NamedTuple):
@@ -142,8 +182,7 @@ class CausalAttention:
         start: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if mask not in get_args(Mask):
-            raise InputError(f"mask is {mask!r}; use one of {', '.join(map(repr, get_args(Mask)))}.")
+        require_mask(mask)
         for name, tensor in (("query", query), ("key", key), ("value", value), ("output", output)):
             if tensor is not None and tensor.dim() < 3:
                 raise InputError(
@@ -174,6 +213,11 @@ class CausalAttention:
                     f"{name} is {tensor.dtype} on {tensor.device} but query is {query.dtype} on {query.device}; "
                     "bring them together with .to(query)."
                 )
+        if self.scale.dim() and self.scale.shape[-1] not in (1, heads):
+            raise InputError(
+                f"scale has {self.scale.shape[-1]} in its heads axis (-1) where 1 or {heads} is expected; "
+                "for a batch of numbers append an axis of size 1."
+            )
         try:
             self.batch_shape = torch.broadcast_shapes(
                 query.shape[:-3],
@@ -265,6 +309,12 @@ class CausalAttention:
             validate_args=False,
         )
 
+    def select(self, index: int) -> CausalAttention:
+        """One element of the first batch axis."""
+        whole = self.expand(self.batch_shape)
+        chosen = {name: tensor[index] for name, tensor in whole._parameters().items()}
+        return CausalAttention(**chosen, mask=self.mask, validate_args=False)
+
     def to(self, *args: Any, **kwargs: Any) -> CausalAttention:
         """The same attention with every parameter moved or converted as by ``Tensor.to``, same arguments."""
         moved = {name: tensor.to(*args, **kwargs) for name, tensor in self._parameters().items()}
@@ -303,7 +353,8 @@ class CausalAttention:
             pull = query @ self.key  # c W_K^T q_i, (*batch, H, T, p)
             own = self.value.unsqueeze(-3) + (value - average).unsqueeze(-1) * pull.unsqueeze(-2)
             own = weights.diagonal(dim1=-2, dim2=-1)[..., None, None] * own  # (*batch, H, T, dv, p)
-        cov = weighted_covariance(weights, value, key)
+        gain = torch.linalg.matrix_norm(self.output) * torch.linalg.matrix_norm(self.scaled_query)  # (*batch, H)
+        cov = weighted_covariance(weights, value, key, gain.detach().unsqueeze(-1))
         factors = blocks.Sensitivity(cov, self.scaled_query, self.output, own)
         return Evaluation(weights, self._assemble_mean(average), factors)
 

@@ -1,4 +1,4 @@
-r"""The log-barrier b_i = -log|det J_i| and its variants, three margins, support tokens, and the regime of a sequence.
+r"""The log-barrier b_i = -log|det J_i| and its variants, three margins, support tokens, and the contraction bound.
 
 The three margins answer different questions and none is a synonym of another:
 
@@ -14,11 +14,9 @@ distance to a singular block; 1 / sigma_min is the noise gain ===============
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from probattn import jacobian as blocks
@@ -28,11 +26,10 @@ from probattn.errors import InputError, require_finite
 __all__ = [
     "BarrierKind",
     "MarginKind",
-    "Regime",
     "SupportTokens",
     "contraction_bound",
     "log_barrier",
-    "regime",
+    "projection_slack",
     "stability_margin",
     "support_tokens",
 ]
@@ -90,7 +87,8 @@ def log_barrier(
         return literal
     if kind == "one_sided":
         return literal.clamp(min=0.0)
-    return F.softplus(literal, beta=sharpness)
+    # Not softplus, which switches to a straight line at 20 and is wrong there by 2e-9.
+    return torch.logaddexp(sharpness * literal, torch.zeros_like(literal)) / sharpness
 
 
 def stability_margin(attention: CausalAttention, u: Tensor, kind: MarginKind = "singular_value") -> Tensor:
@@ -168,26 +166,6 @@ def support_tokens(
     return SupportTokens(positions[..., :k], ordered[..., :k])
 
 
-@dataclass(frozen=True)
-class Regime:
-    """Whether the density of a sequence is a density.
-
-    Attributes:
-        name: "certified" (the contraction bound holds at every position for every u_i: the density is exact), "regular"
-            (no fold
-            seen: det J_i > 0 and spectral margin > 0 wherever evaluated, which proves nothing elsewhere) or "folded".
-        evidence: the numbers behind the name, in words.
-        proved: False for "regular", and for "folded" where only a negative eigenvalue with det J_i > 0 was seen.
-    """
-
-    name: Literal["certified", "regular", "folded"]
-    evidence: str
-    proved: bool
-
-    def __str__(self) -> str:
-        return self.name
-
-
 def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
     r"""Upper bound on the norm of M_i for *every* u_i, from the diameters of the past.
 
@@ -212,8 +190,22 @@ def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
     tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
     moved = tokens @ attention.transport.mT  # W_O v_s, (*batch, H, T, p)
     pulled = tokens @ attention.bilinear  # c W_Q^T k_s, (*batch, H, T, p)
-    bound = (_past_diameter(moved) * _past_diameter(pulled)).sum(-2) / 4
-    return bound
+    largest = torch.linalg.vector_norm(tokens, dim=-1).cummax(-1).values  # (*batch, 1, T)
+    slack_moved, slack_pulled = projection_slack(attention)
+    spread_moved = _past_diameter(moved) + slack_moved.unsqueeze(-1) * largest
+    spread_pulled = _past_diameter(pulled) + slack_pulled.unsqueeze(-1) * largest
+    bound = (spread_moved * spread_pulled).sum(-2) / 4
+    return torch.where(torch.arange(u.shape[-2], device=u.device) < 2, torch.zeros_like(bound), bound)
+
+
+def projection_slack(attention: CausalAttention) -> tuple[Tensor, Tensor]:
+    """How much rounding may shorten the distances of W_O v_s and of c W_Q^T k_s, per unit of the largest token, (*batch, H) each.
+
+    Distances of tokens that share a large offset keep few digits, and a bound that proves something must not be too small.
+    """
+    unit = 8 * (attention.dim + 1) * torch.finfo(attention.query.dtype).eps
+    norms = (torch.linalg.matrix_norm(attention.transport), torch.linalg.matrix_norm(attention.bilinear))
+    return unit * norms[0], unit * norms[1]
 
 
 def _past_diameter(points: Tensor) -> Tensor:
@@ -222,62 +214,6 @@ def _past_diameter(points: Tensor) -> Tensor:
     distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").tril()
     upto = distance.amax(-1).cummax(-1).values  # (*batch, T), the token itself included
     return torch.cat([torch.zeros_like(upto[..., :1]), upto[..., :-1]], dim=-1)
-
-
-def regime(attention: CausalAttention, u: Tensor) -> Regime | list[Regime] | list[list[Regime]]:
-    """Name the regime of a sequence: certified, regular or folded.
-
-    Args:
-        attention: the attention.
-        u: one sequence (T, p) or a batch, finite.
-
-    Returns:
-        A :class:`Regime`; for a batch a list of them, nested as the batch axes are. ``str()`` gives the name.
-
-    Raises:
-        InputError: shapes that do not fit, or u not finite.
-
-    Example:
-        >>> past = torch.tensor([[-1.0], [1.0], [0.0]])
-        >>> [str(regime(CausalAttention.from_bilinear(torch.tensor([[a]])), past)) for a in (0.9, 1.5)]
-        ['certified', 'folded']
-    """
-    require_finite("u", u)
-    with torch.no_grad():
-        factors = attention.evaluate(u).factors
-        core = blocks.reduced(factors)
-        sign, logabs = blocks.logabsdet(core)
-        determinant = sign * logabs.exp()
-        require_finite("det J", determinant)
-        spectral = 1 - blocks.largest_real_eigenvalue(core, attention.dim)
-        bound = contraction_bound(attention, u)
-    return _nested(bound, determinant, spectral)
-
-
-def _nested(bound: Tensor, determinant: Tensor, spectral: Tensor) -> Regime | list[Regime] | list[list[Regime]]:
-    if bound.dim() == 1:
-        return _classify(bound, determinant, spectral)
-    return [_nested(*row) for row in zip(bound, determinant, spectral, strict=True)]  # type: ignore[return-value]
-
-
-def _classify(bound: Tensor, determinant: Tensor, spectral: Tensor) -> Regime:
-    position = int(determinant.argmin())
-    smallest = f"smallest det J = {float(determinant[position]):.6g} at position {position}"
-    if float(determinant[position]) < 0:
-        return Regime("folded", f"{smallest}: negative, so some noise has several solutions", True)
-    lowest = int(spectral.argmin())
-    if float(spectral[lowest]) <= 0:
-        there = f"at position {lowest}, where det J = {float(determinant[lowest]):.6g}"
-        seen = f"spectral margin {float(spectral[lowest]):.6g} {there}"
-        return Regime(
-            "folded", f"{seen}: a real eigenvalue of J is not positive; a fold is suspected, not proved", False
-        )
-    largest = float(bound.max())
-    # Rounding of a bound that sums T products must not certify what exact arithmetic would not.
-    if largest < 1 - 64 * torch.finfo(bound.dtype).eps:
-        return Regime("certified", f"contraction bound {largest:.6g} < 1 at every position and for every token", True)
-    margin = f"smallest spectral margin {float(spectral[lowest]):.6g} at position {lowest}"
-    return Regime("regular", f"{smallest}, {margin}; contraction bound {largest:.6g} does not certify", False)
 
 
 def _margin(attention: CausalAttention, u: Tensor, kind: MarginKind) -> Tensor:

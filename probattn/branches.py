@@ -1,8 +1,9 @@
 r"""The inverse of a one-dimensional residual map, branch by branch, and the law of a root chosen by a stated rule.
 
-Between its turning points e(u) is monotone, so each piece of the line is one branch of the inverse, u = u_j(eps), on the range of
-noises that it covers. A rule that chooses one root per noise splits those ranges into intervals with a constant weight, and then
-mass, distribution function, quantiles and draws are sums over intervals of values of the normal distribution function: exact.
+Between its turning points e(u) is monotone, so each piece of the line is one branch of the inverse, u = u_j(eps), on
+the range of noises that it covers. A rule that chooses one root per noise splits those ranges into intervals with a
+constant weight, and then mass, distribution function, quantiles and draws are sums over intervals of values of the
+normal distribution function: exact.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Branches:
         return float(sum(self._probability(part.low, part.high) * part.weight for part in self._intervals))
 
     def log_weight(self, u: float) -> float:
-        """log of the probability that the root u is the one taken for its noise e(u); -inf where it is not."""
+        """Log of the probability that the root u is the one taken for its noise e(u); -inf where it is not."""
         piece = int(np.searchsorted(self.turning_points, u, side="right"))
         noise = float(self.residual(u))
         weight = sum(part.weight for part in self._intervals if part.piece == piece and part.low <= noise < part.high)

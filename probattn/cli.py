@@ -54,7 +54,7 @@ def verify(
     ] = "python-docs",
     heldout: Annotated[str | None, typer.Option(help="A second text for evaluation; else the last tenth.")] = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/verify"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**31 - 1)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="float32 or float64, for the fit; claims are measured in float64.")
@@ -64,7 +64,7 @@ def verify(
     context: Annotated[int, typer.Option(help="Characters in a window.")] = 64,
     dim: Annotated[int, typer.Option(help="Size of the embeddings.")] = 32,
     layers: Annotated[int, typer.Option(help="Decoder layers.")] = 2,
-    weight: Annotated[float, typer.Option(help="lambda, the weight of the prior on the embeddings.")] = 0.05,
+    weight: Annotated[float, typer.Option(help="lambda, the weight of the prior on the embeddings.", max=1e6)] = 0.05,
     kind: Annotated[str, typer.Option(help=f"Penalty: {', '.join(get_args(BarrierKind))}.")] = "logdet",
     prior: Annotated[
         str, typer.Option(help=f"{', '.join(get_args(Prior))}: with or without the Gaussian term.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention, attention_weights
+from probattn.barrier import projection_slack
 from probattn.errors import InputError
 
 __all__ = ["Past"]
@@ -27,12 +28,14 @@ class Past:
         moved: o_s = C u_s, (*batch, H, n, p).
         pulled: g_s = A^T u_s, (*batch, H, n, p).
         spread: diameters of the o_s and of the g_s, (*batch, H) each.
+        size: norm of the largest token, (*batch,).
     """
 
     attention: CausalAttention
     moved: Tensor
     pulled: Tensor
     spread: tuple[Tensor, Tensor]
+    size: Tensor
 
     @classmethod
     def of(cls, attention: CausalAttention, u: Tensor) -> Past:
@@ -51,14 +54,17 @@ class Past:
             )
         tokens = u.unsqueeze(-3)  # (*batch, 1, n, p)
         moved, pulled = tokens @ attention.transport.mT, tokens @ attention.bilinear
-        return cls(attention, moved, pulled, (_diameter(moved), _diameter(pulled)))
+        norm = torch.linalg.vector_norm(u, dim=-1)
+        size = norm.amax(-1) if u.shape[-2] else norm.new_zeros(u.shape[:-2])
+        return cls(attention, moved, pulled, (_diameter(moved), _diameter(pulled)), size)
 
     def extend(self, u: Tensor) -> Past:
         """The past with one more token u, (*batch, p); O(H n p), so that a path of T tokens costs O(H T^2 p)."""
         token = u.unsqueeze(-2).unsqueeze(-2)  # (*batch, 1, 1, p)
         moved, pulled = token @ self.attention.transport.mT, token @ self.attention.bilinear
         spread = (_widened(self.spread[0], self.moved, moved), _widened(self.spread[1], self.pulled, pulled))
-        return Past(self.attention, _append(self.moved, moved), _append(self.pulled, pulled), spread)
+        size = torch.maximum(self.size, torch.linalg.vector_norm(u, dim=-1))
+        return Past(self.attention, _append(self.moved, moved), _append(self.pulled, pulled), spread, size)
 
     @property
     def length(self) -> int:
@@ -110,7 +116,11 @@ class Past:
         """Upper bound on |dmu/du| for every u, (*batch,); +inf under the inclusive mask."""
         if self.attention.mask == "inclusive":
             return self.moved.new_full(self.moved.shape[:-3], torch.inf)
-        return (self.spread[0] * self.spread[1]).sum(-1) / 4
+        if self.length < 2:
+            return self.moved.new_zeros(self.moved.shape[:-3])
+        slack = (unit * self.size.unsqueeze(-1) for unit in projection_slack(self.attention))
+        wide = [spread + extra for spread, extra in zip(self.spread, slack, strict=True)]
+        return (wide[0] * wide[1]).sum(-1) / 4
 
 
 def _append(cached: Tensor, own: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -63,8 +62,9 @@ def noise_distribution(
             f"noise_scale has {scale.shape[-1]} in its last axis, the coordinates, where 1 or {dim} is expected; "
             "for a batch of scalars append an axis of size 1."
         )
-    if validate and not bool((scale > 0).all()):
-        raise InputError(f"noise_scale must be positive and finite; its smallest entry is {float(scale.min())}.")
+    if validate and not bool(((scale > 0) & torch.isfinite(scale)).all()):
+        ends = f"{float(scale.min())} to {float(scale.max())}"
+        raise InputError(f"noise_scale must be positive and finite; its entries go from {ends}.")
     scale = scale.unsqueeze(-2)  # (*batch, 1, 1 or p)
     normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=validate_args)
     return normal.expand((*scale.shape[:-2], length, dim)).to_event(2)  # type: ignore[no-any-return]
@@ -85,8 +85,8 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
             scale_tril.
         length: T.
         scale_tril: the Cholesky factor of S, (*batch, p, p), instead of noise_scale.
-        selection: what sampling does with several solutions: "unique" raises, "nearest" picks the smallest step and
-            warns.
+        selection: what sampling does with several solutions: "unique" raises; "uniform", "smallest_step" and
+            "nearest_mean" choose one and warn.
         validate_args: as in torch.
 
     Raises:
@@ -150,8 +150,15 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LatentAttention:
         """The same law with its batch axes expanded; the parameters stay as they are and broadcast."""
+        shape = torch.Size(batch_shape)
+        try:
+            possible = torch.broadcast_shapes(shape, self.batch_shape) == shape
+        except RuntimeError:
+            possible = False
+        if not possible:
+            raise InputError(f"batch shape {tuple(self.batch_shape)} does not expand to {tuple(shape)}.")
         new = self._get_checked_instance(LatentAttention, _instance)
-        return super().expand(torch.Size(batch_shape), _instance=new)  # type: ignore[no-any-return]
+        return super().expand(shape, _instance=new)  # type: ignore[no-any-return]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log p(u), (*batch,); with noise and log-determinant from one pass."""
@@ -168,8 +175,3 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
             NotImplementedError: always.
         """
         raise NotImplementedError("no closed form: estimate it as minus the mean of log_prob over draws.")
-
-
-def gaussian_normaliser(length: int, dim: int, noise_scale: float) -> float:
-    """T p log(noise_scale sqrt(2 pi)): what the Gaussian term of the density adds to 1/2 |e|^2_S."""
-    return length * dim * (math.log(noise_scale) + 0.5 * math.log(2 * math.pi))

@@ -130,9 +130,10 @@ def _finite(matrix: Tensor) -> Tensor:
 class _LargestRealEigenvalue(torch.autograd.Function):
     r"""Largest real eigenvalue; its derivative is :math:`\mathrm{Re}\, \mathrm{tr}((Y^H X)^{-1} Y^H dK\, X) / k`.
 
-    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple one this is
-    the derivative of the mean of the cluster. They come from a singular value decomposition: autograd through torch.linalg.eig
-    inverts the whole matrix of eigenvectors, which fails on the defective matrices that covariances of few tokens produce.
+    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple
+    one this is the derivative of the mean of the cluster. They come from a singular value decomposition: autograd
+    through torch.linalg.eig inverts the whole matrix of eigenvectors, which fails on the defective matrices that
+    covariances of few tokens produce.
     """
 
     generate_vmap_rule = True
@@ -159,7 +160,8 @@ class _LargestRealEigenvalue(torch.autograd.Function):
         matrix, value, imaginary = ctx.saved_tensors
         with torch.no_grad():
             rounding = 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * _norm(matrix)
-            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and keep.
+            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and
+            # keep.
             none = torch.isneginf(value) | (value.abs() <= rounding) | (gradient == 0)
             finite = torch.isfinite(value)
             shift = torch.complex(value, imaginary).where(finite & ~none, 0.0)[..., None, None]

@@ -69,8 +69,8 @@ def next_token_density(past: Past, u: Tensor, noise_scale: float, *, jacobian: b
 def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> ScalarMass:
     r"""Z of one past with one-dimensional tokens, by quadrature and, independently, from the turning points.
 
-    Between the turning points e is monotone, so each piece holds the mass \|Phi(e(b)/sigma) - Phi(e(a)/sigma)\|; the panels of the
-    quadrature end at them.
+    Between the turning points e is monotone, so each piece holds the mass \|Phi(e(b)/sigma) - Phi(e(a)/sigma)\|; the
+    panels of the quadrature end at them.
 
     Args:
         past: strict mask, p = 1, no batch axes, finite, float64.
@@ -100,10 +100,15 @@ def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> Sca
     slope = float(past.spread[1].amax())
     centre = float(past.moved.mean(-2).sum()) if past.length else float(attention.start)
     low, high = centre - reach - _REACH * noise_scale, centre + reach + _REACH * noise_scale
-    scale = min(noise_scale, 1 / slope if slope > 0 else noise_scale)
     turning = turning_points(past).cpu().numpy()
 
-    edges = np.unique(np.concatenate([turning, np.linspace(low, high, max(100, int((high - low) / scale)))]))
+    # The Gaussian varies on the scale sigma; the softmax, a pure tilt, on the scale |u| itself, down to 1 / slope at
+    # zero.
+    finest = 0.25 / slope if slope > 0 else high - low
+    graded = np.geomspace(finest, max(2 * finest, high - low, abs(low), abs(high)), 200)
+    coarse = np.linspace(low, high, max(100, int((high - low) / noise_scale)))
+    edges = np.unique(np.concatenate([turning, graded, -graded, coarse]))
+    edges = edges[(edges >= low) & (edges <= high)]
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     half = np.diff(edges) / 2
     u = (edges[:-1] + half)[:, None] + half[:, None] * nodes  # (panels, nodes)

@@ -20,8 +20,8 @@ _BLOCK = 256
 class AttentionProcess:
     """u_i = mu_i(u_<i, u_i) + eps_i for i = 1, 2, ... without end.
 
-    The laws of its prefixes are consistent (the law of u_1..n is the marginal of the law of u_1..n+1) exactly where every conditional
-    has mass one: in the certified and no-fold regimes.
+    The laws of its prefixes are consistent (the law of u_1..n is the marginal of the law of u_1..n+1) exactly where
+    every conditional has mass one: in the certified and no-fold regimes.
 
     Args:
         attention: without batch axes.
@@ -85,8 +85,8 @@ class AttentionProcess:
 class Path:
     """One realisation of an :class:`AttentionProcess`, lazily extended; index it like a list of tokens that never ends.
 
-    ``path[0:100]`` and later ``path[0:10000]`` agree to the bit, as each token is solved for once, from noise that depends on seed
-    and position alone. Memory and the time of the next token grow with the furthest token asked for.
+    ``path[0:100]`` and later ``path[0:10000]`` agree to the bit, as each token is solved for once, from noise that
+    depends on seed and position alone. Memory and the time of the next token grow with the furthest token asked for.
     """
 
     def __init__(self, process: AttentionProcess, seed: int) -> None:

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.conditional import Past
-from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
+from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning, require_finite
 from probattn.once import first_order_only
 
-__all__ = ["Selection", "solve_sequence", "solve_token"]
+__all__ = ["Selection", "require_selection", "solve_sequence", "solve_token"]
 
 Selection = Literal["unique", "uniform", "smallest_step", "nearest_mean"]
 
 _STARTS = 8
+_LINE_STARTS = 17
+_MORE_STARTS = 64
 _ITERATIONS = 100
 _HALVINGS = 30
 
@@ -38,9 +40,11 @@ def solve_sequence(attention: CausalAttention, e: Tensor, *, selection: Selectio
     Args:
         attention: the attention.
         e: noise, (*batch, T, p).
-        selection: "unique" raises where a second solution is found. The others choose among those found and warn with the number of
-            draws and the positions: "uniform" at random, "smallest_step" the one with the smallest \|mu_i\| = \|u_i - eps_i\|,
-            "nearest_mean" the one nearest to the plain mean of what the past carries.
+        selection: "unique" raises where a second solution is found. The search starts from a score of places and can
+            miss one; where a contraction certifies there is none, and for one past in one dimension ``NextToken.roots``
+            lists them all. The others choose among those found and warn with the number of
+            draws and the positions: "uniform" at random, "smallest_step" the one with the smallest \|mu_i\| = \|u_i -
+            eps_i\|, "nearest_mean" the one nearest to the plain mean of what the past carries.
 
     Returns:
         u, the broadcast of the batch axes with (T, p). Differentiable once in e and in every parameter.
@@ -56,6 +60,12 @@ def solve_sequence(attention: CausalAttention, e: Tensor, *, selection: Selectio
         >>> bool(torch.allclose(attention.residual(u), torch.tensor([[1.0], [-1.0], [0.3]]), atol=1e-5))
         True
     """
+    if e.dim() < 2 or e.shape[-1] != attention.dim or e.dtype != attention.query.dtype:
+        raise InputError(
+            f"the noise has shape {tuple(e.shape)} and is {e.dtype}; it must be (*batch, T, {attention.dim}) and "
+            f"{attention.query.dtype}, like the attention."
+        )
+    require_finite("the noise", e.detach())
     with torch.no_grad():
         solution = _solve(attention.detach(), e.detach(), selection)
     if not torch.is_grad_enabled():
@@ -83,13 +93,23 @@ def _solve(attention: CausalAttention, e: Tensor, selection: Selection) -> Tenso
         draws = int(count.any(-1).sum())
         shown = ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
         warnings.warn(
-            f"{draws} of {max(1, math.prod(batch))} sequences had several solutions, at positions {shown}; the one "
-            "nearest "
-            "to the noise was taken. The law of these draws is not the density that log_prob gives.",
+            f"{draws} of {max(1, math.prod(batch))} sequences had several solutions, at positions {shown}; one was "
+            "taken "
+            f"by the rule {selection!r}. The law of these draws is not the density that log_prob gives.",
             SeveralSolutionsWarning,
             stacklevel=4,
         )
     return torch.stack(tokens, dim=-2)
+
+
+def require_selection(selection: str) -> None:
+    """Refuse a rule that does not exist.
+
+    Raises:
+        InputError: naming those that do.
+    """
+    if selection not in get_args(Selection):
+        raise InputError(f"selection is {selection!r}; use one of {', '.join(map(repr, get_args(Selection)))}.")
 
 
 def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) -> tuple[Tensor, Tensor]:
@@ -105,28 +125,34 @@ def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) 
         InputError: an unknown selection.
         NoSolutionError, SeveralSolutionsError: see :func:`solve_sequence`.
     """
-    if selection not in get_args(Selection):
-        raise InputError(f"selection is {selection!r}; use one of {', '.join(map(repr, get_args(Selection)))}.")
-    starts = (noise + past.mean(noise)).unsqueeze(0)  # (1, *sample, *batch, p)
+    require_selection(selection)
     alone = bool((past.contraction_bound() < 1).all())
+    starts = (noise + past.mean(noise)).unsqueeze(0)  # (1, *sample, *batch, p)
     if not alone:
-        vertices = _vertices(past)  # (starts, *batch, p)
-        vertices = vertices.view(len(vertices), *[1] * (noise.dim() + 1 - vertices.dim()), *vertices.shape[1:])
-        starts = torch.cat([starts, noise + vertices])
+        starts = torch.cat([starts, noise + _spread_out(_vertices(past), noise)])
     u, distance, tolerance, determinant = _newton(past, noise, starts)
+    if past.length and not bool((distance <= tolerance).any(0).all()):
+        # A solution exists under the strict mask; look for it from anywhere in the hull of what the mean can be.
+        again = _newton(past, noise, noise + _spread_out(_mixtures(past, _MORE_STARTS), noise))
+        found = zip((u, distance, tolerance, determinant), again, strict=True)
+        u, distance, tolerance, determinant = (torch.cat(pair) for pair in found)
     solved = distance <= tolerance  # (starts, *sample, *batch)
     if not bool(solved.any(0).all()):
         where = _first(~solved.any(0))
+        strict = past.attention.mask == "strict"
         raise NoSolutionError(
-            f"position {position}, batch element {where}: no solution of u - mu(u) = eps after {_ITERATIONS} Newton steps "
-            f"from {len(starts)} starts; the smallest residual is {float(distance.amin(0)[where]):.3g}. "
-            + ("Under the inclusive mask a solution need not exist. " if past.attention.mask == "inclusive" else "")
-            + "Reduce the scale of the attention, or use float64."
+            f"position {position}, batch element {where}: no solution of u - mu(u) = eps was found from {len(u)} "
+            "starts of "
+            f"{_ITERATIONS} Newton steps; the smallest residual is {float(distance.amin(0)[where]):.3g}. "
+            + ("One exists" if strict else "Under the inclusive mask a solution need not exist")
+            + "; check that the noise is finite, reduce the scale of the attention, or use float64."
         )
     best = _choose(past, noise, u, solved, tolerance, selection).unsqueeze(0)  # (1, *sample, *batch)
     chosen = u.gather(0, best.unsqueeze(-1).expand(1, *u.shape[1:])).squeeze(0)
     gap = torch.linalg.vector_norm(u - chosen, dim=-1).masked_fill(~solved, 0.0)
-    several = (gap > _same_root(tolerance)).any(0) | (determinant.gather(0, best).squeeze(0) < 0)
+    several = (gap > _same_root(tolerance)).any(0)
+    if past.attention.mask == "strict":  # a map of degree one that turns over somewhere has other solutions there
+        several = several | (determinant.gather(0, best).squeeze(0) < 0)
     if alone:
         several = torch.zeros_like(several)
     if selection == "unique" and bool(several.any()):
@@ -134,7 +160,8 @@ def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) 
         found = u.movedim(0, -2)[where][solved.movedim(0, -1)[where]]  # (solved starts, p)
         roots = sorted({tuple(round(float(x), 6) for x in root) for root in found})
         raise SeveralSolutionsError(
-            f"position {position}, batch element {where}: u - mu(u) = eps has several solutions, among them {roots[:4]}. "
+            f"position {position}, batch element {where}: u - mu(u) = eps has several solutions, among them "
+            f"{roots[:4]}. "
             f"{int(several.sum())} of {several.numel()} batch elements at this position. The attention is folded here: "
             "shrink it, or name a rule with selection='uniform', 'smallest_step' or 'nearest_mean'."
         )
@@ -163,9 +190,18 @@ def _first(mask: Tensor) -> tuple[int, ...]:
     return tuple(int(k) for k in mask.nonzero()[0])
 
 
+def _spread_out(values: Tensor, noise: Tensor) -> Tensor:
+    """Give (starts, *batch, p) an axis of size one for each sample axis of the noise, (*sample, *batch, p)."""
+    return values.view(len(values), *[1] * (noise.dim() + 1 - values.dim()), *values.shape[1:])
+
+
 def _vertices(past: Past) -> Tensor:
-    """Some extreme values of the mean, (starts, *batch, p): all heads on one token, tokens far from each other."""
-    values = past.moved.sum(-3)  # (*batch, n, p)
+    """Values that the mean can come near, far from each other, (starts, *batch, p)."""
+    if past.attention.dim == 1 and past.length:
+        low, high = (end.sum(-1) for end in (past.moved.amin((-2, -1)), past.moved.amax((-2, -1))))  # (*batch,)
+        share = torch.linspace(0, 1, _LINE_STARTS, dtype=low.dtype, device=low.device)
+        return (low + (high - low) * share.view(-1, *[1] * low.dim())).unsqueeze(-1)
+    values = past.moved.sum(-3)  # all heads on one token, (*batch, n, p)
     distance = torch.linalg.vector_norm(values - values.mean(-2, keepdim=True), dim=-1)  # (*batch, n)
     chosen = []
     for step in range(min(_STARTS, past.length)):
@@ -174,7 +210,21 @@ def _vertices(past: Past) -> Tensor:
         chosen.append(vertex.squeeze(-2))
         away = torch.linalg.vector_norm(values - vertex, dim=-1)
         distance = away if step == 0 else torch.minimum(distance, away)
-    return torch.stack(chosen) if chosen else values.new_empty(0, *values.shape[:-2], values.shape[-1])
+    vertices = torch.stack(chosen) if chosen else values.new_empty(0, *values.shape[:-2], values.shape[-1])
+    return torch.cat([vertices, _mixtures(past, _STARTS)]) if past.length > 1 else vertices
+
+
+def _mixtures(past: Past, count: int) -> Tensor:
+    """Random points of the hull of what the mean can be, half of them corners with each head on a token of its own."""
+    heads, length = past.moved.shape[-3:-1]
+    generator = torch.Generator().manual_seed(length)  # the same search every time
+    share = torch.rand(count, heads, length, generator=generator, dtype=torch.float64)
+    corners = torch.nn.functional.one_hot(share.argmax(-1), length).double()
+    share = -share.log() / -share.log().sum(-1, keepdim=True)
+    weights = torch.where(torch.arange(count)[:, None, None] % 2 == 0, corners, share).to(past.moved)
+    weights = weights.view(count, *[1] * (past.moved.dim() - 3), heads, 1, length)
+    mixed: Tensor = (weights @ past.moved).squeeze(-2).sum(-2)  # (count, *batch, p)
+    return mixed
 
 
 def _newton(past: Past, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -193,11 +193,18 @@ def _check_expand(distribution: Distribution, value: Tensor, density: Tensor, to
         again.sample().shape == (3, *wide, *distribution.event_shape), "an expansion of an expansion has a wrong shape"
     )
     _close("density after expand", expanded.log_prob(value), density, tolerance)
-    try:
-        again.expand(torch.Size((5, *wide)))
-    except (RuntimeError, ValueError):
-        return
-    raise ConformanceError("expand shrank a batch axis of size 3 to 5 without complaint")
+    for impossible in ((5, *wide), (1, *wide), wide):
+        try:
+            again.expand(torch.Size(impossible))
+        except (RuntimeError, ValueError):
+            continue
+        raise ConformanceError(f"expand took batch shape {tuple(again.batch_shape)} to {impossible} without complaint")
+    if batch:
+        try:
+            distribution.expand(torch.Size())
+        except (RuntimeError, ValueError):
+            return
+        raise ConformanceError(f"expand dropped the batch shape {tuple(batch)} without complaint")
 
 
 def _check_stein(distribution: Distribution, draws: int, failure_rate: float) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from probattn.attention import CausalAttention
-from probattn.solve import Selection, solve_sequence
+from probattn.solve import Selection, require_selection, solve_sequence
 
 __all__ = ["AttentionTransform"]
 
@@ -39,6 +39,7 @@ class AttentionTransform(Transform):
     bijective = True
 
     def __init__(self, attention: CausalAttention, *, selection: Selection = "unique", cache_size: int = 0) -> None:
+        require_selection(selection)
         self.attention = attention
         self.selection: Selection = selection
         super().__init__(cache_size=cache_size)

@@ -58,7 +58,7 @@ def penalised_cross_entropy(
     covariance = torch.einsum("nhis,nhisp,nhisq->nhipq", alpha, centred, centred)
     # M_i = left_i @ right with the heads side by side, (N, T, p, H r) and (H r, p).
     left = torch.einsum("nhipq,hrq->niphr", covariance, values["key"]).flatten(-2)
-    left = torch.cat([torch.zeros_like(left[:, :1]), left], dim=1)
+    left = torch.cat([left.new_zeros(len(u), 1, *left.shape[2:]), left], dim=1)
     right = values["query"].flatten(0, 1) / config.stage_rank**0.5
     penalty = _penalty(config.kind, left, right).sum()
 
@@ -73,8 +73,9 @@ def penalised_cross_entropy(
 def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_entropy) -> Claim:
     """Compare value and gradient for every penalty, full prior and margin only, at random and at fitted parameters.
 
-    The bound is on the gradient as one vector. The largest error of a single site is reported beside it without a bound: the
-    derivative of a tiny eigenvalue of a large matrix, which the spectral penalty asks for after a fit that ran away, loses digits
+    The bound is on the gradient as one vector. The largest error of a single site is reported beside it without a
+    bound: the derivative of a tiny eigenvalue of a large matrix, which the spectral penalty asks for after a fit that
+        ran away, loses digits
     in proportion to that ratio, in any implementation.
 
     Args:

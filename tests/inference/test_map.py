@@ -147,7 +147,7 @@ class TestCheckpoints:
         embedding_fit(tmp_path, CONFIG)
         model = LanguageModel(LanguageConfig(3, context=4, dim=4, layers=1, decoder_heads=2))
         tokens = torch.zeros(8, 4, dtype=torch.long)
-        with pytest.raises(InputError, match="does not fit the model"):
+        with pytest.raises(InputError, match="of another fit: model is .EmbeddingModel"):
             fit_map(
                 model,
                 (tokens, tokens),
@@ -186,6 +186,31 @@ def test_a_folded_start_under_the_spectral_penalty_is_not_hidden():
     # Trace_ELBO adds and subtracts its surrogate, which turns the infinite objective into NaN; either stops the fit.
     with pytest.raises(ArithmeticError, match=r"step 0: the objective is (inf|nan); lower the learning rate"):
         fit_map(model, (tokens, tokens), MapConfig(steps=2), initial_values=values)
+
+
+class Kinked(PyroModule):
+    """A log-joint whose gradient is not a number at its start."""
+
+    def forward(self, y, total=None):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.factor("kink", -(mu - 1.0).abs().sqrt())
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_the_step(tmp_path):
+    with pyro.settings.context(module_local_params=True):
+        model = Kinked()
+    start = {"mu": torch.tensor(1.0, dtype=torch.float64)}
+    with pytest.raises(ArithmeticError, match="step 0: the objective is .* but its gradient has norm nan"):
+        fit_map(model, (Y,), MapConfig(steps=1), initial_values=start, checkpoint=tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_the_random_state_is_left_as_it_was(mean):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    fit_map(mean, (Y,), MapConfig(steps=2), initial_values=START)
+    assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.parametrize(

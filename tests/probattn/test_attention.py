@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from probattn import CausalAttention
+from probattn import CausalAttention, regime
 from probattn.attention import weighted_covariance
 from probattn.errors import InputError
 from support import attention_like, loop_mean, tokens
@@ -70,10 +70,46 @@ def test_extreme_logits_stay_finite(mask, dtype):
         assert torch.isfinite(result).all()
 
 
+def test_extreme_logits_are_the_hard_attention():
+    # Two keys whose logits differ by 2e4: all weight on the first, to the last bit, in either order.
+    attention = CausalAttention.from_bilinear(torch.tensor([[1e4]], dtype=torch.float64))
+    u = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    assert torch.equal(attention.weights(u)[0, 2], torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
+    assert torch.equal(attention.weights(u)[0, 3], torch.tensor([0, 1.0, 0, 0], dtype=torch.float64))
+    assert (attention.jacobian(u) == 1).all()
+
+
 def test_repeated_tokens_have_no_covariance():
     attention = CausalAttention.from_bilinear(torch.tensor([[3.0]], dtype=torch.float64))
     u = torch.full((7, 1), 1e6, dtype=torch.float64)
     assert (attention.jacobian(u) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [1e3, 1e6, 1e8])
+def test_repeated_tokens_far_from_the_first_one(offset, dtype):
+    # All weight lies on the repeated tokens, which do not vary: J = 1 whatever the distance of the first.
+    attention = CausalAttention.from_bilinear(torch.tensor([[1.0]], dtype=dtype))
+    u = torch.tensor([0.0] + [offset + 0.1] * 6, dtype=dtype).unsqueeze(-1)
+    assert (attention.jacobian(u) - 1).abs().max() < 1e-5
+    # The blocks of the sequence are the identity; the fold that such a past does have lies between its two values.
+    found = regime(attention, u)
+    assert (str(found), found.position) == ("folded", 2)
+    assert str(regime(CausalAttention.from_bilinear(-attention.bilinear), u)) == "certified"
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_recomputed_rows_agree_and_carry_gradients(heads):
+    attention = attention_like(11, heads, 2, 3, 2)
+    near = tokens(11, 2, 7, 3)
+    far = torch.cat([near[:, :1] - 2000.0, near], dim=1)  # the first token keeps no weight; the others are as before
+    hard = CausalAttention(attention.query, attention.key, attention.value, attention.output)
+    blocks = hard.jacobian(far)
+    reference = torch.autograd.functional.jacobian(lambda u: hard.residual(u).sum(0), far).diagonal(dim1=0, dim2=3)
+    torch.testing.assert_close(blocks, reference.permute(1, 3, 0, 2), atol=1e-7, rtol=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda x: hard.jacobian(x), (far[:1, :4].clone().requires_grad_(),), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_covariance_keeps_its_digits_under_a_large_offset():
@@ -134,6 +170,7 @@ def test_identified_products_do_not_depend_on_the_factors():
         ({"key": torch.zeros(1, 2, 3).double()}, "bring them together"),
         ({"mask": "causal"}, "mask is 'causal'; use one of 'strict', 'inclusive'"),
         ({"start": torch.zeros(2)}, r"start has 2 in its features axis"),
+        ({"scale": torch.ones(5)}, r"scale has 5 in its heads axis \(-1\) where 1 or 1"),
         ({"key": torch.zeros(2, 1, 2, 3), "query": torch.zeros(3, 1, 2, 3)}, "do not broadcast"),
     ],
 )

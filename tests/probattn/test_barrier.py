@@ -114,6 +114,30 @@ class TestMargins:
         assert torch.isposinf(stability_margin(attention, corners, "spectral")[-1])
         assert log_barrier(attention, corners, "spectral")[-1] == 0
 
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_nan_stays_nan(self, kind, dtype):
+        u = tokens(0, 2, 4, 2, dtype=dtype)
+        u[1, 1, 0] = float("nan")
+        penalty = log_barrier(CausalAttention.from_bilinear(0.5 * torch.eye(2, dtype=dtype)), u, kind)
+        assert torch.isfinite(penalty[0]).all()
+        assert penalty[1, 2:].isnan().all()
+
+    @pytest.mark.parametrize("kind", ["determinant", "spectral", "singular_value"])
+    def test_overflow_is_nan_not_a_crash(self, kind):
+        u = tokens(0, 4, 2, dtype=torch.float32)
+        u[2] = 1e25
+        margin = stability_margin(CausalAttention.from_bilinear(0.5 * torch.eye(2)), u, kind)
+        assert not torch.isfinite(margin[-1]) or margin[-1] == 1
+
+    def test_a_defective_double_eigenvalue_is_real(self):
+        turn, _ = torch.linalg.qr(tokens(3, 100, 2, 2))
+        jordan = torch.tensor([[2.0, 1.0], [0.0, 2.0]]).double()
+        corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
+        attention = CausalAttention.from_bilinear((turn @ jordan @ turn.mT).unsqueeze(1))
+        # sqrt(eps) is what rounding does to such an eigenvalue.
+        assert (stability_margin(attention, corners, "spectral")[:, -1] + 1).abs().max() < 1e-6
+
     def test_not_finite_tokens_are_located(self):
         u = tokens(0, 2, 4, 3)
         u[1, 2, 0] = float("inf")
@@ -142,21 +166,40 @@ class TestSupportTokens:
             support_tokens(scalar(0.5), PAIR, k=k)
 
 
+def assert_witness(attention, u, found):
+    past = Past.of(attention, u[: found.position])
+    assert float(torch.linalg.det(past.mean_and_jacobian(found.witness)[1])) < 0
+
+
 class TestRegime:
     @pytest.mark.parametrize(
-        ("a", "name", "proved"), [(0.9, "certified", True), (1.1, "folded", True), (-5.0, "regular", False)]
+        ("a", "name", "proved"), [(0.9, "certified", True), (1.1, "folded", True), (-5.0, "certified", True)]
     )
     def test_of_one_sequence(self, a, name, proved):
         found = regime(scalar(a), PAIR)
         assert (str(found), found.proved) == (name, proved)
         assert "position" in found.evidence
 
-    def test_a_negative_eigenvalue_under_a_positive_determinant_is_suspected_only(self):
+    def test_two_folds_under_a_positive_determinant_are_proved_by_a_witness(self):
         # Only the last token sees its past evenly; both eigenvalues of its J are negative.
         corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -2], [0, 0]], dtype=torch.float64)
-        found = regime(CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64)), corners)
-        assert (str(found), found.proved) == ("folded", False)
-        assert "suspected, not proved" in found.evidence
+        attention = CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64))
+        assert float(attention.logabsdet(corners)[0].min()) > 0
+        found = regime(attention, corners)
+        assert (str(found), found.proved) == ("folded", True)
+        assert "found by search" in found.evidence
+        assert_witness(attention, corners, found)
+
+    def test_a_search_finds_what_the_sequence_does_not_show(self):
+        # The last token is far out, where its past is one token; the fold is at the middle of the past.
+        u = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [9.0, 9.0]], dtype=torch.float64)
+        attention = CausalAttention.from_bilinear(1.5 * torch.eye(2, dtype=torch.float64))
+        assert str(regime(attention, u)) == "regular"
+        found = regime(attention, u, search=True)
+        assert (str(found), found.proved) == ("folded", True)
+        assert_witness(attention, u, found)
+        opposite = CausalAttention.from_bilinear(-attention.bilinear)  # expands everywhere
+        assert "no fold found by search" in regime(opposite, u, search=True).evidence
 
     def test_of_batches(self):
         attention = CausalAttention.from_bilinear(torch.tensor([0.9, 1.1]).double()[:, None, None, None])
@@ -180,10 +223,38 @@ class TestRegime:
         assert float(norm) <= bound * (1 + 1e-9)
         assert bound == pytest.approx(float(Past.of(attention, u).contraction_bound()))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+    def test_a_fold_at_the_critical_tilt_is_never_certified(self, offset, dtype):
+        # Past {c - 1, c + 1} and a token whose tilt is even there: J = 1 - a (with logits a u (c +- 1), even only at u
+        # = 0).
+        for excess in (1e-6, 1e-4, 1e-2):
+            points = torch.tensor([offset - 1, offset + 1], dtype=dtype)
+            spread = float(points[1].double() - points[0].double())
+            a = (1 + excess) * 4 / spread**2
+            attention = CausalAttention.from_bilinear(torch.tensor([[a]], dtype=dtype))
+            u = torch.cat([points, points[:1]]).unsqueeze(-1)
+            assert str(regime(attention, u)) != "certified"
+        attention = CausalAttention.from_bilinear(torch.tensor([[0.5 * a]], dtype=dtype))
+        assert str(regime(attention, u)) == "certified"
+
+    def test_determinants_that_overflow_do_not_matter(self):
+        attention = CausalAttention.from_bilinear(-8 * torch.eye(64))
+        found = regime(attention, torch.cat([tokens(0, 400, 64, dtype=torch.float32), torch.zeros(1, 64)]))
+        assert str(found) == "regular"
+
+    def test_a_negative_determinant_proves_nothing_under_the_inclusive_mask(self):
+        one = torch.ones(1, 1, 1).double()
+        found = regime(CausalAttention(one, one, 2 * one, one, mask="inclusive"), one[0])  # e(u) = u - 2 u, one to one
+        assert (str(found), found.proved) == ("folded", False)
+        assert "proves no fold under the inclusive mask" in found.evidence
+
     @given(seed=st.integers(0, 10**6), size=st.floats(0.01, 0.5))
     def test_certified_means_no_fold_anywhere(self, seed, size):
         attention, u = attention_like(seed, 2, 2, 3, 2, size=size), 0.5 * tokens(seed, 5, 3)
         if str(regime(attention, u)) == "certified":
-            candidates = 10 * tokens(seed + 1, 500, 3)
+            candidates = torch.cat(
+                [10 * tokens(seed + 1, 200, 3), 0.5 * tokens(seed + 2, 200, 3), tokens(seed, 200, 3) / 100]
+            )
             for i in range(5):
                 assert (torch.linalg.det(Past.of(attention, u[:i]).mean_and_jacobian(candidates)[1]) > 0).all()

@@ -155,6 +155,13 @@ def test_caching_does_not_change_density_or_gradient():
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (2, 4)])
+def test_expand_never_shrinks(shape):
+    law = LatentAttention(attention_like(1, batch=(3,)), 0.7, 3)
+    with pytest.raises(InputError, match=r"batch shape \(3,\) does not expand to"):
+        law.expand(shape)
+
+
 def test_equality_and_repr():
     assert AttentionTransform(SMALL) == AttentionTransform(SMALL.to(torch.float64))
     assert hash(AttentionTransform(SMALL)) == hash(AttentionTransform(SMALL.detach()))
@@ -169,8 +176,9 @@ def test_equality_and_repr():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"noise_scale": -1.0}, "noise_scale must be positive and finite; its smallest entry is -1.0"),
+        ({"noise_scale": -1.0}, "noise_scale must be positive and finite; its entries go from -1.0"),
         ({"noise_scale": float("nan")}, "noise_scale must be positive"),
+        ({"noise_scale": float("inf")}, "noise_scale must be positive and finite"),
         ({"noise_scale": torch.ones(3)}, "noise_scale has 3 in its last axis, the coordinates, where 1 or 2"),
         ({"noise_scale": None}, "exactly one of noise_scale and scale_tril"),
         ({"noise_scale": 1.0, "scale_tril": TRIL}, "exactly one of"),

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probattn import CausalAttention, LatentAttention
-from probattn.errors import NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
-from probattn.solve import solve_sequence
+from probattn.conditional import Past
+from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
+from probattn.solve import solve_sequence, solve_token
 from support import attention_like, tokens
 
 
@@ -94,6 +95,73 @@ def test_folds_in_two_dimensions_are_found_where_the_determinant_is_positive():
     attention = CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64))
     with pytest.raises(SeveralSolutionsError, match="position"):
         solve_sequence(attention, attention.residual(corners))
+
+
+def test_a_bijection_with_negative_determinant_under_the_inclusive_mask():
+    one = torch.ones(1, 1, 1).double()
+    inclusive = CausalAttention(one, one, 2 * one, one, mask="inclusive")  # e(u) = u - 2 u
+    assert float(solve_sequence(inclusive, torch.tensor([[0.7]]).double())) == pytest.approx(-0.7)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_on_a_line_several_solutions_are_found_as_a_grid_finds_them(heads):
+    missed = several = 0
+    for seed in range(150):
+        attention, u = attention_like(seed, heads, 1, 1, 1, size=10.0), tokens(seed, 5, 1)
+        past = Past.of(attention, u[:4])
+        noise = u[4] - past.moved.mean(-2).sum(-2)
+        grid = torch.linspace(-60, 60, 60_001, dtype=torch.float64).unsqueeze(-1)
+        residual = (grid - past.mean(grid) - noise).squeeze(-1)
+        if int((residual[1:] * residual[:-1] < 0).sum()) < 2:
+            continue
+        several += 1
+        missed += not bool(solve_token(past, noise, "smallest_step", 4)[1])
+    assert several > 5
+    assert missed == 0
+
+
+def test_a_hard_case_under_the_strict_mask_is_solved():
+    solved = 0
+    for seed in range(40):
+        attention, e = attention_like(seed, 1, 3, 3, size=8.0), tokens(seed, 8, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SeveralSolutionsWarning)
+            u = solve_sequence(attention, e, selection="smallest_step")
+        # Where J is nearly singular the residual may stop at the tolerance of 1000 epsilons.
+        assert (attention.residual(u) - e).abs().max() < 1e-9
+        solved += 1
+    assert solved == 40
+
+
+@pytest.mark.parametrize("rule", ["uniform", "smallest_step", "nearest_mean"])
+def test_rules_choose_as_they_say(rule):
+    attention, noise = folded()
+    noise = (noise + 0.05 * torch.tensor([[0.0], [0.0], [1.0]])).expand(200, 3, 1)
+    with pytest.warns(SeveralSolutionsWarning, match=rule):
+        last = solve_sequence(attention, noise, selection=rule)[:, -1, 0]
+    roots = torch.unique(last.round(decimals=6))
+    # The roots of u - tanh(3 u) = 0.05 are near -0.93, -0.025 and 1.05.
+    if rule == "uniform":
+        assert len(roots) == 3
+        counts = torch.tensor([int(((last - root).abs() < 1e-4).sum()) for root in roots])
+        assert counts.min() > 35  # of 200, each with probability 1/3: five standard deviations
+    else:
+        assert len(roots) == 1
+        assert abs(float(roots[0]) + 0.025) < 0.01
+
+
+def test_bad_noise_and_rules_are_named():
+    attention = attention_like(0)
+    for noise, message in (
+        (tokens(0, 4, 2), r"it must be \(\*batch, T, 3\)"),
+        (tokens(0, 4, 3, dtype=torch.float32), "is torch.float32"),
+        (torch.full((4, 3), float("nan"), dtype=torch.float64), "the noise is not finite"),
+        (torch.zeros(3, dtype=torch.float64), r"has shape \(3,\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            solve_sequence(attention, noise)
+    with pytest.raises(InputError, match="selection is 'closest'; use one of 'unique', 'uniform'"):
+        LatentAttention(attention, 1.0, 3, selection="closest")
 
 
 def test_no_solution_raises():
