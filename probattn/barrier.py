@@ -199,9 +199,9 @@ def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
 
 
 def projection_slack(attention: CausalAttention) -> tuple[Tensor, Tensor]:
-    """How much rounding may shorten the distances of W_O v_s and of c W_Q^T k_s, per unit of the largest token, (*batch, H) each.
+    """How much rounding may shorten distances of W_O v_s and c W_Q^T k_s, per unit of the largest token, (*batch, H).
 
-    Distances of tokens that share a large offset keep few digits, and a bound that proves something must not be too small.
+    Distances of tokens that share a large offset keep few digits, and a bound that proves must not be too small.
     """
     unit = 8 * (attention.dim + 1) * torch.finfo(attention.query.dtype).eps
     norms = (torch.linalg.matrix_norm(attention.transport), torch.linalg.matrix_norm(attention.bilinear))

@@ -8,6 +8,7 @@ normal distribution function: exact.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -191,7 +192,7 @@ class Branches:
         """Intervals of noise with one set of roots and one choice among them."""
         cuts = np.unique(self._ends)
         intervals = []
-        for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        for low, high in itertools.pairwise(cuts):
             inside = float(_between(low, high))
             pieces = [j for j in range(len(self._ends) - 1) if self._covers(j, inside)]
             if self.rule in ("all", "uniform") or len(pieces) == 1:
@@ -214,13 +215,15 @@ class Branches:
         owners = [chosen[0]]
         for k in range(len(probes) - 1):
             if chosen[k] != chosen[k + 1]:
-                before = chosen[k]
-                edges.append(
-                    _bisect(lambda noise, own=before: nearest(noise) == own, float(probes[k]), float(probes[k + 1]))
-                )
+                edges.append(_switch(nearest, chosen[k], float(probes[k]), float(probes[k + 1])))
                 owners.append(chosen[k + 1])
         edges.append(high)
         return [_Interval(edges[k], edges[k + 1], owner, 1.0) for k, owner in enumerate(owners)]
+
+
+def _switch(nearest: Callable[[float], int], own: int, low: float, high: float) -> float:
+    """The noise at which the nearest root leaves one piece."""
+    return _bisect(lambda noise: nearest(noise) == own, low, high)
 
 
 def _between(low: float, high: float) -> float:

@@ -75,7 +75,7 @@ def largest_sensitivity(past: Past, *, threshold: float = 1.0, tolerance: float 
     best, at, upper, settled = 0.0, 2 * line.reach, math.inf, _FAR  # zero is approached far out
     for _ in range(_LEVELS):
         centre, half = (left + right) / 2, (right - left) / 2
-        value, slope, bound = line.bound(centre, half)
+        value, _, bound = line.bound(centre, half)
         top = int(value.argmax())
         if float(value[top]) > best:
             best, at = float(value[top]), float(centre[top])
@@ -133,7 +133,8 @@ def turning_points(past: Past) -> Tensor:
         upper = (line.value(middle) > 1) == rising
         low, high = torch.where(upper, low, middle), torch.where(upper, middle, high)
     # A crossing on the common end of two intervals is found in both.
-    return torch.unique((low + high) / 2)
+    points: Tensor = torch.unique((low + high) / 2)
+    return points
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Mass(NamedTuple):
     method: str
 
 
-class NextToken(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's classes are not typed
+class NextToken(dist.TorchDistribution):
     r"""u with u = mu(past, u) + eps, eps ~ N(0, S).
 
     .. math:: \log p(u | \text{past}) = \log N(u - \mu; 0, S) + \log|\det J(u)|
@@ -88,7 +88,7 @@ class NextToken(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's classes
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NextToken:
         """The same law with its batch axes expanded; past and noise broadcast."""
-        new = self._get_checked_instance(NextToken, _instance)
+        new: NextToken = self._get_checked_instance(NextToken, _instance)  # type: ignore[no-untyped-call]
         new.past, new.selection, new._branches = self.past, self.selection, self._branches
         new.noise = self.noise.expand(batch_shape)
         super(NextToken, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
@@ -123,7 +123,7 @@ class NextToken(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's classes
         return self._branches
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log N(e) + log|det J|, plus the log-probability of the choice under a one-dimensional selection rule; (*batch,)."""
+        """The log-density, (*batch,), with the log-probability of the choice under a one-dimensional selection rule."""
         if self._validate_args:
             self._validate_sample(value)
         mean, jacobian = self.past.mean_and_jacobian(value)
@@ -134,7 +134,7 @@ class NextToken(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's classes
         return density + torch.tensor(weights, dtype=density.dtype, device=density.device).view(density.shape)
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008
         """Draw noise and solve; see ``selection``.
 
         Raises:
@@ -166,9 +166,9 @@ class NextToken(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's classes
     def mass(self, draws: int = 20_000, seed: int = 0) -> Mass:
         r"""Z of N(e(u); 0, S) \|det J(u)\|: the mean number of solutions.
 
-        Exactly one where the contraction bound certifies; exact from the branches in one dimension; else by importance sampling
-        from u = m + eps' with m one of the values that the mean can come near and eps' from a noise of 1.5 times the scale. The
-        estimator is defensive: the proposal has heavier tails than the integrand and covers all of {mu} + noise.
+        Exactly one where the contraction bound certifies; exact from the branches in one dimension; else by importance
+        sampling from u = m + eps' with m one of the values that the mean can come near and eps' from a noise of 1.5
+        times the scale. The estimator is defensive: the proposal has heavier tails than the integrand.
 
         Args:
             draws: proposals.
@@ -191,7 +191,7 @@ class NextToken(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's classes
     def importance_weights(self, draws: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         r"""N \|det J\| / q and N det J / q at proposals u ~ q, (draws,) each; their means estimate Z and 1.
 
-        The mean of the second is exactly one: an estimate that is far from it says that the proposals miss part of the mass.
+        The mean of the second is exactly one: an estimate far from it says that the proposals miss part of the mass.
         """
         values = self.past.moved.sum(-3)  # (n, p)
         centre = values.mean(0, keepdim=True)

@@ -148,13 +148,14 @@ def _on_a_line(attention: CausalAttention, u: Tensor) -> Regime | None:
         rounding = min(1.0, 1e-12 + slack / spread) if bracket.upper > 0 else 0.0
         if bracket.lower > 1 + rounding:
             witness = torch.tensor([bracket.at], dtype=u.dtype, device=u.device)
-            seen = f"det J = {1 - bracket.lower:.6g} < 0 at u = {bracket.at:.6g} after {i} tokens: several solutions for some noise"
+            where = f"at u = {bracket.at:.6g} after {i} tokens"
+            seen = f"det J = {1 - bracket.lower:.6g} < 0 {where}: several solutions for some noise"
             return Regime("folded", seen, True, i, witness)
         undecided = undecided or bracket.upper * (1 + rounding) >= 1
         highest = max(highest, bracket.upper)
     if undecided:
         return None
-    seen = f"sup over every next token of 1 - det J is at most {highest:.6g} < 1 at every position (enclosed, one dimension)"
+    seen = f"1 - det J is at most {highest:.6g} < 1 for every next token at every position (enclosed, one dimension)"
     return Regime("certified", seen, True)
 
 

@@ -134,8 +134,8 @@ def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) 
     if past.length and not bool((distance <= tolerance).any(0).all()):
         # A solution exists under the strict mask; look for it from anywhere in the hull of what the mean can be.
         again = _newton(past, noise, noise + _spread_out(_mixtures(past, _MORE_STARTS), noise))
-        found = zip((u, distance, tolerance, determinant), again, strict=True)
-        u, distance, tolerance, determinant = (torch.cat(pair) for pair in found)
+        both = zip((u, distance, tolerance, determinant), again, strict=True)
+        u, distance, tolerance, determinant = (torch.cat(pair) for pair in both)
     solved = distance <= tolerance  # (starts, *sample, *batch)
     if not bool(solved.any(0).all()):
         where = _first(~solved.any(0))
@@ -157,8 +157,8 @@ def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) 
         several = torch.zeros_like(several)
     if selection == "unique" and bool(several.any()):
         where = _first(several)
-        found = u.movedim(0, -2)[where][solved.movedim(0, -1)[where]]  # (solved starts, p)
-        roots = sorted({tuple(round(float(x), 6) for x in root) for root in found})
+        ends = u.movedim(0, -2)[where][solved.movedim(0, -1)[where]]  # (solved starts, p)
+        roots = sorted({tuple(round(float(x), 6) for x in root) for root in ends})
         raise SeveralSolutionsError(
             f"position {position}, batch element {where}: u - mu(u) = eps has several solutions, among them "
             f"{roots[:4]}. "
@@ -177,7 +177,8 @@ def _choose(past: Past, noise: Tensor, u: Tensor, solved: Tensor, tolerance: Ten
         repeated = (~apart & earlier & solved.unsqueeze(0)).any(1)  # found by a start before it
         return torch.rand_like(tolerance).masked_fill(repeated | ~solved, -1.0).argmax(0)
     aim = past.moved.mean(-2).sum(-2) if selection == "nearest_mean" and past.length else noise
-    return torch.linalg.vector_norm(u - aim, dim=-1).masked_fill(~solved, torch.inf).argmin(0)
+    distance: Tensor = torch.linalg.vector_norm(u - aim, dim=-1)
+    return distance.masked_fill(~solved, torch.inf).argmin(0)
 
 
 def _same_root(tolerance: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class TestCheckpoints:
         embedding_fit(tmp_path, CONFIG)
         model = LanguageModel(LanguageConfig(3, context=4, dim=4, layers=1, decoder_heads=2))
         tokens = torch.zeros(8, 4, dtype=torch.long)
-        with pytest.raises(InputError, match="of another fit: model is .EmbeddingModel"):
+        with pytest.raises(InputError, match=r"of another fit: model is .EmbeddingModel"):
             fit_map(
                 model,
                 (tokens, tokens),
@@ -200,7 +200,7 @@ def test_a_gradient_that_is_not_a_number_stops_before_the_step(tmp_path):
     with pyro.settings.context(module_local_params=True):
         model = Kinked()
     start = {"mu": torch.tensor(1.0, dtype=torch.float64)}
-    with pytest.raises(ArithmeticError, match="step 0: the objective is .* but its gradient has norm nan"):
+    with pytest.raises(ArithmeticError, match=r"step 0: the objective is .* but its gradient has norm nan"):
         fit_map(model, (Y,), MapConfig(steps=1), initial_values=start, checkpoint=tmp_path / "checkpoint.pt")
     assert not (tmp_path / "checkpoint.pt").exists()
 
