@@ -63,10 +63,10 @@ def largest_sensitivity(past: Past, *, threshold: float = 1.0, tolerance: float 
     Example:
         >>> from probattn.attention import CausalAttention
         >>> tokens = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
-        >>> bracket = largest_sensitivity(Past.of(CausalAttention.from_bilinear(torch.tensor([[0.9]]).double()),
-        tokens))
-        >>> bracket.upper < 1, 0.8 < bracket.lower <= 0.9  # enough to decide; a narrower bracket needs another
-        threshold (True, True)
+        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.9]]).double())
+        >>> bracket = largest_sensitivity(Past.of(attention, tokens))  # stops once it lies below one
+        >>> bracket.upper < 1, 0.8 < bracket.lower <= 0.9
+        (True, True)
     """
     line = _Line.of(past, "largest_sensitivity")
     if line is None:

@@ -168,6 +168,8 @@ def test_identified_products_do_not_depend_on_the_factors():
         ({"query": torch.zeros(2, 3)}, "needs a heads axis"),
         ({"query": torch.full((1, 2, 3), float("nan"))}, r"query is not finite: nan at index \(0, 0, 0\)"),
         ({"key": torch.zeros(1, 2, 3).double()}, "bring them together"),
+        ({"query": torch.zeros(1, 2, 3).long()}, "query is torch.int64; log-determinants need float32 or float64"),
+        ({"query": torch.zeros(1, 2, 3).half()}, "query is torch.float16"),
         ({"mask": "causal"}, "mask is 'causal'; use one of 'strict', 'inclusive'"),
         ({"start": torch.zeros(2)}, r"start has 2 in its features axis"),
         ({"scale": torch.ones(5)}, r"scale has 5 in its heads axis \(-1\) where 1 or 1"),
