@@ -122,7 +122,7 @@ class LanguageModel(SequenceModel):
         self.config = config
         with torch.device("meta"):
             # A skeleton without numbers: the decoder's parameters are sample sites. It stays out of the module tree so
-            # that no # second set of parameters appears in it.
+            # that no second set of parameters appears in it.
             self.__dict__["_decoder"] = _Decoder(config)
 
     def initial_values(self, seed: int) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probattn.attention import CausalAttention, attention_weights
+from probattn.attention import CausalAttention
 from probattn.barrier import projection_slack
 from probattn.errors import InputError
+from probattn.moments import attention_weights
 
 __all__ = ["Past"]
 

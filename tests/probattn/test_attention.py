@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from probattn import CausalAttention, regime
-from probattn.attention import weighted_covariance
 from probattn.errors import InputError
+from probattn.moments import weighted_covariance
 from support import attention_like, loop_mean, tokens
 
 
