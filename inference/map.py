@@ -153,15 +153,13 @@ def fit_map(
             if not math.isfinite(value):
                 raise ArithmeticError(
                     f"step {state.step}: the objective is {value}; lower the learning rate, start elsewhere, or "
-                    "choose a penalty "
-                    "that is finite on this side of the boundary."
+                    "choose a penalty that is finite on this side of the boundary."
                 )
             norm = float(nn.utils.clip_grad_norm_(elbo.parameters(), config.clip))
             if not math.isfinite(norm):
                 raise ArithmeticError(
                     f"step {state.step}: the objective is {value:.6g} but its gradient has norm {norm}; start "
-                    "elsewhere, or choose "
-                    "a penalty that is smooth there. The last checkpoint is from before this step."
+                    "elsewhere, or choose a penalty that is smooth there. The last checkpoint is from before this step."
                 )
             optimizer.step()
             state.step += 1

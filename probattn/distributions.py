@@ -14,7 +14,7 @@ from probattn.errors import InputError
 from probattn.solve import Selection
 from probattn.transforms import AttentionTransform
 
-__all__ = ["LatentAttention", "noise_distribution"]
+__all__ = ["LatentAttention", "expanded_shape", "noise_distribution"]
 
 
 def noise_distribution(
@@ -68,6 +68,26 @@ def noise_distribution(
     scale = scale.unsqueeze(-2)  # (*batch, 1, 1 or p)
     normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=validate_args)
     return normal.expand((*scale.shape[:-2], length, dim)).to_event(2)  # type: ignore[no-any-return]
+
+
+def expanded_shape(batch_shape: torch.Size, asked: Any) -> torch.Size:
+    """The batch shape that is asked for, where the present one expands to it.
+
+    Args:
+        batch_shape: the present one.
+        asked: a size, tuple or list.
+
+    Raises:
+        InputError: an axis would shrink or be dropped.
+    """
+    shape = torch.Size(asked)
+    try:
+        possible = torch.broadcast_shapes(shape, batch_shape) == shape
+    except RuntimeError:
+        possible = False
+    if not possible:
+        raise InputError(f"batch shape {tuple(batch_shape)} does not expand to {tuple(shape)}.")
+    return shape
 
 
 class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Pyro's classes are not typed
@@ -150,13 +170,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LatentAttention:
         """The same law with its batch axes expanded; the parameters stay as they are and broadcast."""
-        shape = torch.Size(batch_shape)
-        try:
-            possible = torch.broadcast_shapes(shape, self.batch_shape) == shape
-        except RuntimeError:
-            possible = False
-        if not possible:
-            raise InputError(f"batch shape {tuple(self.batch_shape)} does not expand to {tuple(shape)}.")
+        shape = expanded_shape(self.batch_shape, batch_shape)
         new = self._get_checked_instance(LatentAttention, _instance)
         return super().expand(shape, _instance=new)  # type: ignore[no-any-return]
 

@@ -42,11 +42,11 @@ class Bracket:
 def largest_sensitivity(past: Past, *, threshold: float = 1.0, tolerance: float = 1e-10) -> Bracket:
     r"""Enclose :math:`\sup_u M(u)`, M = 1 - J, for one-dimensional tokens under the strict mask, by branch and bound.
 
-    On an interval of half-width w about c two bounds hold, and the smaller counts: :math:`M(c) + |M'(c)|\, w + \tfrac12
-    L w^2` with
-    :math:`L = \tfrac18 \sum_h D_{o^h} D_{g^h}^3`, as the fourth cumulant of a law on an interval of length D lies
-    between -D^4/8 and D^4/12; and :math:`\sum_h e^{\pm w D_{g^h}} M_h(c)`, plus for positive M_h, as no weight changes
-    by more than that factor. Beyond X, :math:`|M(u)| \le \sum_h (D_{o^h} / D_{g^h}) E_X[(g^h - g^h_{end})^2]`, which
+    On an interval of half-width w about c two bounds hold, and the smaller counts:
+    :math:`M(c) + |M'(c)|\, w + \tfrac12 L w^2` with :math:`L = \tfrac18 \sum_h D_{o^h} D_{g^h}^3`, as the fourth
+    cumulant of a law on an interval of length D lies between -D^4/8 and D^4/12; and
+    :math:`\sum_h e^{\pm w D_{g^h}} M_h(c)`, plus for positive M_h, as no variance changes by more than that factor.
+    Beyond X, :math:`|M(u)| \le \sum_h (D_{o^h} / D_{g^h}) E_X[(g^h - g^h_{end})^2]`, which
     falls with X.
 
     Args:

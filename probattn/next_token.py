@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from probattn.branches import Branches
 from probattn.conditional import Past
-from probattn.distributions import noise_distribution
+from probattn.distributions import expanded_shape, noise_distribution
 from probattn.errors import InputError
 from probattn.solve import Selection, require_selection, solve_token
 
@@ -81,17 +81,19 @@ class NextToken(dist.TorchDistribution):
         noise = noise_distribution(
             noise_scale, 1, dim, like=past.moved, scale_tril=scale_tril, validate_args=validate_args
         )
-        self.past, self.noise, self.selection = past, noise, selection
         batch_shape = torch.broadcast_shapes(past.moved.shape[:-3], noise.batch_shape)
+        # Expanded, so that each past of a batch draws noise of its own.
+        self.past, self.noise, self.selection = past, noise.expand(batch_shape), selection
         super().__init__(batch_shape, torch.Size((dim,)), validate_args=validate_args)
         self._branches: Branches | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NextToken:
         """The same law with its batch axes expanded; past and noise broadcast."""
+        shape = expanded_shape(self.batch_shape, batch_shape)
         new: NextToken = self._get_checked_instance(NextToken, _instance)  # type: ignore[no-untyped-call]
         new.past, new.selection, new._branches = self.past, self.selection, self._branches
-        new.noise = self.noise.expand(batch_shape)
-        super(NextToken, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new.noise = self.noise.expand(shape)
+        super(NextToken, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 

@@ -142,8 +142,7 @@ def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) 
         strict = past.attention.mask == "strict"
         raise NoSolutionError(
             f"position {position}, batch element {where}: no solution of u - mu(u) = eps was found from {len(u)} "
-            "starts of "
-            f"{_ITERATIONS} Newton steps; the smallest residual is {float(distance.amin(0)[where]):.3g}. "
+            f"starts of {_ITERATIONS} Newton steps; the smallest residual is {float(distance.amin(0)[where]):.3g}. "
             + ("One exists" if strict else "Under the inclusive mask a solution need not exist")
             + "; check that the noise is finite, reduce the scale of the attention, or use float64."
         )

@@ -144,6 +144,20 @@ class TestNextToken:
         assert law.expand((2, 3)).sample().shape == (2, 3, 4)
         assert "length=4" in repr(law)
 
+    def test_each_past_of_a_batch_draws_noise_of_its_own(self):
+        law = NextToken(Past.of(QUIET, 0.3 * tokens(0, 5, 4, 4)), 1.0)
+        torch.manual_seed(0)
+        drawn = law.sample((400,))
+        assert drawn.shape == (400, 5, 4)
+        assert law.log_prob(drawn).shape == (400, 5)
+        correlation = torch.corrcoef(drawn[..., 0].T) - torch.eye(5)
+        assert correlation.abs().max() < 5 / 400**0.5  # five standard errors of a correlation that is zero
+
+    @pytest.mark.parametrize("shape", [(), (1,), (5, 1)])
+    def test_expand_never_shrinks(self, shape):
+        with pytest.raises(InputError, match=r"batch shape \(5,\) does not expand to"):
+            NextToken(Past.of(QUIET, tokens(0, 5, 4, 4)), 1.0).expand(shape)
+
     def test_only_one_dimension_has_exact_roots(self):
         law = NextToken(Past.of(QUIET, tokens(0, 4, 4)), 1.0)
         with pytest.raises(InputError, match="exact roots, cdf and icdf need one-dimensional tokens"):
