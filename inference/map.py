@@ -25,9 +25,10 @@ from pyro.infer.autoguide import AutoDelta, init_to_value
 from torch import Tensor, nn
 
 from probattn.errors import InputError
+from probattn.inference.checkpoint import load_checkpoint
 from probattn.inference.files import write_atomically
 
-__all__ = ["MapConfig", "MapResult", "fit_map", "load_checkpoint"]
+__all__ = ["MapConfig", "MapResult", "fit_map"]
 
 Metrics = dict[str, float]
 
@@ -244,22 +245,6 @@ def _save(
     write_atomically(path, partial(torch.save, content))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it (``weights_only``).
-
-    Raises:
-        InputError: the file is cut short, is no checkpoint, or has another schema.
-    """
-    try:
-        content = torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged archive
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"checkpoint {path}: cannot be read ({reason}); delete it and start anew.") from None
-    if not isinstance(content, dict) or content.get("schema") != 1:
-        raise InputError(f"checkpoint {path}: not a checkpoint of this version; delete it and start anew.")
-    return content
-
-
 def _restore(path: Path, described: Mapping[str, Any], elbo: nn.Module, optimizer: torch.optim.Optimizer) -> _State:
     content = load_checkpoint(path)
     saved = content["identity"]
@@ -267,8 +252,7 @@ def _restore(path: Path, described: Mapping[str, Any], elbo: nn.Module, optimize
         if saved.get(name) != described.get(name):
             raise InputError(
                 f"checkpoint {path}: of another fit: {name} is {saved.get(name)!r} there and {described.get(name)!r} "
-                "here; "
-                "use the same options, another --out, or leave --resume away."
+                "here; use the same options, another --out, or leave --resume away."
             )
     try:
         elbo.load_state_dict(content["elbo"])

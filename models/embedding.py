@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal, get_args
+
 import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
 from probattn.attention import CausalAttention, Mask, require_mask
-from probattn.distributions import LatentAttention
+from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
 
-__all__ = ["EmbeddingModel"]
+__all__ = ["EmbeddingModel", "Parameters"]
+
+Parameters = Literal["factors", "bilinear"]
 
 
 class EmbeddingModel(SequenceModel):
@@ -19,7 +24,9 @@ class EmbeddingModel(SequenceModel):
 
     .. math::
         W_Q, W_K \sim N(0, s^2 / p), \quad [W_V \sim N(0, s^2 / p),\; W_O \sim N(0, s^2 / d_v)], \quad
-        \log \sigma_j \sim N(0, 1/4), \quad u^{(n)} \sim \mathrm{LatentAttention}(W, \sigma)
+        \log \sigma_j \sim N(0, t^2), \quad u^{(n)} \sim \mathrm{LatentAttention}(W, \sigma)
+
+    or, with ``parameters="bilinear"``, the identified matrix itself: A_h ~ N(0, s^2 / p) entry by entry, W_V = W_O = I.
 
     Only the products A = c W_K^T W_Q and W_O W_V and the multiset of heads are identified: read those, not the factors.
 
@@ -31,13 +38,17 @@ class EmbeddingModel(SequenceModel):
         value_dim: dv; None fixes W_V = W_O = I.
         prior_scale: s.
         mask: as in :class:`CausalAttention`.
+        parameters: "factors" (W_Q, W_K) or "bilinear" (A, of full rank).
+        noise_spread: t.
+        jacobian: whether the likelihood has its log-determinants. Without them it is not a density of u; the choice is
+            there to show what a naive fit of the residuals gets wrong.
 
-    Sites: ``query``, ``key``, [``value``, ``output``], ``noise_scale``, and ``u`` in the plate ``sequences``. Every
-        expression is
-    written for leading batch axes, so particles and parallel predictive draws vectorise.
+    Sites: ``query``, ``key``, [``value``, ``output``] or ``bilinear``; ``noise_scale``; and ``u`` in the plate
+        ``sequences``. Every expression is written for leading batch axes, so particles and parallel predictive draws
+        vectorise.
 
     Raises:
-        InputError: a size below 1, a prior scale that is not positive.
+        InputError: a size below 1, a scale that is not positive, a rank or value size beside ``bilinear``.
 
     Example:
         >>> _ = pyro.set_rng_seed(0)
@@ -55,8 +66,15 @@ class EmbeddingModel(SequenceModel):
         value_dim: int | None = None,
         prior_scale: float = 1.0,
         mask: Mask = "strict",
+        parameters: Parameters = "factors",
+        noise_spread: float = 0.5,
+        jacobian: bool = True,
     ) -> None:
         super().__init__()
+        if parameters not in get_args(Parameters):
+            raise InputError(f"parameters is {parameters!r}; use one of {', '.join(get_args(Parameters))}.")
+        if parameters == "bilinear" and (rank is not None or value_dim is not None):
+            raise InputError("a bilinear A has full rank and W_V = W_O = I; for a rank or a value size use factors.")
         rank = dim if rank is None else rank
         sizes = {
             "length": length,
@@ -68,17 +86,19 @@ class EmbeddingModel(SequenceModel):
         for name, size in sizes.items():
             if size < 1:
                 raise InputError(f"{name} is {size}; it must be at least 1.")
-        if not prior_scale > 0:
-            raise InputError(f"prior_scale is {prior_scale}; it must be positive.")
+        for name, scale in (("prior_scale", prior_scale), ("noise_spread", noise_spread)):
+            if not scale > 0:
+                raise InputError(f"{name} is {scale}; it must be positive.")
         require_mask(mask)
         self.length, self.dim, self.heads, self.rank, self.value_dim = length, dim, heads, rank, value_dim
         self.prior_scale, self.mask = prior_scale, mask
+        self.parameters_as, self.noise_spread, self.jacobian = parameters, noise_spread, jacobian
 
     def forward(self, u: Tensor | None = None, *, sequences: int | None = None, total: int | None = None) -> Tensor:
         """Score or draw sequences.
 
         Args:
-            u: observed sequences, (N, T, p); None draws them.
+            u: observed sequences, (N, T, p), or (particles, N, T, p) for other data a particle; None draws them.
             sequences: how many to draw where u is None.
             total: size of the whole data set where u is a minibatch of it; the likelihood is scaled by total / N.
 
@@ -87,21 +107,32 @@ class EmbeddingModel(SequenceModel):
         """
         size = self.batch_size(u, sequences)
         attention = self.sample_attention()
-        noise = dist.LogNormal(self.unit.new_zeros(self.dim), 0.5).to_event(1)
+        noise = dist.LogNormal(self.unit.new_zeros(self.dim), self.noise_spread).to_event(1)
         noise_scale = self.parameter("noise_scale", noise)
         with pyro.plate("sequences", total or size, subsample_size=size):
-            law = LatentAttention(attention, noise_scale, self.length)
-            return pyro.sample("u", law, obs=u)
+            return pyro.sample("u", self.likelihood(attention, noise_scale), obs=u)
+
+    def likelihood(self, attention: CausalAttention, noise_scale: Tensor) -> dist.TorchDistribution:
+        """The law of one sequence."""
+        if self.jacobian:
+            return LatentAttention(attention, noise_scale, self.length)
+        return ResidualNoise(attention, noise_scale, self.length)
 
     def sample_attention(self) -> CausalAttention:
         """Draw the attention parameters from their prior, as sample sites of the running model."""
-        query = self._weight("query", self.rank, self.dim)
-        key = self._weight("key", self.rank, self.dim)
-        value = output = None
+        shapes: dict[str, tuple[int, int]] = {"bilinear": (self.dim, self.dim)}
+        if self.parameters_as == "factors":
+            shapes = {"query": (self.rank, self.dim), "key": (self.rank, self.dim)}
         if self.value_dim is not None:
-            value = self._weight("value", self.value_dim, self.dim)
-            output = self._weight("output", self.dim, self.value_dim)
-        return CausalAttention(query, key, value, output, mask=self.mask)
+            shapes |= {"value": (self.value_dim, self.dim), "output": (self.dim, self.value_dim)}
+        return self.attention_of({name: self._weight(name, *shape) for name, shape in shapes.items()})
+
+    def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
+        """The attention with given values of the sites, (*batch, H, ., .) each."""
+        if self.parameters_as == "bilinear":
+            return CausalAttention.from_bilinear(values["bilinear"], mask=self.mask)
+        value, output = values.get("value"), values.get("output")
+        return CausalAttention(values["query"], values["key"], value, output, mask=self.mask)
 
     def _weight(self, name: str, rows: int, columns: int) -> Tensor:
         spread = self.prior_scale / columns**0.5

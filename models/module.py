@@ -39,15 +39,15 @@ class SequenceModel(PyroModule):
 
     @staticmethod
     def batch_size(u: Tensor | None, sequences: int | None) -> int:
-        """N, from observed sequences (N, T, p) or from how many are to be drawn.
+        """N, from observed sequences (*particles, N, T, p) or from how many are to be drawn.
 
         Raises:
             InputError: neither is usable.
         """
         if u is not None:
-            if u.dim() != 3:
+            if u.dim() not in (3, 4):
                 raise InputError(f"u has shape {tuple(u.shape)}; it must be (N, T, p).")
-            return u.shape[0]
+            return u.shape[-3]
         if sequences is None or sequences < 1:
             raise InputError(f"sequences is {sequences}; without observed u it must say how many to draw.")
         return sequences

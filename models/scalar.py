@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention, Mask, require_mask
-from probattn.distributions import LatentAttention
+from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
 
@@ -31,12 +33,14 @@ def scalar_attention(a: float | Tensor, *, mask: Mask = "strict") -> CausalAtten
 
 
 class ScalarModel(SequenceModel):
-    r"""a ~ N(0, prior_scale^2), sigma ~ LogNormal(0, 1/2), and N sequences from the scalar attention.
+    r"""a ~ N(0, prior_scale^2), log sigma ~ N(0, noise_spread^2), and N sequences from the scalar attention.
 
     Args:
         length: T.
         prior_scale: standard deviation of the prior of a.
         mask: as in :class:`CausalAttention`.
+        noise_spread: standard deviation of the prior of log sigma.
+        jacobian: as in :class:`~probattn.models.embedding.EmbeddingModel`.
 
     Sites: ``a``, ``noise_scale``, ``u`` in the plate ``sequences``.
 
@@ -49,18 +53,33 @@ class ScalarModel(SequenceModel):
         torch.Size([3, 4, 1])
     """
 
-    def __init__(self, length: int, *, prior_scale: float = 1.0, mask: Mask = "strict") -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        prior_scale: float = 1.0,
+        mask: Mask = "strict",
+        noise_spread: float = 0.5,
+        jacobian: bool = True,
+    ) -> None:
         super().__init__()
-        if length < 1 or not prior_scale > 0:
-            raise InputError(f"length is {length} and prior_scale {prior_scale}; both must be positive.")
+        for name, value in (("length", length), ("prior_scale", prior_scale), ("noise_spread", noise_spread)):
+            if not value > 0:
+                raise InputError(f"{name} is {value}; it must be positive.")
         require_mask(mask)
+        self.dim, self.noise_spread, self.jacobian = 1, noise_spread, jacobian
         self.length, self.prior_scale, self.mask = length, prior_scale, mask
 
     def forward(self, u: Tensor | None = None, *, sequences: int | None = None, total: int | None = None) -> Tensor:
         """Score or draw sequences; see :meth:`EmbeddingModel.forward` for the arguments."""
         size = self.batch_size(u, sequences)
         a = self.parameter("a", dist.Normal(0.0 * self.unit, self.prior_scale))
-        noise_scale = self.parameter("noise_scale", dist.LogNormal(0.0 * self.unit, 0.5))
+        noise_scale = self.parameter("noise_scale", dist.LogNormal(0.0 * self.unit, self.noise_spread))
         with pyro.plate("sequences", total or size, subsample_size=size):
-            law = LatentAttention(scalar_attention(a, mask=self.mask), noise_scale.unsqueeze(-1), self.length)
-            return pyro.sample("u", law, obs=u)
+            law = LatentAttention if self.jacobian else ResidualNoise
+            attention = self.attention_of({"a": a})
+            return pyro.sample("u", law(attention, noise_scale.unsqueeze(-1), self.length), obs=u)
+
+    def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
+        """The attention with a given slope ``a``, (*batch,)."""
+        return scalar_attention(values["a"], mask=self.mask)

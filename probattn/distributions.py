@@ -14,7 +14,7 @@ from probattn.errors import InputError
 from probattn.solve import Selection
 from probattn.transforms import AttentionTransform
 
-__all__ = ["LatentAttention", "expanded_shape", "noise_distribution"]
+__all__ = ["LatentAttention", "ResidualNoise", "expanded_shape", "noise_distribution"]
 
 
 def noise_distribution(
@@ -189,3 +189,23 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
             NotImplementedError: always.
         """
         raise NotImplementedError("no closed form: estimate it as minus the mean of log_prob over draws.")
+
+
+class ResidualNoise(LatentAttention):
+    """The likelihood of somebody who fits the residuals and forgets the change of variables.
+
+    Draws are those of :class:`LatentAttention`; ``log_prob`` is sum_i log N(e_i; 0, S) alone, which is not a density of
+    u. It is here as the negative control of everything that is said about the Jacobian.
+    """
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ResidualNoise:
+        """As :meth:`LatentAttention.expand`."""
+        new = self._get_checked_instance(ResidualNoise, _instance)
+        return super().expand(batch_shape, _instance=new)  # type: ignore[return-value]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The Gaussian terms, (*batch,)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_noise: Tensor = self.base_dist.log_prob(self.transform.inv(value))
+        return log_noise

@@ -1,0 +1,33 @@
+"""Pyro's state is one per process; a fit borrows it and gives it back as it was.
+
+Pyro keeps its effect handlers, settings and random numbers in module-level variables, so two threads inside it at once
+would see each other's. Whoever calls Pyro here does it inside :func:`isolated`, one thread at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+
+__all__ = ["isolated"]
+
+_PYRO = threading.RLock()
+
+
+@contextmanager
+def isolated(device: torch.device | None = None, seed: int | None = None) -> Iterator[None]:
+    """Run Pyro with parameters kept in their modules and the random state put back afterwards.
+
+    Args:
+        device: also protect this CUDA device's random state.
+        seed: of the draws inside; None goes on from the present state.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with _PYRO, torch.random.fork_rng(devices=devices), pyro.settings.context(module_local_params=True):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

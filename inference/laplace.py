@@ -1,0 +1,96 @@
+"""The Laplace approximation: a normal law at the mode in unconstrained space."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from probattn.errors import InputError
+from probattn.inference.draws import Draws, feasible_start
+from probattn.inference.target import Target
+
+__all__ = ["fit_laplace", "hessian", "maximise"]
+
+_FLAT = 1e-7
+
+
+def maximise(target: Target, start: Tensor, *, steps: int = 200, tolerance: float = 1e-8) -> Tensor:
+    """The mode in unconstrained space from one start, (D,): L-BFGS with a strong Wolfe search.
+
+    Args:
+        target: the posterior.
+        start: (D,), feasible.
+        steps: iterations at most.
+        tolerance: largest entry of the gradient, relative to the number of observations.
+
+    Raises:
+        InputError: the search leaves the region where the density is finite, or does not end.
+    """
+    z = start.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [z], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-10, tolerance_change=0.0
+    )
+
+    def objective() -> Tensor:
+        value, gradient = target.value_and_gradient(z.detach().unsqueeze(0))
+        z.grad = -gradient[0]
+        return -value[0]
+
+    optimizer.step(objective)
+    mode = z.detach()
+    _, gradient = target.value_and_gradient(mode.unsqueeze(0))
+    size = float(target.data[0].numel())
+    if not float(gradient.abs().max()) <= max(tolerance * size, 1e-5):
+        raise InputError(
+            f"no mode found from this start: the gradient is still {float(gradient.abs().max()):.3g} after {steps} "
+            "steps; the posterior may run away (give it a tighter prior) or fold (see regime)."
+        )
+    return mode
+
+
+def hessian(target: Target, z: Tensor) -> Tensor:
+    """Second derivatives of the log-density at one point, (D, D)."""
+
+    def density(point: Tensor) -> Tensor:
+        return target.log_density(point.unsqueeze(0)).squeeze(0)
+
+    found: Tensor = torch.autograd.functional.hessian(density, z)  # type: ignore[no-untyped-call]
+    return 0.5 * (found + found.mT).detach()
+
+
+def fit_laplace(target: Target, *, draws: int = 2000, seed: int = 0, start: Tensor | None = None) -> Draws:
+    r"""Draws from N(z*, -H^{-1}) with H the Hessian of the log-density at its mode z*, one chain.
+
+    Directions in which the density does not change at all (rotations that W_Q and W_K share) get no spread: what is
+    identified does not depend on them. Their number is in the notes, and there is then no ``log_q`` to weigh by.
+
+    Args:
+        target: the posterior.
+        draws: how many.
+        seed: of the start and the draws.
+        start: where to begin, (D,); None finds a feasible point.
+
+    Raises:
+        InputError: no mode, or a Hessian with a direction of growth (a saddle).
+    """
+    if start is None:
+        start = feasible_start(target, 1, seed)[0]
+    mode = maximise(target, start)
+    values, vectors = torch.linalg.eigh(-hessian(target, mode))
+    largest = float(values.max())
+    if float(values.min()) < -_FLAT * largest:
+        raise InputError(
+            f"the point found is a saddle (curvature {float(values.min()):.3g} beside {largest:.3g}); start elsewhere "
+            "with another --seed, or use --method nuts."
+        )
+    curved = values > _FLAT * largest
+    root = vectors[:, curved] / values[curved].sqrt()  # (D, curved)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(draws, int(curved.sum()), generator=generator, dtype=torch.float64).to(mode)
+    z = mode + noise @ root.mT
+    stats = {"lp": target.log_density(z).detach().unsqueeze(0)}
+    flat = int((~curved).sum())
+    if not flat:
+        log_q = torch.distributions.MultivariateNormal(mode, precision_matrix=vectors @ (values[:, None] * vectors.mT))
+        stats["log_q"] = log_q.log_prob(z).unsqueeze(0)
+    return Draws("laplace", z.unsqueeze(0), stats, {"flat_directions": flat})

@@ -1,0 +1,130 @@
+r"""The posterior of a Pyro model as a plain function on R^D, many points at a time.
+
+Every latent site is moved to unconstrained space by torch's own ``biject_to``; the log-density there carries the
+log-determinant of that move. One trace of the model scores a whole batch of points: they ride on a plate of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.distributions import Transform, biject_to
+
+from probattn.errors import InputError
+from probattn.inference.isolation import isolated
+
+__all__ = ["Target"]
+
+
+class _Site(NamedTuple):
+    shape: torch.Size
+    transform: Transform
+    unconstrained: torch.Size
+    start: int
+    stop: int
+
+
+class Target:
+    r"""log p(theta, data) as a function of unconstrained z in R^D.
+
+    .. math:: \log \pi(z) = \log p(\theta(z), \text{data}) + \log |\det \partial\theta / \partial z|
+
+    Args:
+        model: a Pyro module whose data plate is the last axis and whose sites accept particles (those of
+            :mod:`probattn.models` do).
+        data: its positional arguments; a first tensor of shape (C, N, T, p) gives each of C points its own data.
+
+    Attributes:
+        sites: shape, transform and place of each latent site in z.
+        dim: D.
+
+    Raises:
+        InputError: a model without latent sites, or with discrete ones.
+
+    Example:
+        >>> from probattn.models import ScalarModel
+        >>> target = Target(ScalarModel(4), torch.zeros(3, 4, 1).double())
+        >>> target.dim, target.log_density(torch.zeros(5, 2).double()).shape
+        (2, torch.Size([5]))
+    """
+
+    def __init__(self, model: nn.Module, *data: Tensor) -> None:
+        self.model, self.data = model, data
+        self.sites: dict[str, _Site] = {}
+        self.observed: list[str] = []
+        self.dim = 0
+        single = tuple(part[0] if part.dim() == 4 else part for part in data)
+        with isolated(seed=0), torch.no_grad():
+            trace = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*single)
+        for name, node in trace.nodes.items():
+            if node["type"] != "sample" or isinstance(node["fn"], poutine.subsample_messenger._Subsample):
+                continue
+            if node["is_observed"]:
+                self.observed.append(name)
+                continue
+            if node["fn"].support.is_discrete:
+                raise InputError(f"site {name} is discrete; the inference here is for continuous parameters.")
+            transform = biject_to(node["fn"].support)
+            shape = node["value"].shape
+            free = torch.Size(transform.inverse_shape(shape))
+            self.sites[name] = _Site(shape, transform, free, self.dim, self.dim + free.numel())
+            self.dim += free.numel()
+        if not self.sites:
+            raise InputError("the model has no latent site; there is nothing to infer.")
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Values of the sites, (*batch, *event), from z, (*batch, D)."""
+        return {
+            name: site.transform(z[..., site.start : site.stop].reshape(*z.shape[:-1], *site.unconstrained))
+            for name, site in self.sites.items()
+        }
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """z, (*batch, D), from values of the sites, (*batch, *event)."""
+        parts = []
+        for name, site in self.sites.items():
+            free = site.transform.inv(values[name])
+            parts.append(free.reshape(*free.shape[: free.dim() - len(site.unconstrained)], -1))
+        return torch.cat(parts, dim=-1)
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """log pi(z), (C,), at C points z, (C, D). Differentiable; NaN and infinities are passed on as they are."""
+        values = self.constrain(z)
+        terms = self.log_terms(values)
+        total = sum(term if term.dim() == 1 else term.sum(-1) for term in terms.values())
+        return total + self._log_volume(z, values)  # type: ignore[no-any-return]
+
+    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi, (C,), and its gradient, (C, D), both detached."""
+        point = z.detach().requires_grad_(True)
+        with torch.enable_grad():
+            value = self.log_density(point)
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+        return value.detach(), gradient
+
+    def log_terms(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Log-probability of each site, (C,) for latent ones and (C, N) for observed ones, at values (C, *event)."""
+        points = len(next(iter(values.values())))
+        lifted = {name: value.unsqueeze(1) for name, value in values.items()}  # (C, 1, *event): beside the data plate
+        with isolated(), pyro.plate("points", points, dim=-2):
+            traced = poutine.trace(poutine.condition(self.model, data=lifted)).get_trace(*self.data)
+            traced.compute_log_prob()
+        terms = {}
+        for name in [*self.sites, *self.observed]:
+            term = traced.nodes[name]["log_prob"]
+            term = term.expand(points, term.shape[-1])
+            terms[name] = term.squeeze(-1) if name in self.sites else term
+        return terms
+
+    def _log_volume(self, z: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        total = z.new_zeros(z.shape[:-1])
+        for name, site in self.sites.items():
+            free = z[..., site.start : site.stop].reshape(*z.shape[:-1], *site.unconstrained)
+            ladj = site.transform.log_abs_det_jacobian(free, values[name])
+            total = total + ladj.reshape(*z.shape[:-1], -1).sum(-1)
+        return total
