@@ -12,11 +12,15 @@ from probattn.errors import InputError
 __all__ = ["load_checkpoint"]
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, identity: str | None = None) -> dict[str, Any]:
     """Read a checkpoint (``weights_only``).
 
+    Args:
+        path: the file.
+        identity: what the checkpoint must be of; None takes any.
+
     Raises:
-        InputError: the file is cut short, is no checkpoint, or has another schema.
+        InputError: the file is cut short, is no checkpoint, has another schema, or is of another run.
     """
     try:
         content = torch.load(path, weights_only=True)
@@ -25,4 +29,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path}: cannot be read ({reason}); delete it and start anew.") from None
     if not isinstance(content, dict) or content.get("schema") != 1:
         raise InputError(f"checkpoint {path}: not a checkpoint of this version; delete it and start anew.")
+    if identity is not None and content["identity"] != identity:
+        raise InputError(
+            f"checkpoint {path}: of another run; use the same options, another --out, or leave --resume away."
+        )
     return content

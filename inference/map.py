@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from probattn.errors import InputError
 from probattn.inference.checkpoint import load_checkpoint
 from probattn.inference.files import write_atomically
+from probattn.inference.minibatch import minibatch
 
 __all__ = ["MapConfig", "MapResult", "fit_map"]
 
@@ -127,6 +128,7 @@ def fit_map(
     if not data or len(data[0]) == 0:
         raise InputError("there are no sequences to fit; give at least one.")
     total, tokens = len(data[0]), data[-1].shape[0] * data[-1].shape[1]
+    size = min(config.batch, total)
     described = {**asdict(config), **_identify(model, data), **dict(identity or {})}
     devices = [data[0].device] if data[0].is_cuda else []
     with (
@@ -138,7 +140,7 @@ def fit_map(
         start = {name: value.detach().clone() for name, value in initial_values.items()}
         guide = AutoDelta(model, init_loc_fn=init_to_value(values=start))
         elbo = Trace_ELBO()(model, guide)
-        elbo(*_minibatch(data, config, 0), total=total)  # the guide's parameters exist only after a first call
+        elbo(*minibatch(data, size, 0, config.seed), total=total)  # the guide's parameters exist only after a first call
         optimizer = torch.optim.Adam(elbo.parameters(), lr=config.learning_rate)
         state = _State()
         torch.manual_seed(config.seed)
@@ -148,7 +150,7 @@ def fit_map(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * state.step / config.steps))
             optimizer.zero_grad()
-            objective = elbo(*_minibatch(data, config, state.step), total=total) / tokens
+            objective = elbo(*minibatch(data, size, state.step, config.seed), total=total) / tokens
             objective.backward()
             value = float(objective.detach())
             if not math.isfinite(value):
@@ -216,15 +218,6 @@ class _State:
         for name, number in {"step": float(self.step), **metrics}.items():
             self.history.setdefault(name, []).append(number)
         return metrics
-
-
-def _minibatch(data: tuple[Tensor, ...], config: MapConfig, step: int) -> tuple[Tensor, ...]:
-    """The minibatch of a step: a function of seed and step alone, so that resuming needs no state of a sampler."""
-    size = min(config.batch, len(data[0]))
-    epoch, position = divmod(step, len(data[0]) // size)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(data[0]), generator=generator)[position * size : (position + 1) * size]
-    return tuple(part[order.to(part.device)] for part in data)
 
 
 def _values(guide: AutoDelta) -> dict[str, Tensor]:

@@ -128,15 +128,12 @@ def _stock_chain(
 ) -> dict[str, Any]:
     """One chain of Pyro's own NUTS; a finished one is kept on disk."""
     if resume and path is not None and path.exists():
-        content = load_checkpoint(path)
-        if content["identity"] != identity:
-            raise InputError(f"checkpoint {path}: of another run; use the same options or another --out.")
-        return content
+        return load_checkpoint(path, identity)
     target = Target(model, *data)
     columns: dict[str, list[float]] = {"lp": [], "step_size": [], "acceptance_rate": []}
 
     def keep(kernel: Any, _: Any, stage: str, __: int) -> None:
-        if stage == "Sample" or stage.startswith("Sample"):
+        if stage.startswith("Sample"):
             columns["lp"].append(-float(kernel._potential_energy_last))
             columns["step_size"].append(float(kernel.step_size))
             columns["acceptance_rate"].append(float(kernel._mean_accept_prob))

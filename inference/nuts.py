@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from probattn.errors import InputError
+from probattn.inference.checkpoint import load_checkpoint
 from probattn.inference.files import write_atomically
 
 __all__ = ["NutsConfig", "NutsRun", "run_nuts"]
@@ -170,7 +171,7 @@ def run_nuts(
     described = f"{identity} {sorted(asdict(config).items())} {tuple(start.shape)} pool {pool}"
     generator = torch.Generator(device=start.device).manual_seed(config.seed)
     point = _Point(start.clone(), torch.zeros_like(start), value, gradient)
-    saved = _restore(checkpoint, described) if resume and checkpoint is not None and checkpoint.exists() else None
+    saved = load_checkpoint(checkpoint, described) if resume and checkpoint is not None and checkpoint.exists() else None
     total = config.warmup + config.draws
     kept: list[Tensor] = []
     rows: list[dict[str, Tensor]] = []
@@ -343,14 +344,3 @@ def _where(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _restore(path: Path, described: str) -> dict[str, Any]:
-    from probattn.inference.map import load_checkpoint
-
-    content = load_checkpoint(path)
-    if content["identity"] != described:
-        raise InputError(
-            f"checkpoint {path}: of another run; use the same options, another --out, or leave --resume away."
-        )
-    return content
