@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from probattn.errors import InputError
+from probattn.inference.isolation import isolated
 from probattn.inference.target import Target
 
-__all__ = ["Draws", "feasible_start"]
+__all__ = ["RELIABLE", "Draws", "approximation", "feasible_start"]
+
+RELIABLE = 0.7  # largest k-hat at which importance weights are of use (Vehtari et al., 1507.02646)
+_PROPOSALS = 4
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Draws:
     Attributes:
         method: "nuts", "laplace", "svi" or "map".
         z: (chain, draw, D).
-        stats: by ArviZ name, (chain, draw) each; ``log_q`` is the log-density of an approximation at its own draw.
+        stats: by ArviZ name, (chain, draw) each.
         notes: numbers and words about the run.
     """
 
@@ -59,3 +67,79 @@ def feasible_start(target: Target, points: int, seed: int, *, spread: float = 0.
         f"no feasible start: the log-density is not finite within {spread * 0.5 ** (tries - 1):.1g} of the origin; "
         "look for values in the data that are too large for its dtype."
     )
+
+
+def approximation(
+    target: Target,
+    method: str,
+    law: Distribution,
+    *,
+    draws: int,
+    seed: int,
+    correct: bool,
+    notes: Mapping[str, str | int | float],
+) -> Draws:
+    r"""Draws of a fitted law q, corrected by importance resampling where that can be trusted.
+
+    The guide's own k-hat is the shape of the generalised Pareto law fitted to the largest weights pi(z) / q(z): how good
+    q is. For the correction half of the proposals come from q and half from a Student t with q's mean and covariance, so
+    that q may be too narrow; their weights under the mixture of both are smoothed in the same way. With ``correct``
+    and the mixture's k-hat at most 0.7 the draws are resampled by these weights, and what is left of the error of q is
+    Monte Carlo error; otherwise they are draws of q.
+
+    Args:
+        target: the posterior pi.
+        method: name of the result.
+        law: q on R^D.
+        draws: how many to keep.
+        seed: of the draws.
+        correct: whether to resample.
+        notes: kept, with ``khat_guide``, ``corrected``, and where there are weights ``khat`` and ``importance_ess``
+            (the independent draws that the kept ones are worth) added.
+
+    Raises:
+        InputError: the density is finite nowhere.
+    """
+    notes = dict(notes)
+    with isolated(target.data[0].device, seed=seed), torch.no_grad():
+        z = law.sample((_PROPOSALS * draws if correct else draws,))
+        log_q, lp = law.log_prob(z), target.evaluate(z)["lp"]
+        if not bool(torch.isfinite(lp).any()):
+            raise InputError(f"{method}: the density is finite at no draw of the approximation; use --method nuts.")
+        notes["khat_guide"] = _smoothed(lp - log_q)[1]
+        stats = {"lp": lp[None, :draws], "log_q": log_q[None, :draws]}
+        if correct:
+            half = len(z) // 2
+            wide = _student(z)
+            tails = wide.sample((half,))
+            proposals = torch.cat([z[:half], tails])
+            mixed = torch.logaddexp(
+                torch.cat([log_q[:half], law.log_prob(tails)]), wide.log_prob(proposals)
+            ) - math.log(2)
+            lp = torch.cat([lp[:half], target.evaluate(tails)["lp"]])
+            weights, notes["khat"] = _smoothed(lp - mixed)
+            if notes["khat"] <= RELIABLE:
+                chosen = torch.multinomial(weights, draws, replacement=True)
+                effective = float(weights.sum() ** 2 / weights.square().sum())
+                notes |= {"corrected": 1, "importance_ess": min(effective, draws)}
+                stats = {"lp": lp[None, chosen], "log_q": mixed[None, chosen]}
+                return Draws(method, proposals[None, chosen], stats, notes)
+    return Draws(method, z[None, :draws], stats, {**notes, "corrected": 0})
+
+
+def _smoothed(log_ratio: Tensor) -> tuple[Tensor, float]:
+    """Pareto-smoothed weights and k-hat; a ratio that is not finite has weight 0."""
+    from arviz_stats.base import array_stats
+
+    ratio = log_ratio.double().cpu().numpy()
+    # psislw is made for leave-one-out, where the weights are the inverse of the likelihood: it changes the sign itself.
+    finite = np.where(np.isfinite(ratio), ratio, ratio[np.isfinite(ratio)].min() - 700)
+    smoothed, khat = array_stats.psislw(-finite)
+    return torch.from_numpy(np.exp(smoothed)).to(log_ratio), float(khat)
+
+
+def _student(z: Tensor) -> Distribution:
+    """A multivariate t with 5 degrees of freedom around the mean of draws, with their covariance as its scale."""
+    covariance = torch.cov(z.mT).reshape(z.shape[-1], z.shape[-1])
+    factor = torch.linalg.cholesky(covariance)
+    return dist.MultivariateStudentT(torch.full((), 5.0).to(z), z.mean(0), factor)  # type: ignore[no-any-return]

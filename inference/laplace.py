@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from probattn.errors import InputError
-from probattn.inference.draws import Draws, feasible_start
+from probattn.inference.draws import Draws, approximation, feasible_start
 from probattn.inference.target import Target
 
 __all__ = ["fit_laplace", "hessian", "maximise"]
@@ -58,16 +59,19 @@ def hessian(target: Target, z: Tensor) -> Tensor:
     return 0.5 * (found + found.mT).detach()
 
 
-def fit_laplace(target: Target, *, draws: int = 2000, seed: int = 0, start: Tensor | None = None) -> Draws:
+def fit_laplace(
+    target: Target, *, draws: int = 2000, seed: int = 0, correct: bool = True, start: Tensor | None = None
+) -> Draws:
     r"""Draws from N(z*, -H^{-1}) with H the Hessian of the log-density at its mode z*, one chain.
 
     Directions in which the density does not change at all (rotations that W_Q and W_K share) get no spread: what is
-    identified does not depend on them. Their number is in the notes, and there is then no ``log_q`` to weigh by.
+    identified does not depend on them. Their number is in the notes, and there are then no weights to correct by.
 
     Args:
         target: the posterior.
         draws: how many.
         seed: of the start and the draws.
+        correct: resample by importance weights, see :func:`~probattn.inference.draws.approximation`.
         start: where to begin, (D,); None finds a feasible point.
 
     Raises:
@@ -84,13 +88,14 @@ def fit_laplace(target: Target, *, draws: int = 2000, seed: int = 0, start: Tens
             "with another --seed, or use --method nuts."
         )
     curved = values > _FLAT * largest
+    flat = int((~curved).sum())
     root = vectors[:, curved] / values[curved].sqrt()  # (D, curved)
+    if not flat:
+        law = MultivariateNormal(mode, scale_tril=torch.linalg.cholesky(root @ root.mT))
+        return approximation(
+            target, "laplace", law, draws=draws, seed=seed, correct=correct, notes={"flat_directions": 0}
+        )
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(draws, int(curved.sum()), generator=generator, dtype=torch.float64).to(mode)
     z = mode + noise @ root.mT
-    stats = {"lp": target.log_density(z).detach().unsqueeze(0)}
-    flat = int((~curved).sum())
-    if not flat:
-        log_q = torch.distributions.MultivariateNormal(mode, precision_matrix=vectors @ (values[:, None] * vectors.mT))
-        stats["log_q"] = log_q.log_prob(z).unsqueeze(0)
-    return Draws("laplace", z.unsqueeze(0), stats, {"flat_directions": flat})
+    return Draws("laplace", z.unsqueeze(0), {"lp": target.evaluate(z)["lp"].unsqueeze(0)}, {"flat_directions": flat})

@@ -24,7 +24,7 @@ from torch import Tensor
 from probattn.errors import InputError
 from probattn.inference.checkpoint import load_checkpoint
 from probattn.inference.distributed import my_shards, rank, shard, sum_over_processes
-from probattn.inference.draws import Draws, feasible_start
+from probattn.inference.draws import Draws, approximation, feasible_start
 from probattn.inference.files import write_atomically
 from probattn.inference.isolation import isolated
 from probattn.inference.minibatch import minibatch
@@ -54,6 +54,7 @@ class SviConfig:
         steps: at most so many.
         draws: of the fitted guide.
         seed: of start, minibatches and draws.
+        correct: resample by importance weights, see :func:`~probattn.inference.draws.approximation`.
     """
 
     guide: Guide = "full_rank"
@@ -67,6 +68,7 @@ class SviConfig:
     steps: int = 20_000
     draws: int = 2000
     seed: int = 0
+    correct: bool = True
 
     def __post_init__(self) -> None:
         if self.guide not in get_args(Guide):
@@ -132,7 +134,7 @@ def fit_svi(
         report: called after each window with the step and the mean objective.
 
     Returns:
-        Draws, one chain, with the guide's log-density ``log_q``; the notes say whether the rule or the step limit ended
+        Draws, one chain; the notes say whether the rule or the step limit ended
         the fit. The guide is the mean of its parameters over the last window.
 
     Raises:
@@ -197,20 +199,17 @@ def fit_svi(
         with torch.no_grad():
             for average, parameter in zip(averages, parameters, strict=True):
                 parameter.copy_(average)
-            torch.manual_seed(config.seed)
             law = guide.get_posterior()
-            z = law.sample((config.draws,))
-            log_q = law.log_prob(z)
-            stats = {"lp": target.log_density(z).unsqueeze(0), "log_q": log_q.unsqueeze(0)}
-    converged = progress.stage >= config.stages
-    notes: dict[str, str | int | float] = {
-        "guide": config.guide,
-        "objective": "elbo" if config.renyi is None else f"renyi {config.renyi:g}",
-        "steps": progress.step,
-        "stopped": "converged" if converged else "steps",
-        "loss": progress.history[-1] if progress.history else math.nan,
-    }
-    return Draws("svi", z.detach().unsqueeze(0), stats, notes)
+        notes: dict[str, str | int | float] = {
+            "guide": config.guide,
+            "objective": "elbo" if config.renyi is None else f"renyi {config.renyi:g}",
+            "steps": progress.step,
+            "stopped": "converged" if progress.stage >= config.stages else "steps",
+            "loss": progress.history[-1] if progress.history else math.nan,
+        }
+        return approximation(
+            target, "svi", law, draws=config.draws, seed=config.seed, correct=config.correct, notes=notes
+        )
 
 
 def _make_guide(target: Target, config: SviConfig, start: Tensor) -> AutoContinuous:

@@ -21,6 +21,9 @@ from probattn.inference.isolation import isolated
 __all__ = ["Target"]
 
 
+_SCORES = 2**23
+
+
 class _Site(NamedTuple):
     shape: torch.Size
     transform: Transform
@@ -106,6 +109,30 @@ class Target:
             value = self.log_density(point)
             (gradient,) = torch.autograd.grad(value.sum(), point)
         return value.detach(), gradient
+
+    def evaluate(self, z: Tensor) -> dict[str, Tensor]:
+        """Terms of :meth:`log_terms` and their total with the volume as ``lp``, (S,) or (S, N), at S points z, (S, D).
+
+        The points are taken in groups, so that memory does not grow with S; nothing is differentiable.
+        """
+        data = self.data[0]
+        each = data.numel() * data.shape[-2 if data.dim() > 2 else -1]  # scores of every position against every other
+        groups = z.detach().split(max(1, _SCORES // each))
+        rows = []
+        with torch.no_grad():
+            for group in groups:
+                values = self.constrain(group)
+                terms = self.log_terms(values)
+                total = sum(term if term.dim() == 1 else term.sum(-1) for term in terms.values())
+                rows.append({**terms, "lp": total + self._log_volume(group, values)})
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def prior_draws(self, count: int, seed: int) -> dict[str, Tensor]:
+        """Draws of the sites from their prior, (count, *event) each."""
+        single = tuple(part[:1] for part in self.data)
+        with isolated(self.data[0].device, seed=seed), pyro.plate("points", count, dim=-2), torch.no_grad():
+            trace = poutine.trace(self.model).get_trace(*single)
+        return {name: trace.nodes[name]["value"].squeeze(1) for name in self.sites}
 
     def log_terms(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log-probability of each site, (C,) for latent ones and (C, N) for observed ones, at values (C, *event)."""

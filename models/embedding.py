@@ -7,12 +7,14 @@ from typing import Literal, get_args
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
+from probattn.solve import Selection
 
 __all__ = ["EmbeddingModel", "Parameters"]
 
@@ -106,26 +108,28 @@ class EmbeddingModel(SequenceModel):
             The sequences, (*particles, N, T, p).
         """
         size = self.batch_size(u, sequences)
-        attention = self.sample_attention()
-        noise = dist.LogNormal(self.unit.new_zeros(self.dim), self.noise_spread).to_event(1)
-        noise_scale = self.parameter("noise_scale", noise)
+        values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
         with pyro.plate("sequences", total or size, subsample_size=size):
-            return pyro.sample("u", self.likelihood(attention, noise_scale), obs=u)
+            return pyro.sample("u", self.likelihood(values), obs=u)
 
-    def likelihood(self, attention: CausalAttention, noise_scale: Tensor) -> dist.TorchDistribution:
-        """The law of one sequence."""
-        if self.jacobian:
-            return LatentAttention(attention, noise_scale, self.length)
-        return ResidualNoise(attention, noise_scale, self.length)
-
-    def sample_attention(self) -> CausalAttention:
-        """Draw the attention parameters from their prior, as sample sites of the running model."""
+    def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
+        """The prior of every parameter."""
         shapes: dict[str, tuple[int, int]] = {"bilinear": (self.dim, self.dim)}
         if self.parameters_as == "factors":
             shapes = {"query": (self.rank, self.dim), "key": (self.rank, self.dim)}
         if self.value_dim is not None:
             shapes |= {"value": (self.value_dim, self.dim), "output": (self.dim, self.value_dim)}
-        return self.attention_of({name: self._weight(name, *shape) for name, shape in shapes.items()})
+        priors = {}
+        for name, (rows, columns) in shapes.items():
+            zeros = self.unit.new_zeros(self.heads, rows, columns)
+            priors[name] = dist.Normal(zeros, self.prior_scale / columns**0.5).to_event(3)
+        spread = self.noise_spread * torch.ones_like(self.unit)
+        return priors | {"noise_scale": dist.LogNormal(self.unit.new_zeros(self.dim), spread).to_event(1)}
+
+    def likelihood(self, values: Mapping[str, Tensor], selection: Selection = "unique") -> LatentAttention:
+        """The law of one sequence given the values of the sites, (*batch, *event) each."""
+        law = LatentAttention if self.jacobian else ResidualNoise
+        return law(self.attention_of(values), values["noise_scale"], self.length, selection=selection)
 
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
         """The attention with given values of the sites, (*batch, H, ., .) each."""
@@ -133,8 +137,3 @@ class EmbeddingModel(SequenceModel):
             return CausalAttention.from_bilinear(values["bilinear"], mask=self.mask)
         value, output = values.get("value"), values.get("output")
         return CausalAttention(values["query"], values["key"], value, output, mask=self.mask)
-
-    def _weight(self, name: str, rows: int, columns: int) -> Tensor:
-        spread = self.prior_scale / columns**0.5
-        law = dist.Normal(self.unit.new_zeros(self.heads, rows, columns), spread).to_event(3)
-        return self.parameter(name, law)

@@ -13,6 +13,7 @@ from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
+from probattn.solve import Selection
 
 __all__ = ["ScalarModel", "scalar_attention"]
 
@@ -73,12 +74,20 @@ class ScalarModel(SequenceModel):
     def forward(self, u: Tensor | None = None, *, sequences: int | None = None, total: int | None = None) -> Tensor:
         """Score or draw sequences; see :meth:`EmbeddingModel.forward` for the arguments."""
         size = self.batch_size(u, sequences)
-        a = self.parameter("a", dist.Normal(0.0 * self.unit, self.prior_scale))
-        noise_scale = self.parameter("noise_scale", dist.LogNormal(0.0 * self.unit, self.noise_spread))
+        values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
         with pyro.plate("sequences", total or size, subsample_size=size):
-            law = LatentAttention if self.jacobian else ResidualNoise
-            attention = self.attention_of({"a": a})
-            return pyro.sample("u", law(attention, noise_scale.unsqueeze(-1), self.length), obs=u)
+            return pyro.sample("u", self.likelihood(values), obs=u)
+
+    def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
+        """The prior of every parameter."""
+        zero = 0.0 * self.unit
+        return {"a": dist.Normal(zero, self.prior_scale), "noise_scale": dist.LogNormal(zero, self.noise_spread)}
+
+    def likelihood(self, values: Mapping[str, Tensor], selection: Selection = "unique") -> LatentAttention:
+        """See :meth:`EmbeddingModel.likelihood`."""
+        law = LatentAttention if self.jacobian else ResidualNoise
+        noise_scale = values["noise_scale"].unsqueeze(-1)
+        return law(self.attention_of(values), noise_scale, self.length, selection=selection)
 
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
         """The attention with a given slope ``a``, (*batch,)."""
