@@ -120,8 +120,8 @@ def approximation(
             weights, notes["khat"] = _smoothed(lp - mixed)
             if notes["khat"] <= RELIABLE:
                 chosen = torch.multinomial(weights, draws, replacement=True)
-                effective = float(weights.sum() ** 2 / weights.square().sum())
-                notes |= {"corrected": 1, "importance_ess": min(effective, draws)}
+                worth = 1 / (float(weights.square().sum() / weights.sum() ** 2) + 1 / draws)
+                notes |= {"corrected": 1, "importance_ess": worth}
                 stats = {"lp": lp[None, chosen], "log_q": mixed[None, chosen]}
                 return Draws(method, proposals[None, chosen], stats, notes)
     return Draws(method, z[None, :draws], stats, {**notes, "corrected": 0})

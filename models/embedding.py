@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import pyro
 import pyro.distributions as dist
-import torch
+from pyro import poutine
 from torch import Tensor
 
 from probattn.attention import CausalAttention, Mask, require_mask
@@ -42,10 +42,13 @@ class EmbeddingModel(SequenceModel):
         mask: as in :class:`CausalAttention`.
         parameters: "factors" (W_Q, W_K) or "bilinear" (A, of full rank).
         noise_spread: t.
+        noise_scale: sigma where it is known; None infers it.
+        power: lambda, the power to which the density of the sequences is raised (of a posterior tempered by it, as in
+            :class:`~probattn.models.language.LanguageModel`).
         jacobian: whether the likelihood has its log-determinants. Without them it is not a density of u; the choice is
             there to show what a naive fit of the residuals gets wrong.
 
-    Sites: ``query``, ``key``, [``value``, ``output``] or ``bilinear``; ``noise_scale``; and ``u`` in the plate
+    Sites: ``query``, ``key``, [``value``, ``output``] or ``bilinear``; [``noise_scale``]; and ``u`` in the plate
         ``sequences``. Every expression is written for leading batch axes, so particles and parallel predictive draws
         vectorise.
 
@@ -70,6 +73,8 @@ class EmbeddingModel(SequenceModel):
         mask: Mask = "strict",
         parameters: Parameters = "factors",
         noise_spread: float = 0.5,
+        noise_scale: float | None = None,
+        power: float = 1.0,
         jacobian: bool = True,
     ) -> None:
         super().__init__()
@@ -88,13 +93,15 @@ class EmbeddingModel(SequenceModel):
         for name, size in sizes.items():
             if size < 1:
                 raise InputError(f"{name} is {size}; it must be at least 1.")
-        for name, scale in (("prior_scale", prior_scale), ("noise_spread", noise_spread)):
-            if not scale > 0:
+        positive = {"prior_scale": prior_scale, "noise_spread": noise_spread, "noise_scale": noise_scale, "power": power}
+        for name, scale in positive.items():
+            if scale is not None and not scale > 0:
                 raise InputError(f"{name} is {scale}; it must be positive.")
         require_mask(mask)
         self.length, self.dim, self.heads, self.rank, self.value_dim = length, dim, heads, rank, value_dim
         self.prior_scale, self.mask = prior_scale, mask
         self.parameters_as, self.noise_spread, self.jacobian = parameters, noise_spread, jacobian
+        self.noise_scale, self.power = noise_scale, power
 
     def forward(self, u: Tensor | None = None, *, sequences: int | None = None, total: int | None = None) -> Tensor:
         """Score or draw sequences.
@@ -109,7 +116,7 @@ class EmbeddingModel(SequenceModel):
         """
         size = self.batch_size(u, sequences)
         values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
-        with pyro.plate("sequences", total or size, subsample_size=size):
+        with pyro.plate("sequences", total or size, subsample_size=size), poutine.scale(scale=self.power):
             return pyro.sample("u", self.likelihood(values), obs=u)
 
     def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
@@ -123,13 +130,15 @@ class EmbeddingModel(SequenceModel):
         for name, (rows, columns) in shapes.items():
             zeros = self.unit.new_zeros(self.heads, rows, columns)
             priors[name] = dist.Normal(zeros, self.prior_scale / columns**0.5).to_event(3)
-        spread = self.noise_spread * torch.ones_like(self.unit)
-        return priors | {"noise_scale": dist.LogNormal(self.unit.new_zeros(self.dim), spread).to_event(1)}
+        if self.noise_scale is None:
+            priors["noise_scale"] = dist.LogNormal(self.unit.new_zeros(self.dim), self.noise_spread).to_event(1)
+        return priors
 
     def likelihood(self, values: Mapping[str, Tensor], selection: Selection = "unique") -> LatentAttention:
         """The law of one sequence given the values of the sites, (*batch, *event) each."""
         law = LatentAttention if self.jacobian else ResidualNoise
-        return law(self.attention_of(values), values["noise_scale"], self.length, selection=selection)
+        noise_scale = values["noise_scale"] if self.noise_scale is None else self.noise_scale
+        return law(self.attention_of(values), noise_scale, self.length, selection=selection)
 
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
         """The attention with given values of the sites, (*batch, H, ., .) each."""

@@ -1,0 +1,40 @@
+"""One order of the heads in all draws: their multiset is identified, their order is not."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+__all__ = ["match_heads"]
+
+
+def match_heads(products: NDArray[np.float64], *, rounds: int = 10) -> NDArray[np.int64]:
+    """The order of the heads in each draw that brings all draws closest to their mean.
+
+    Alternates between the assignment of each draw's heads to the mean's (Hungarian method) and the mean; starts at the
+    last draw of the first chain, and ends when nothing changes.
+
+    Args:
+        products: identified products of each head, (chain, draw, H, K).
+        rounds: at most so many.
+
+    Returns:
+        Indices, (chain, draw, H): head h of the result is head ``order[..., h]`` of the draw.
+
+    Example:
+        >>> match_heads(np.array([[[[0.0], [5.0]], [[5.1], [0.1]]]]))[0]
+        array([[1, 0],
+               [0, 1]])
+    """
+    chains, draws, heads, _ = products.shape
+    order = np.tile(np.arange(heads), (chains, draws, 1))
+    reference = products[0, -1]
+    for _ in range(rounds):
+        distance = ((products[:, :, None, :, :] - reference[:, None, :]) ** 2).sum(-1)  # (chain, draw, H to, H from)
+        found = np.array([[linear_sum_assignment(cost)[1] for cost in row] for row in distance])
+        if np.array_equal(found, order):
+            break
+        order = found
+        reference = np.take_along_axis(products, order[..., None], axis=2).mean((0, 1))
+    return order
