@@ -1,15 +1,17 @@
-"""Reading checkpoints without executing anything in them."""
+"""Reading checkpoints without executing anything in them, and telling one fit from another."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from probattn.errors import InputError
 
-__all__ = ["load_checkpoint"]
+__all__ = ["identify", "load_checkpoint"]
 
 
 def load_checkpoint(path: Path, identity: str | None = None) -> dict[str, Any]:
@@ -34,3 +36,16 @@ def load_checkpoint(path: Path, identity: str | None = None) -> dict[str, Any]:
             f"checkpoint {path}: of another run; use the same options, another --out, or leave --resume away."
         )
     return content
+
+
+def identify(model: nn.Module, data: tuple[Tensor, ...]) -> dict[str, str]:
+    """What a checkpoint must agree with: the model's class and plain attributes, and the data."""
+    plain = {
+        name: value for name, value in vars(model).items() if isinstance(value, (int, float, str)) and name[:1] != "_"
+    }
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    plain.pop("training", None)
+    return {"model": f"{type(model).__name__} {sorted(plain.items())}", "data": digest.hexdigest()}

@@ -7,7 +7,6 @@ per observed token.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import threading
@@ -25,7 +24,8 @@ from pyro.infer.autoguide import AutoDelta, init_to_value
 from torch import Tensor, nn
 
 from probattn.errors import InputError
-from probattn.inference.checkpoint import load_checkpoint
+from probattn.inference.checkpoint import identify, load_checkpoint
+from probattn.inference.distributed import my_shards, rank, shard, sum_over_processes
 from probattn.inference.files import write_atomically
 from probattn.inference.minibatch import minibatch
 
@@ -48,6 +48,7 @@ class MapConfig:
             early.
         tolerance: relative improvement that counts.
         checkpoint_every: steps between two checkpoints.
+        shards: parts of a minibatch that processes share; the result does not depend on how many processes there are.
         seed: of the order of the minibatches and of Pyro's draws.
     """
 
@@ -59,10 +60,11 @@ class MapConfig:
     patience: int = 5
     tolerance: float = 1e-3
     checkpoint_every: int = 50
+    shards: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "batch", "evaluate_every", "checkpoint_every", "shards"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("learning_rate", "clip"):
@@ -129,7 +131,9 @@ def fit_map(
         raise InputError("there are no sequences to fit; give at least one.")
     total, tokens = len(data[0]), data[-1].shape[0] * data[-1].shape[1]
     size = min(config.batch, total)
-    described = {**asdict(config), **_identify(model, data), **dict(identity or {})}
+    shards = min(config.shards, size)
+    my_shards(shards)  # refuses a number of processes that cannot share them
+    described = {**asdict(config), **identify(model, data), **dict(identity or {})}
     devices = [data[0].device] if data[0].is_cuda else []
     with (
         torch.random.fork_rng(devices=devices),
@@ -150,9 +154,7 @@ def fit_map(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * state.step / config.steps))
             optimizer.zero_grad()
-            objective = elbo(*minibatch(data, size, state.step, config.seed), total=total) / tokens
-            objective.backward()
-            value = float(objective.detach())
+            value = _accumulate(elbo, minibatch(data, size, state.step, config.seed), total, tokens, shards)
             if not math.isfinite(value):
                 raise ArithmeticError(
                     f"step {state.step}: the objective is {value}; lower the learning rate, start elsewhere, or "
@@ -173,7 +175,7 @@ def fit_map(
                 if report is not None:
                     report(state.step, metrics)
             stop = interrupted.is_set()
-            if checkpoint is not None and (last or stop or state.step % config.checkpoint_every == 0):
+            if checkpoint is not None and rank() == 0 and (last or stop or state.step % config.checkpoint_every == 0):
                 _save(checkpoint, described, state, elbo, optimizer)
             if stop:
                 raise KeyboardInterrupt
@@ -182,17 +184,16 @@ def fit_map(
     return MapResult(values, state.history, state.step, stopped)
 
 
-def _identify(model: nn.Module, data: tuple[Tensor, ...]) -> dict[str, str]:
-    """What a checkpoint must agree with: the model's class and plain attributes, and the data."""
-    plain = {
-        name: value for name, value in vars(model).items() if isinstance(value, (int, float, str)) and name[:1] != "_"
-    }
-    digest = hashlib.sha256()
-    for part in data:
-        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    plain.pop("training", None)
-    return {"model": f"{type(model).__name__} {sorted(plain.items())}", "data": digest.hexdigest()}
+def _accumulate(elbo: nn.Module, batch: tuple[Tensor, ...], total: int, tokens: int, shards: int) -> float:
+    """The objective of a step; its gradient is left in the parameters, summed over shards and processes."""
+    value = torch.zeros((), dtype=torch.float64, device=batch[0].device)
+    for number in my_shards(shards):
+        part = shard(batch, number, shards)
+        objective = len(part[0]) / len(batch[0]) * elbo(*part, total=total) / tokens
+        objective.backward()
+        value += objective.detach()
+    sum_over_processes([value, *(parameter.grad for parameter in elbo.parameters() if parameter.grad is not None)])
+    return float(value)
 
 
 class _State:

@@ -9,7 +9,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-__all__ = ["plot_barriers", "plot_conditional", "plot_margins", "plot_mass", "plot_training"]
+__all__ = [
+    "plot_barriers",
+    "plot_conditional",
+    "plot_margin_bands",
+    "plot_margins",
+    "plot_mass",
+    "plot_posterior",
+    "plot_rank_bands",
+    "plot_training",
+]
 
 Array = NDArray[np.float64]
 
@@ -147,6 +156,98 @@ def plot_mass(slopes: Array, masses: Array, critical: float) -> Figure:
     axis.set_ylabel("mass Z = mean number of solutions")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
+    return figure
+
+
+def plot_posterior(
+    posterior: Mapping[str, Array], prior: Mapping[str, Array], truth: Mapping[str, float] | None = None
+) -> Figure:
+    """Posterior and prior of each number, one panel each, with 50 and 90 % intervals of the posterior.
+
+    Args:
+        posterior: draws by label, (S,) each.
+        prior: draws of the prior by the same labels; where one is missing its panel shows the posterior alone.
+        truth: values to mark, where they are known.
+    """
+    columns = min(4, len(posterior))
+    rows = -(-len(posterior) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(posterior) :]:
+        axis.set_axis_off()
+    for axis, (label, values) in zip(axes, posterior.items(), strict=False):
+        low, high = np.quantile(values, (0.001, 0.999))
+        room = 0.6 * (high - low) + 1e-12
+        bins = np.linspace(low - room, high + room, 60)
+        axis.hist(values, bins, density=True, color=_COLOURS[0], alpha=0.75, label="posterior")
+        if label in prior:
+            # Of all prior draws, so that those outside the panel count too.
+            count, edges = np.histogram(prior[label], bins)
+            axis.stairs(count / len(prior[label]) / np.diff(edges), edges, color=_COLOURS[1], label="prior")
+        for level, width in ((0.9, 2.0), (0.5, 5.0)):
+            ends = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2))
+            axis.plot(ends, [0, 0], color="black", linewidth=width, solid_capstyle="butt", clip_on=False)
+        if truth is not None and label in truth:
+            axis.axvline(truth[label], color=_COLOURS[6], linestyle="--", linewidth=1, label="truth")
+        axis.set_title(label, fontsize=9)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=8)
+    axes[0].legend(fontsize=7)
+    figure.suptitle("Posterior and prior; bars: 50 and 90 % intervals")
+    return figure
+
+
+def plot_margin_bands(margin: Array, log_abs_det: Array) -> Figure:
+    """Posterior of margin and log-determinant along one sequence.
+
+    Args:
+        margin: smallest singular value of J_i, (S, T).
+        log_abs_det: log|det J_i|, (S, T).
+    """
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    named = (("smallest singular value of $J_i$", margin), (r"$\log|\det J_i|$", log_abs_det))
+    for axis, colour, (label, values) in zip(axes, _COLOURS, named, strict=False):
+        positions = np.arange(values.shape[1])
+        for level, shade in ((0.9, 0.25), (0.5, 0.45)):
+            low, high = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2), axis=0)
+            axis.fill_between(positions, low, high, color=colour, alpha=shade, linewidth=0, label=f"{100 * level:.0f} %")
+        axis.plot(positions, np.median(values, axis=0), color=colour, linewidth=1.2, label="median")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.25)
+        axis.margins(x=0.01)
+    axes[0].axhline(0, color="black", linewidth=0.8, linestyle="--", label="degeneracy boundary")
+    axes[0].legend(fontsize=8, ncols=4)
+    axes[1].set_xlabel("token")
+    figure.suptitle("Posterior along the first sequence")
+    return figure
+
+
+def plot_rank_bands(
+    ranks: Mapping[str, Mapping[str, Array]], draws: int, band: tuple[Array, Array, Array], level: float
+) -> Figure:
+    """Simulation-based calibration: the ECDF of ranks minus that of the uniform law, with its simultaneous band.
+
+    Args:
+        ranks: by method and quantity, (replicates,) each, from 0 to ``draws``.
+        draws: posterior draws that a rank counts among.
+        band: points in [0, 1], lower and upper end of the difference, (K,) each.
+        level: probability that a calibrated ECDF stays within the band.
+    """
+    figure = Figure(figsize=(4.6 * len(ranks), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(ranks), squeeze=False, sharey=False)[0]
+    points, low, high = band
+    for axis, (method, quantities) in zip(axes, ranks.items(), strict=True):
+        axis.fill_between(points, low, high, color="0.85", step="post", label=f"{100 * level:.0f} % band")
+        for colour, (label, values) in zip(_COLOURS, quantities.items(), strict=False):
+            below = (values[:, None] <= np.floor(points * (draws + 1)) - 1).mean(0)
+            uniform = np.floor(points * (draws + 1)) / (draws + 1)
+            axis.plot(points, below - uniform, color=colour, linewidth=1.2, label=label.replace("_", " "))
+        axis.set_title(method)
+        axis.set_xlabel("normalised rank")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("ECDF of ranks - uniform")
+    axes[-1].legend(fontsize=7)
     return figure
 
 
