@@ -24,6 +24,7 @@ _VERDICTS = {
     "problem": "not reliable",
 }
 _JUDGED = ("bilinear", "transport", "noise_scale", "smallest_margin")
+_SENSITIVE = 0.05  # power-scaling sensitivity that matters (Kallioinen et al., 2107.14054)
 _NEAR = 0.05  # |det J| below which a draw counts as at the boundary
 
 
@@ -83,7 +84,8 @@ def diagnose(fit: Fit) -> Diagnosis:
     numbers: dict[str, float] = {}
     findings: list[Finding] = []
     if fit.method == "map":
-        findings.append(Finding("uncertainty", "note", "a point: it says nothing of how sure it is; use nuts for that."))
+        words = "a point: it says nothing of how sure it is; use --method nuts, svi or laplace for that."
+        findings += [Finding("uncertainty", "warning", words), *_approximation(fit, numbers)]
     elif fit.method == "nuts":
         findings += _chains(fit, numbers)
         findings += _transitions(fit, numbers)
@@ -224,20 +226,21 @@ def _regime(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
 
 
 def _prior(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
-    from arviz_stats import psense_summary
+    from arviz_stats import psense
 
     present = [name for name in ("bilinear", "transport", "noise_scale") if name in fit.groups["posterior"]]
     if np.asarray(fit.groups["posterior"][present[0]]).shape[1] < 100:
         return
-    table = psense_summary(fit.to_datatree(), var_names=present, round_to=6)
-    numbers["prior_sensitivity"] = float(table["prior"].max())
-    sensitive = table[table["prior"] > 0.05]
-    if len(sensitive) == 0:
-        yield Finding("prior", "good", f"power-scaling sensitivity at most {numbers['prior_sensitivity']:.3f}.")
+    tree = fit.to_datatree()
+    moved = {group: psense(tree, var_names=present, group=group) for group in ("prior", "likelihood")}
+    largest = {group: max(float(found[name].max()) for name in present) for group, found in moved.items()}
+    numbers["prior_sensitivity"] = largest["prior"]
+    sensitive = [name for name in present if float(moved["prior"][name].max()) > _SENSITIVE]
+    if not sensitive:
+        yield Finding("prior", "good", f"power-scaling sensitivity at most {largest['prior']:.3f}.")
         return
-    conflict = sensitive[sensitive["likelihood"] > 0.05]
-    names = ", ".join(map(str, sensitive.index[:3])) + (", ..." if len(sensitive) > 3 else "")
-    if len(conflict):
+    names = " and ".join(sensitive)
+    if any(float(moved["likelihood"][name].max()) > _SENSITIVE for name in sensitive):
         words = f"{names} move when it is scaled, and so with the likelihood: prior and data may conflict"
     else:
         words = f"{names} move when it is scaled and hardly with the likelihood: the data say little of them"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from probattn.errors import InputError
 
-__all__ = ["my_shards", "process_group", "rank", "shard", "sum_over_processes", "world_size"]
+__all__ = ["launched_rank", "my_shards", "process_group", "rank", "shard", "sum_over_processes", "world_size"]
 
 
 def world_size() -> int:
@@ -27,6 +27,11 @@ def world_size() -> int:
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def launched_rank() -> int:
+    """The number that ``torchrun`` gave this process, 0 without it; known before the processes are joined."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from probattn.models.corpus import load_corpus
 from probattn.models.embedding import EmbeddingModel, Parameters
 from probattn.models.hidden_states import load_hidden_states
 from probattn.models.language import LanguageConfig, LanguageModel
-from probattn.plotting import plot_margin_bands, plot_posterior
+from probattn.plotting import plot_chains, plot_margin_bands, plot_posterior
 
 __all__ = ["FitOptions", "Method", "fit"]
 
@@ -282,7 +282,7 @@ def _figures(found: Fit) -> dict[str, Any]:
         for index in list(np.ndindex(*values.shape[2:]))[:16]:
             at = (slice(None), slice(None), *index)
             label = f"{name}{list(index) if index else ''}"
-            shown[label] = values[at].ravel()
+            shown[label] = values[at]
             if name in prior:
                 before[label] = np.asarray(prior[name])[at].ravel()
     chains = np.asarray(posterior["margin"])
@@ -290,7 +290,9 @@ def _figures(found: Fit) -> dict[str, Any]:
     logabs = np.asarray(posterior["log_abs_det"])[:, :, 0].reshape(margin.shape)
     figures = {"margins": plot_margin_bands(margin, logabs)}
     if found.method != "map":
-        figures["posterior"] = plot_posterior(shown, before)
+        figures["posterior"] = plot_posterior({label: values.ravel() for label, values in shown.items()}, before)
+    if found.method == "nuts":
+        figures["chains"] = plot_chains(shown, np.asarray(found.groups["sample_stats"]["diverging"], dtype=bool))
     return figures
 
 

@@ -53,7 +53,7 @@ def assemble(
         target: the posterior, with data (N, T, p).
         draws: of it.
         seed: of prior and predictive draws.
-        predictive: predictive data sets at most; of the prior a third as many, for it is slow where it nearly folds.
+        predictive: predictive data sets at most; of the prior a fifth as many, for it is slow where it nearly folds.
         attributes: versions, hardware and the like.
 
     Returns:
@@ -76,7 +76,7 @@ def assemble(
     rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(flat))[:size])
     chosen = {name: sites[name][rows] for name in target.sites}
     predicted = {}
-    ahead = {name: prior[name][: max(1, size // 3)] for name in target.sites}
+    ahead = {name: prior[name][: max(1, size // 5)] for name in target.sites}
     for k, (name, values) in enumerate({"prior_predictive": ahead, "posterior_predictive": chosen}.items()):
         predicted[name], notes[f"{name}_without_law"] = _predict(model, values, len(u), seed + k)
 

@@ -105,6 +105,120 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def fit(
+    data: Annotated[
+        Path | None, typer.Option(help="Hidden states (sequences, T, p): .npy, .npz or .safetensors.")
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Or a text (as in verify): the attention stage of a language model fitted to it.")
+    ] = None,
+    array: Annotated[str | None, typer.Option(help="Which array of the file.")] = None,
+    sequences: Annotated[int, typer.Option(help="Use so many at most; 0 for all (of a text: 32).")] = 0,
+    standardise: Annotated[bool, typer.Option("--standardise", help="Subtract the mean, divide by the RMS.")] = False,
+    method: Annotated[str, typer.Option(help="nuts, svi, laplace or map.")] = "nuts",
+    heads: Annotated[int, typer.Option(help="H.")] = 1,
+    rank: Annotated[int | None, typer.Option(help="r of the factors W_Q, W_K; else A itself is inferred.")] = None,
+    value_dim: Annotated[int | None, typer.Option(help="Infer W_V and W_O too, with this size.")] = None,
+    mask: Annotated[str, typer.Option(help="strict or inclusive.")] = "strict",
+    prior_scale: Annotated[float, typer.Option(help="s: entries of A have deviation s / sqrt(p).")] = 1.0,
+    jacobian: Annotated[
+        bool, typer.Option("--jacobian/--no-jacobian", help="Without it: the naive fit, to see what it gets wrong.")
+    ] = True,
+    chains: Annotated[int, typer.Option(help="NUTS: chains.")] = 4,
+    chain_method: Annotated[
+        str, typer.Option(help="NUTS: vectorised, or Pyro's own as sequential or process.")
+    ] = "vectorised",
+    warmup: Annotated[int, typer.Option(help="NUTS: transitions of adaptation.")] = 300,
+    draws: Annotated[int, typer.Option(help="Draws kept, a chain for NUTS, in all for svi and laplace.")] = 500,
+    target_accept: Annotated[float, typer.Option(help="NUTS: acceptance that the step size aims at.")] = 0.8,
+    max_depth: Annotated[int, typer.Option(help="NUTS: doublings of a trajectory at most.")] = 10,
+    memory: Annotated[float, typer.Option(help="NUTS: GiB that all chains may take.")] = 8.0,
+    guide: Annotated[str, typer.Option(help="SVI: mean_field, low_rank, full_rank or flow.")] = "full_rank",
+    particles: Annotated[int, typer.Option(help="SVI: draws in a gradient.")] = 8,
+    renyi: Annotated[float | None, typer.Option(help="SVI: alpha of the Renyi bound instead of the ELBO.")] = None,
+    shards: Annotated[int, typer.Option(help="SVI, MAP: parts of a step that processes share.")] = 2,
+    batch: Annotated[int, typer.Option(help="SVI, MAP: sequences in a step; 0 for all (of a text: 32).")] = 0,
+    steps: Annotated[int, typer.Option(help="SVI, MAP: steps at most.")] = 5000,
+    correct: Annotated[
+        bool, typer.Option("--correct/--no-correct", help="SVI, Laplace: resample by importance where k-hat allows.")
+    ] = True,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/fit"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**31 - 1)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float64",
+    context: Annotated[int, typer.Option(help="Text: characters in a window.")] = 64,
+    dim: Annotated[int, typer.Option(help="Text: size of the embeddings.")] = 32,
+    stage_rank: Annotated[int, typer.Option(help="Text: rank of the attention stage.")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    """Infer the attention parameters behind hidden states or a text; judge the inference; write fit.nc and figures.
+
+    Under torchrun, svi and map share each step among the processes. Exit status: 0 done, 2 bad usage or input.
+    """
+    from probattn.inference.distributed import launched_rank
+    from probattn.inference.environment import select_device
+    from probattn.inference.fit import FitOptions
+    from probattn.inference.fit import fit as run
+    from probattn.inference.map import MapConfig
+    from probattn.inference.mcmc import McmcConfig
+    from probattn.inference.nuts import NutsConfig
+    from probattn.inference.svi import SviConfig
+
+    if dtype not in _DTYPES:
+        raise InputError(f"--dtype is {dtype!r}; use {' or '.join(_DTYPES)}.")
+    quiet = launched_rank() > 0
+    nuts = NutsConfig(warmup=warmup, draws=draws, target_accept=target_accept, max_depth=max_depth, seed=seed)
+    options = FitOptions(
+        out=out,
+        data=data,
+        corpus=corpus,
+        array=array,
+        sequences=sequences,
+        standardise=standardise,
+        method=method,  # type: ignore[arg-type]  # checked by FitOptions
+        heads=heads,
+        rank=rank,
+        value_dim=value_dim,
+        mask=mask,  # type: ignore[arg-type]  # checked by the model
+        prior_scale=prior_scale,
+        jacobian=jacobian,
+        nuts=McmcConfig(chains, chain_method, nuts, int(memory * 2**30)),  # type: ignore[arg-type]  # checked there
+        svi=SviConfig(
+            guide=guide,  # type: ignore[arg-type]  # checked there
+            particles=particles,
+            renyi=renyi,
+            shards=shards,
+            batch=batch,
+            steps=steps,
+            draws=draws,
+            seed=seed,
+            correct=correct,
+        ),
+        map=MapConfig(
+            steps=steps,
+            batch=batch or (32 if corpus else 2**31),
+            learning_rate=0.03,
+            patience=10,
+            tolerance=1e-6,
+            shards=shards,
+            seed=seed,
+        ),
+        language={"context": context, "dim": dim, "stage_rank": stage_rank, "stage_heads": heads},
+        laplace_draws=draws,
+        correct=correct,
+        seed=seed,
+        device=select_device(device),
+        dtype=_DTYPES[dtype],
+        resume=resume,
+    )
+    _, diagnosis = run(options, None if quiet else typer.echo)
+    if not quiet:
+        typer.echo(str(diagnosis))
+        typer.echo(f"results: {out / 'fit.nc'}, {out / 'diagnosis.json'}, {out / 'summary.csv'}, {out / 'figures'}")
+
+
 class _Progress:
     """A bar on a terminal, plain lines elsewhere."""
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "plot_barriers",
+    "plot_chains",
     "plot_conditional",
     "plot_margin_bands",
     "plot_margins",
@@ -197,6 +198,28 @@ def plot_posterior(
     return figure
 
 
+def plot_chains(draws: Mapping[str, Array], diverging: Array) -> Figure:
+    """Every chain's path, one panel a number, with the divergent transitions marked at the bottom.
+
+    Args:
+        draws: by label, (chain, draw) each.
+        diverging: (chain, draw).
+    """
+    figure = Figure(figsize=(9, 1.3 * len(draws) + 0.6), layout="constrained")
+    axes = figure.subplots(len(draws), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (label, values) in zip(axes, draws.items(), strict=True):
+        for k, chain in enumerate(values):
+            axis.plot(chain, color=_COLOURS[k % len(_COLOURS)], linewidth=0.5, alpha=0.8)
+        hit = np.flatnonzero(diverging.any(0))
+        axis.plot(hit, np.full(len(hit), values.min()), "|", color="black", markersize=8)
+        axis.set_ylabel(label, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.margins(x=0.005)
+    axes[-1].set_xlabel("draw")
+    figure.suptitle(f"{len(diverging)} chains; {int(diverging.sum())} divergences (black marks)")
+    return figure
+
+
 def plot_margin_bands(margin: Array, log_abs_det: Array) -> Figure:
     """Posterior of margin and log-determinant along one sequence.
 
@@ -206,7 +229,7 @@ def plot_margin_bands(margin: Array, log_abs_det: Array) -> Figure:
     """
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
-    named = (("smallest singular value of $J_i$", margin), (r"$\log|\det J_i|$", log_abs_det))
+    named = ((r"$\sigma_{\min}(J_i)$", margin), (r"$\log|\det J_i|$", log_abs_det))
     for axis, colour, (label, values) in zip(axes, _COLOURS, named, strict=False):
         positions = np.arange(values.shape[1])
         for level, shade in ((0.9, 0.25), (0.5, 0.45)):
