@@ -57,7 +57,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """ "reliable", "usable with care" or "not reliable": the worst level decides."""
+        """One of "reliable", "usable with care" and "not reliable": the worst level decides."""
         worst = max(self.findings, key=lambda finding: list(_VERDICTS).index(finding.level))
         return _VERDICTS[worst.level]
 
@@ -92,9 +92,11 @@ def diagnose(fit: Fit) -> Diagnosis:
     else:
         findings += _approximation(fit, numbers)
     findings += _regime(fit, numbers)
-    if fit.attributes.get("heads_reordered", 0.0) > 0:
-        share = 100 * float(fit.attributes["heads_reordered"])
-        findings.append(Finding("heads", "note", f"their order differed in {share:.0f} % of the draws and was matched."))
+    share = 100 * float(fit.attributes.get("heads_reordered", 0.0))
+    if share > 0:
+        findings.append(
+            Finding("heads", "note", f"their order differed in {share:.0f} % of the draws and was matched.")
+        )
     if fit.method != "map":
         findings += _prior(fit, numbers)
         findings += _leave_one_out(fit, numbers)
@@ -140,7 +142,9 @@ def _chains(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         size = numbers[f"ess_{kind}"] = worst[at][kind]
         enough = size >= 100 * chains
         words = f"at least {size:.0f} of {chains * draws} draws ({at})"
-        remedy = "" if enough else f"; fewer than 100 a chain: raise --draws to about {int(draws * 120 * chains / size)}"
+        remedy = (
+            "" if enough else f"; fewer than 100 a chain: raise --draws to about {int(draws * 120 * chains / size)}"
+        )
         yield Finding(f"{kind} ESS", "good" if enough else "warning", f"{words}{remedy}.")
     at = max(worst, key=lambda name: worst[name]["mcse"])
     numbers["mcse_over_sd"] = worst[at]["mcse"]
@@ -159,7 +163,9 @@ def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         place = f"{near} of them end within {_NEAR} of det J = 0"
         if 2 * near >= count:
             words = "at the fold boundary"
-            remedy = "the data reach the degeneracy boundary: tighten the prior (--prior-scale) or raise --target-accept"
+            remedy = (
+                "the data reach the degeneracy boundary: tighten the prior (--prior-scale) or raise --target-accept"
+            )
         else:
             words = "away from the boundary"
             remedy = "raise --target-accept to 0.95"
@@ -176,7 +182,9 @@ def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         deepest = np.asarray(stats["tree_depth"])
         share = numbers["saturated_trees"] = float((deepest >= fit.attributes.get("max_depth", 10)).mean())
         if share > 0.01:
-            words = f"{100 * share:.0f} % of the trajectories ended by their depth; raise --max-depth or rescale the data."
+            words = (
+                f"{100 * share:.0f} % of the trajectories ended by their depth; raise --max-depth or rescale the data."
+            )
             yield Finding("trees", "warning", words)
 
 
@@ -196,8 +204,8 @@ def _approximation(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     if notes.get("corrected"):
         numbers["khat"], numbers["importance_ess"] = float(notes["khat"]), float(notes["importance_ess"])
         words = (
-            f"{guide:.2f} for the approximation alone, {numbers['khat']:.2f} after correction by importance resampling; "
-            f"its draws are worth {numbers['importance_ess']:.0f} independent ones."
+            f"{guide:.2f} for the approximation alone, {numbers['khat']:.2f} after correction by importance "
+            f"resampling; its draws are worth {numbers['importance_ess']:.0f} independent ones."
         )
         few = numbers["importance_ess"] < 100
         yield Finding("k-hat", "warning" if few else "good", words + (" Raise --draws." if few else ""))

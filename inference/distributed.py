@@ -1,4 +1,4 @@
-"""Data-parallel optimisation on ``torch.distributed``: every process takes its part of a step, the gradients are summed.
+"""Data-parallel optimisation on ``torch.distributed``: processes share the parts of a step and sum their gradients.
 
 A step is cut into *shards*: parts of its minibatch, each with random numbers that depend on seed, step and shard alone.
 What a fit computes then depends on the number of shards and not on how many processes share them.
@@ -55,8 +55,7 @@ def my_shards(shards: int) -> range:
     """
     if shards % world_size():
         raise InputError(
-            f"{world_size()} processes cannot share {shards} shards evenly; give --shards a multiple of "
-            f"{world_size()}."
+            f"{world_size()} processes cannot share {shards} shards evenly; give --shards a multiple of {world_size()}."
         )
     return range(rank(), shards, world_size())
 

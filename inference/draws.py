@@ -42,8 +42,8 @@ class Draws:
 def feasible_start(target: Target, points: int, seed: int, *, spread: float = 0.1, tries: int = 30) -> Tensor:
     """Points around the origin of unconstrained space where density and gradient are finite, (points, D).
 
-    There the attention is nearly absent and every J_i nearly the identity: the side of the boundary where det J > 0. The
-    spread halves until all is finite.
+    There the attention is nearly absent and every J_i nearly the identity: the side of the boundary where det J > 0.
+    The spread halves until all is finite.
 
     Args:
         target: the posterior.
@@ -81,11 +81,11 @@ def approximation(
 ) -> Draws:
     r"""Draws of a fitted law q, corrected by importance resampling where that can be trusted.
 
-    The guide's own k-hat is the shape of the generalised Pareto law fitted to the largest weights pi(z) / q(z): how good
-    q is. For the correction half of the proposals come from q and half from a Student t with q's mean and covariance, so
-    that q may be too narrow; their weights under the mixture of both are smoothed in the same way. With ``correct``
-    and the mixture's k-hat at most 0.7 the draws are resampled by these weights, and what is left of the error of q is
-    Monte Carlo error; otherwise they are draws of q.
+    The guide's own k-hat is the shape of the generalised Pareto law fitted to the largest weights pi(z) / q(z): how
+    good q is. For the correction half of the proposals come from q and half from a Student t with q's mean and
+    covariance, so that q may be too narrow; their weights under the mixture of both are smoothed in the same way. With
+    ``correct`` and the mixture's k-hat at most 0.7 the draws are resampled by these weights, and what is left of the
+    error of q is Monte Carlo error; otherwise they are draws of q.
 
     Args:
         target: the posterior pi.
@@ -117,8 +117,9 @@ def approximation(
                 torch.cat([log_q[:half], law.log_prob(tails)]), wide.log_prob(proposals)
             ) - math.log(2)
             lp = torch.cat([lp[:half], target.evaluate(tails)["lp"]])
-            weights, notes["khat"] = _smoothed(lp - mixed)
-            if notes["khat"] <= RELIABLE:
+            weights, khat = _smoothed(lp - mixed)
+            notes["khat"] = khat
+            if khat <= RELIABLE:
                 chosen = torch.multinomial(weights, draws, replacement=True)
                 worth = 1 / (float(weights.square().sum() / weights.sum() ** 2) + 1 / draws)
                 notes |= {"corrected": 1, "importance_ess": worth}
@@ -142,4 +143,4 @@ def _student(z: Tensor) -> Distribution:
     """A multivariate t with 5 degrees of freedom around the mean of draws, with their covariance as its scale."""
     covariance = torch.cov(z.mT).reshape(z.shape[-1], z.shape[-1])
     factor = torch.linalg.cholesky(covariance)
-    return dist.MultivariateStudentT(torch.full((), 5.0).to(z), z.mean(0), factor)  # type: ignore[no-any-return]
+    return dist.MultivariateStudentT(torch.full((), 5.0).to(z), z.mean(0), factor)

@@ -55,7 +55,7 @@ def hessian(target: Target, z: Tensor) -> Tensor:
     def density(point: Tensor) -> Tensor:
         return target.log_density(point.unsqueeze(0)).squeeze(0)
 
-    found: Tensor = torch.autograd.functional.hessian(density, z)  # type: ignore[no-untyped-call]
+    found: Tensor = torch.autograd.functional.hessian(density, z)
     return 0.5 * (found + found.mT).detach()
 
 

@@ -144,7 +144,9 @@ def fit_map(
         start = {name: value.detach().clone() for name, value in initial_values.items()}
         guide = AutoDelta(model, init_loc_fn=init_to_value(values=start))
         elbo = Trace_ELBO()(model, guide)
-        elbo(*minibatch(data, size, 0, config.seed), total=total)  # the guide's parameters exist only after a first call
+        elbo(
+            *minibatch(data, size, 0, config.seed), total=total
+        )  # the guide's parameters exist only after a first call
         optimizer = torch.optim.Adam(elbo.parameters(), lr=config.learning_rate)
         state = _State()
         torch.manual_seed(config.seed)

@@ -101,7 +101,9 @@ def fit_nuts(
     workers = config.chains if config.chain_method == "process" else 1
     chains = joblib.Parallel(n_jobs=workers, max_nbytes=None)(jobs)
     z = torch.stack([chain["z"] for chain in chains])
-    return Draws("nuts", z, {name: torch.stack([c["stats"][name] for c in chains]) for name in chains[0]["stats"]}, notes)
+    return Draws(
+        "nuts", z, {name: torch.stack([c["stats"][name] for c in chains]) for name in chains[0]["stats"]}, notes
+    )
 
 
 def _require_memory(target: Target, config: McmcConfig) -> None:

@@ -91,7 +91,8 @@ class _Metric:
         noise = torch.randn(
             self.factor.shape[:-1], generator=generator, dtype=self.factor.dtype, device=self.factor.device
         )
-        return torch.linalg.solve_triangular(self.factor.mT, noise.unsqueeze(-1), upper=True).squeeze(-1)
+        momenta: Tensor = torch.linalg.solve_triangular(self.factor.mT, noise.unsqueeze(-1), upper=True)
+        return momenta.squeeze(-1)
 
     def velocity(self, r: Tensor) -> Tensor:
         return (self.covariance @ r.unsqueeze(-1)).squeeze(-1)
@@ -158,7 +159,7 @@ def run_nuts(
         >>> run.z.shape
         torch.Size([20, 3, 2])
     """
-    chains, dim = start.shape
+    chains, _dim = start.shape
     if chains % pool:
         raise InputError(f"pool is {pool}, which does not divide the {chains} chains.")
     value, gradient = value_and_gradient(start)
@@ -171,7 +172,9 @@ def run_nuts(
     described = f"{identity} {sorted(asdict(config).items())} {tuple(start.shape)} pool {pool}"
     generator = torch.Generator(device=start.device).manual_seed(config.seed)
     point = _Point(start.clone(), torch.zeros_like(start), value, gradient)
-    saved = load_checkpoint(checkpoint, described) if resume and checkpoint is not None and checkpoint.exists() else None
+    saved = (
+        load_checkpoint(checkpoint, described) if resume and checkpoint is not None and checkpoint.exists() else None
+    )
     total = config.warmup + config.draws
     kept: list[Tensor] = []
     rows: list[dict[str, Tensor]] = []

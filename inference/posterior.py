@@ -97,7 +97,9 @@ def assemble(
         "constant_data": {"length": np.array(u.shape[1]), "sequences": np.array(len(u))},
     }
     shown = {**sites, **derived, "u": u.unsqueeze(0)}
-    axes: dict[str, Sequence[str]] = {name: names for name, names in _DIMS.items() if name in shown and shown[name].dim() == len(names) + 1}
+    axes: dict[str, Sequence[str]] = {
+        name: names for name, names in _DIMS.items() if name in shown and shown[name].dim() == len(names) + 1
+    }
     lengths = {k: n for name, names in axes.items() for k, n in zip(names, shown[name].shape[1:], strict=True)}
     coords = {name: np.arange(length) for name, length in lengths.items()}
     axes["log_likelihood.u"] = ["sequence"]

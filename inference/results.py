@@ -88,7 +88,7 @@ class Fit:
         except Exception as error:  # HDF5 has no common class for what a damaged file may cause
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: cannot be read ({reason}); it is damaged or no netCDF: fit again.") from None
-        attributes = dict(tree.attrs)
+        attributes: dict[str, Any] = {str(name): value for name, value in tree.attrs.items()}
         method = attributes.pop("method", None)
         if method is None or not tree.children:
             raise InputError(f"{path}: not the file of a fit; give the fit.nc of a run.")

@@ -1,4 +1,4 @@
-r"""Stochastic variational inference with Pyro's own guides and objectives, stopped by a rule and not by a step count."""
+"""Stochastic variational inference with Pyro's own guides and objectives, stopped by a rule, not by a step count."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ def fit_svi(
                 torch.manual_seed((config.seed * 1_000_003 + progress.step) * 4099 + number)
                 loss += share * elbo.loss_and_grads(target.model, guide, *part, total=total)
                 for gradient, parameter in zip(gradients, parameters, strict=True):
-                    gradient += share * parameter.grad
+                    if parameter.grad is not None:
+                        gradient += share * parameter.grad
             sum_over_processes([loss, *gradients])
             if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in gradients):
                 raise ArithmeticError(
@@ -220,7 +221,7 @@ def _make_guide(target: Target, config: SviConfig, start: Tensor) -> AutoContinu
         "full_rank": partial(AutoMultivariateNormal, init_scale=0.05),
         "flow": partial(AutoIAFNormal, num_transforms=2),
     }
-    return kinds[config.guide](target.model, **options)  # type: ignore[no-any-return]
+    return kinds[config.guide](target.model, **options)
 
 
 def _make_elbo(config: SviConfig) -> Any:

@@ -7,7 +7,7 @@ log-determinant of that move. One trace of the model scores a whole batch of poi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -65,15 +65,17 @@ class Target:
         with isolated(seed=0), torch.no_grad():
             trace = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*single)
         for name, node in trace.nodes.items():
-            if node["type"] != "sample" or isinstance(node["fn"], poutine.subsample_messenger._Subsample):
+            law: Any = node["fn"]
+            if node["type"] != "sample" or isinstance(law, poutine.subsample_messenger._Subsample):
                 continue
             if node["is_observed"]:
                 self.observed.append(name)
                 continue
-            if node["fn"].support.is_discrete:
+            if law.support.is_discrete:
                 raise InputError(f"site {name} is discrete; the inference here is for continuous parameters.")
-            transform = biject_to(node["fn"].support)
-            shape = node["value"].shape
+            transform = biject_to(law.support)
+            value: Any = node["value"]
+            shape = value.shape
             free = torch.Size(transform.inverse_shape(shape))
             self.sites[name] = _Site(shape, transform, free, self.dim, self.dim + free.numel())
             self.dim += free.numel()
@@ -96,14 +98,13 @@ class Target:
         return torch.cat(parts, dim=-1)
 
     def log_density(self, z: Tensor) -> Tensor:
-        """log pi(z), (C,), at C points z, (C, D). Differentiable; NaN and infinities are passed on as they are."""
+        """Log pi(z), (C,), at C points z, (C, D). Differentiable; NaN and infinities are passed on as they are."""
         values = self.constrain(z)
         terms = self.log_terms(values)
-        total = sum(term if term.dim() == 1 else term.sum(-1) for term in terms.values())
-        return total + self._log_volume(z, values)  # type: ignore[no-any-return]
+        return _total(terms) + self._log_volume(z, values)
 
     def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi, (C,), and its gradient, (C, D), both detached."""
+        """Log pi, (C,), and its gradient, (C, D), both detached."""
         point = z.detach().requires_grad_(True)
         with torch.enable_grad():
             value = self.log_density(point)
@@ -123,8 +124,7 @@ class Target:
             for group in groups:
                 values = self.constrain(group)
                 terms = self.log_terms(values)
-                total = sum(term if term.dim() == 1 else term.sum(-1) for term in terms.values())
-                rows.append({**terms, "lp": total + self._log_volume(group, values)})
+                rows.append({**terms, "lp": _total(terms) + self._log_volume(group, values)})
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def prior_draws(self, count: int, seed: int) -> dict[str, Tensor]:
@@ -132,7 +132,8 @@ class Target:
         single = tuple(part[:1] for part in self.data)
         with isolated(self.data[0].device, seed=seed), pyro.plate("points", count, dim=-2), torch.no_grad():
             trace = poutine.trace(self.model).get_trace(*single)
-        return {name: trace.nodes[name]["value"].squeeze(1) for name in self.sites}
+        drawn: dict[str, Any] = {name: trace.nodes[name]["value"] for name in self.sites}
+        return {name: value.squeeze(1) for name, value in drawn.items()}
 
     def log_terms(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log-probability of each site, (C,) for latent ones and (C, N) for observed ones, at values (C, *event)."""
@@ -155,3 +156,8 @@ class Target:
             ladj = site.transform.log_abs_det_jacobian(free, values[name])
             total = total + ladj.reshape(*z.shape[:-1], -1).sum(-1)
         return total
+
+
+def _total(terms: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the terms at each point, (C,)."""
+    return torch.stack([term if term.dim() == 1 else term.sum(-1) for term in terms.values()]).sum(0)

@@ -93,7 +93,12 @@ class EmbeddingModel(SequenceModel):
         for name, size in sizes.items():
             if size < 1:
                 raise InputError(f"{name} is {size}; it must be at least 1.")
-        positive = {"prior_scale": prior_scale, "noise_spread": noise_spread, "noise_scale": noise_scale, "power": power}
+        positive = {
+            "prior_scale": prior_scale,
+            "noise_spread": noise_spread,
+            "noise_scale": noise_scale,
+            "power": power,
+        }
         for name, scale in positive.items():
             if scale is not None and not scale > 0:
                 raise InputError(f"{name} is {scale}; it must be positive.")

@@ -201,7 +201,7 @@ class ResidualNoise(LatentAttention):
     def expand(self, batch_shape: Any, _instance: Any = None) -> ResidualNoise:
         """As :meth:`LatentAttention.expand`."""
         new = self._get_checked_instance(ResidualNoise, _instance)
-        return super().expand(batch_shape, _instance=new)  # type: ignore[return-value]
+        return super().expand(batch_shape, _instance=new)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The Gaussian terms, (*batch,)."""

@@ -234,7 +234,9 @@ def plot_margin_bands(margin: Array, log_abs_det: Array) -> Figure:
         positions = np.arange(values.shape[1])
         for level, shade in ((0.9, 0.25), (0.5, 0.45)):
             low, high = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2), axis=0)
-            axis.fill_between(positions, low, high, color=colour, alpha=shade, linewidth=0, label=f"{100 * level:.0f} %")
+            axis.fill_between(
+                positions, low, high, color=colour, alpha=shade, linewidth=0, label=f"{100 * level:.0f} %"
+            )
         axis.plot(positions, np.median(values, axis=0), color=colour, linewidth=1.2, label="median")
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)

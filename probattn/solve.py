@@ -232,10 +232,11 @@ def _newton(past: Past, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tenso
     epsilon = torch.finfo(u.dtype).eps
     mean, jacobian = past.mean_and_jacobian(u)
     residual = u - mean - noise
+    stuck = torch.zeros(u.shape[:-1], dtype=torch.bool, device=u.device)  # at a fold, where no step helps
     for _ in range(_ITERATIONS):
         norm = torch.linalg.vector_norm(residual, dim=-1)
         tolerance = 1e3 * epsilon * (1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1))
-        active = norm > tolerance
+        active = (norm > tolerance) & ~stuck
         if not bool(active.any()):
             break
         step, _ = torch.linalg.solve_ex(jacobian, residual.unsqueeze(-1))
@@ -252,6 +253,8 @@ def _newton(past: Past, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tenso
             if not bool(worse.any()):
                 break
             size = torch.where(worse, size / 2, size)
+        else:
+            stuck = stuck | worse
         u = torch.where(active.unsqueeze(-1), u - size.unsqueeze(-1) * step, u)
         mean, jacobian = past.mean_and_jacobian(u)
         residual = u - mean - noise

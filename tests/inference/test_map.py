@@ -10,8 +10,8 @@ import torch
 from pyro.nn import PyroModule
 
 from probattn.errors import InputError
-from probattn.inference.files import write_atomically, write_json
 from probattn.inference.checkpoint import load_checkpoint
+from probattn.inference.files import write_atomically, write_json
 from probattn.inference.map import MapConfig, fit_map
 from probattn.models import EmbeddingModel, LanguageModel
 from probattn.models.language import LanguageConfig
