@@ -16,7 +16,7 @@ from probattn.errors import InputError
 from probattn.inference.isolation import isolated
 from probattn.inference.target import Target
 
-__all__ = ["RELIABLE", "Draws", "approximation", "feasible_start"]
+__all__ = ["RELIABLE", "Draws", "approximation", "curvature_guess", "feasible_start"]
 
 RELIABLE = 0.7  # largest k-hat at which importance weights are of use (Vehtari et al., 1507.02646)
 _PROPOSALS = 4
@@ -67,6 +67,16 @@ def feasible_start(target: Target, points: int, seed: int, *, spread: float = 0.
         f"no feasible start: the log-density is not finite within {spread * 0.5 ** (tries - 1):.1g} of the origin; "
         "look for values in the data that are too large for its dtype."
     )
+
+
+def curvature_guess(target: Target, z: Tensor) -> Tensor:
+    """A first guess of the posterior's covariance around points z, (C, D), from the curvature there, (C, D, D).
+
+    The inverse of the Hessian's modulus, with no variance above one: the order of magnitude is what a sampler needs to
+    begin with.
+    """
+    values, vectors = torch.linalg.eigh(target.hessian(z))
+    return (vectors / values.abs().clamp(min=1.0).unsqueeze(-2)) @ vectors.mT
 
 
 def approximation(

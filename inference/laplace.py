@@ -10,7 +10,7 @@ from probattn.errors import InputError
 from probattn.inference.draws import Draws, approximation, feasible_start
 from probattn.inference.target import Target
 
-__all__ = ["fit_laplace", "hessian", "maximise"]
+__all__ = ["fit_laplace", "maximise"]
 
 _FLAT = 1e-7
 
@@ -49,16 +49,6 @@ def maximise(target: Target, start: Tensor, *, steps: int = 200, tolerance: floa
     return mode
 
 
-def hessian(target: Target, z: Tensor) -> Tensor:
-    """Second derivatives of the log-density at one point, (D, D)."""
-
-    def density(point: Tensor) -> Tensor:
-        return target.log_density(point.unsqueeze(0)).squeeze(0)
-
-    found: Tensor = torch.autograd.functional.hessian(density, z)
-    return 0.5 * (found + found.mT).detach()
-
-
 def fit_laplace(
     target: Target, *, draws: int = 2000, seed: int = 0, correct: bool = True, start: Tensor | None = None
 ) -> Draws:
@@ -80,7 +70,7 @@ def fit_laplace(
     if start is None:
         start = feasible_start(target, 1, seed)[0]
     mode = maximise(target, start)
-    values, vectors = torch.linalg.eigh(-hessian(target, mode))
+    values, vectors = torch.linalg.eigh(-target.hessian(mode.unsqueeze(0))[0])
     largest = float(values.max())
     if float(values.min()) < -_FLAT * largest:
         raise InputError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from probattn.errors import InputError
 from probattn.inference.checkpoint import load_checkpoint
-from probattn.inference.draws import Draws, feasible_start
+from probattn.inference.draws import Draws, curvature_guess, feasible_start
 from probattn.inference.files import write_atomically
 from probattn.inference.isolation import isolated
 from probattn.inference.nuts import NutsConfig, run_nuts
@@ -84,6 +84,7 @@ def fit_nuts(
             target.value_and_gradient,
             start,
             config.nuts,
+            covariance=curvature_guess(target, start),
             pool=config.chains,
             checkpoint=checkpoint,
             resume=resume,

@@ -23,8 +23,9 @@ from probattn.inference.files import write_atomically
 
 __all__ = ["NutsConfig", "NutsRun", "run_nuts"]
 
-ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+ValueAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _DIVERGENCE = 1000.0
+_EARLY_DEPTH = 5  # doublings at most while the mass matrix is still learnt: a tiny step would hold up all chains
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class _Point(NamedTuple):
         """This point for the chosen chains, another for the rest."""
         return _Point(*(_where(chosen, a, b) for a, b in zip(self, other, strict=True)))
 
+    def at(self, rows: Tensor) -> _Point:
+        """Some of the chains, (K,)."""
+        return _Point(*(part[rows] for part in self))
+
+    def put(self, rows: Tensor, new: _Point) -> _Point:
+        """This point with some of the chains, (K,), replaced."""
+        return _Point(*(old.index_put((rows,), part) for old, part in zip(self, new, strict=True)))
+
 
 class _Metric:
     """An inverse mass matrix a chain, (C, D, D), and what it does to momenta."""
@@ -100,6 +109,12 @@ class _Metric:
     def kinetic(self, r: Tensor) -> Tensor:
         return 0.5 * (r * self.velocity(r)).sum(-1)
 
+    def at(self, rows: Tensor) -> _Metric:
+        """Some of the chains, (K,)."""
+        chosen = _Metric.__new__(_Metric)
+        chosen.covariance, chosen.factor = self.covariance[rows], self.factor[rows]
+        return chosen
+
     def turning(self, left: Tensor, right: Tensor, total: Tensor) -> Tensor:
         inner = total - 0.5 * (left + right)
         return ((self.velocity(left) * inner).sum(-1) <= 0) | ((self.velocity(right) * inner).sum(-1) <= 0)
@@ -110,7 +125,7 @@ class _StepSize:
 
     def __init__(self, step: Tensor, target: float) -> None:
         self.target, self.count = target, 0
-        self.centre = (10 * step).log()
+        self.centre = (2 * step).log()
         self.log_step, self.average, self.error = step.log(), step.log(), torch.zeros_like(step)
 
     def update(self, acceptance: Tensor) -> Tensor:
@@ -128,6 +143,7 @@ def run_nuts(
     start: Tensor,
     config: NutsConfig,
     *,
+    covariance: Tensor | None = None,
     pool: int = 1,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -137,9 +153,12 @@ def run_nuts(
     """Sample C chains at once.
 
     Args:
-        value_and_gradient: log-density, (C,), and its gradient, (C, D), at points (C, D).
+        value_and_gradient: log-density, (K,), and its gradient, (K, D), at points (K, D) of the chains whose numbers,
+            (K,), are its second argument. Only chains whose trajectory still grows are asked for.
         start: where the chains begin, (C, D); the log-density there must be finite.
         config: how to sample.
+        covariance: a first guess of the posterior's, (C, D, D), from which the mass matrices start and to which the
+            short windows shrink; None: 0.001 times the identity.
         pool: neighbouring chains that learn one mass matrix together (chains of the same target); divides C.
         checkpoint: where kept draws are saved; a run killed in its warm-up begins anew, which gives the same numbers.
         resume: go on from the checkpoint if it is there.
@@ -153,16 +172,16 @@ def run_nuts(
         InputError: an infeasible start (with the chain), a pool that does not divide C, a checkpoint of another run.
 
     Example:
-        >>> def normal(z):
+        >>> def normal(z, chains):
         ...     return -0.5 * z.square().sum(-1), -z
         >>> run = run_nuts(normal, torch.zeros(3, 2).double(), NutsConfig(warmup=50, draws=20))
         >>> run.z.shape
         torch.Size([20, 3, 2])
     """
-    chains, _dim = start.shape
+    chains, dim = start.shape
     if chains % pool:
         raise InputError(f"pool is {pool}, which does not divide the {chains} chains.")
-    value, gradient = value_and_gradient(start)
+    value, gradient = value_and_gradient(start, torch.arange(chains, device=start.device))
     bad = ~(torch.isfinite(value) & torch.isfinite(gradient).all(-1))
     if bool(bad.any()):
         where = int(bad.nonzero()[0])
@@ -179,7 +198,9 @@ def run_nuts(
     kept: list[Tensor] = []
     rows: list[dict[str, Tensor]] = []
     if saved is None:
-        point, step, metric = _warm_up(value_and_gradient, point, config, generator, pool, report)
+        eye = torch.eye(dim, dtype=start.dtype, device=start.device)
+        guess = 1e-3 * eye.expand(chains, dim, dim) if covariance is None else covariance
+        point, step, metric = _warm_up(value_and_gradient, point, _Metric(guess), config, generator, pool, report)
     else:
         step, metric = saved["step"], _Metric(saved["covariance"])
         point = _Point(saved["z"][-1], torch.zeros_like(start), saved["value"], saved["gradient"])
@@ -211,24 +232,24 @@ def run_nuts(
 def _warm_up(
     value_and_gradient: ValueAndGradient,
     point: _Point,
+    metric: _Metric,
     config: NutsConfig,
     generator: torch.Generator,
     pool: int,
     report: Callable[[int, int], None] | None,
 ) -> tuple[_Point, Tensor, _Metric]:
-    chains, dim = point.z.shape
-    metric = _Metric(torch.eye(dim, dtype=point.z.dtype, device=point.z.device).expand(chains, dim, dim).clone())
-    step = torch.full((chains,), 0.1, dtype=point.z.dtype, device=point.z.device)
+    step = torch.full_like(point.value, 0.25)
     adaptation = _StepSize(step, config.target_accept)
     ends = _windows(config.warmup)
     window: list[Tensor] = []
     for k in range(config.warmup):
-        point, row = _transition(value_and_gradient, point, step, metric, generator, config.max_depth)
+        depth = min(_EARLY_DEPTH, config.max_depth) if k < ends[-1] else config.max_depth
+        point, row = _transition(value_and_gradient, point, step, metric, generator, depth)
         step = adaptation.update(row["acceptance_rate"])
         if ends[0] <= k < ends[-1]:
             window.append(point.z)
         if k + 1 in ends[1:]:
-            metric = _Metric(_covariance(torch.stack(window), pool))
+            metric = _Metric(_covariance(torch.stack(window), pool, metric.covariance))
             adaptation = _StepSize(step, config.target_accept)
             window = []
         if report is not None:
@@ -247,16 +268,14 @@ def _windows(warmup: int) -> list[int]:
     return ends
 
 
-def _covariance(window: Tensor, pool: int) -> Tensor:
-    """Regularised covariance of a window (W, C, D), pooled over neighbouring chains, (C, D, D)."""
+def _covariance(window: Tensor, pool: int, before: Tensor) -> Tensor:
+    """Covariance of a window (W, C, D), pooled over neighbouring chains, shrunk towards the one before, (C, D, D)."""
     count, chains, dim = window.shape
     pooled = window.reshape(count, chains // pool, pool, dim).transpose(0, 1).reshape(chains // pool, -1, dim)
     centred = pooled - pooled.mean(1, keepdim=True)
     size = pooled.shape[1]
     covariance = centred.mT @ centred / (size - 1)
-    eye = torch.eye(dim, dtype=window.dtype, device=window.device)
-    shrunk = (size * covariance + 5e-3 * eye) / (size + 5)
-    return shrunk.repeat_interleave(pool, dim=0)
+    return (size * covariance.repeat_interleave(pool, dim=0) + 5 * before) / (size + 5)
 
 
 def _transition(
@@ -293,7 +312,8 @@ def _transition(
         for n in range(2**level):
             if not bool(inside.any()):
                 break
-            end = _leapfrog(value_and_gradient, end, signed, metric).where(inside, end)
+            rows = inside.nonzero().squeeze(-1)
+            end = end.put(rows, _leapfrog(value_and_gradient, end.at(rows), signed[rows], metric.at(rows), rows))
             change = (metric.kinetic(end.r) - end.value - energy).nan_to_num(nan=math.inf)
             leaf_weight = torch.where(inside, -change, -math.inf)
             accepted = accepted + torch.where(inside, (-change).clamp(max=0).exp(), 0.0)
@@ -333,11 +353,13 @@ def _transition(
     return proposal, row
 
 
-def _leapfrog(value_and_gradient: ValueAndGradient, point: _Point, step: Tensor, metric: _Metric) -> _Point:
+def _leapfrog(
+    value_and_gradient: ValueAndGradient, point: _Point, step: Tensor, metric: _Metric, rows: Tensor
+) -> _Point:
     half = 0.5 * step.unsqueeze(-1)
     r = point.r + half * point.gradient
     z = point.z + step.unsqueeze(-1) * metric.velocity(r)
-    value, gradient = value_and_gradient(z)
+    value, gradient = value_and_gradient(z, rows)
     return _Point(z, r + half * gradient, value, gradient)
 
 

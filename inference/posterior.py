@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,19 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.barrier import contraction_bound, stability_margin
-from probattn.errors import NoSolutionError, SeveralSolutionsError
 from probattn.inference.draws import Draws
 from probattn.inference.heads import match_heads
 from probattn.inference.isolation import isolated
 from probattn.inference.results import Fit
 from probattn.inference.target import Target
+from probattn.models.embedding import EmbeddingModel
+from probattn.models.scalar import ScalarModel
+from probattn.models.simulate import draw_data_sets
 
 __all__ = ["REGIMES", "assemble"]
 
 Array = NDArray[Any]
 REGIMES = ("certified", "regular", "folded")
-_NO_LAW = (SeveralSolutionsError, NoSolutionError)
 _SHOWN = 8  # sequences whose margins are kept token by token
 _GROUP = 64  # draws at a time
 _PREDICTIVE_BYTES = 32 * 2**20
@@ -151,21 +151,10 @@ def _derived(model: Any, sites: Mapping[str, Tensor], u: Tensor) -> dict[str, Te
     return {**derived, "smallest_margin": derived["margin"].flatten(1).amin(-1)}
 
 
-def _predict(model: Any, values: Mapping[str, Tensor], sequences: int, seed: int) -> tuple[Tensor | None, float]:
-    """Data sets from given parameters, (S', N, T, p), and the share of the parameters that have no law to draw from.
-
-    Where the attention folds, several tokens solve for the same noise and the model says nothing of which one comes;
-    such parameters are left out.
-    """
-    count = len(next(iter(values.values())))
-    lifted = {name: value.unsqueeze(1) for name, value in values.items()}
+def _predict(
+    model: ScalarModel | EmbeddingModel, values: Mapping[str, Tensor], sequences: int, seed: int
+) -> tuple[Tensor | None, float]:
+    """Data sets from the parameters that have a law, (S', N, T, p), and the share of those that have none."""
     with isolated(model.unit.device, seed=seed), torch.no_grad():
-        try:
-            return model.likelihood(lifted).expand((count, sequences)).sample(), 0.0
-        except _NO_LAW:
-            drawn = []
-        for k in range(count):
-            with suppress(*_NO_LAW):
-                one = {name: value[k].unsqueeze(0) for name, value in values.items()}
-                drawn.append(model.likelihood(one).expand((sequences,)).sample())
-    return torch.stack(drawn) if drawn else None, 1 - len(drawn) / count
+        u, lawful = draw_data_sets(model, values, sequences)
+    return (u[lawful] if bool(lawful.any()) else None), 1 - float(lawful.double().mean())

@@ -65,7 +65,7 @@ class Target:
         with isolated(seed=0), torch.no_grad():
             trace = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*single)
         for name, node in trace.nodes.items():
-            law: Any = node["fn"]
+            law: Any = node.get("fn")
             if node["type"] != "sample" or isinstance(law, poutine.subsample_messenger._Subsample):
                 continue
             if node["is_observed"]:
@@ -97,19 +97,38 @@ class Target:
             parts.append(free.reshape(*free.shape[: free.dim() - len(site.unconstrained)], -1))
         return torch.cat(parts, dim=-1)
 
-    def log_density(self, z: Tensor) -> Tensor:
-        """Log pi(z), (C,), at C points z, (C, D). Differentiable; NaN and infinities are passed on as they are."""
+    def log_density(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Log pi(z), (C,), at C points z, (C, D). Differentiable; NaN and infinities are passed on as they are.
+
+        Args:
+            z: the points.
+            rows: where each point has data of its own, which of the data sets are meant, (C,); None: all, in order.
+        """
         values = self.constrain(z)
-        terms = self.log_terms(values)
+        terms = self.log_terms(values, rows)
         return _total(terms) + self._log_volume(z, values)
 
-    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log pi, (C,), and its gradient, (C, D), both detached."""
+    def value_and_gradient(self, z: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log pi, (C,), and its gradient, (C, D), both detached; arguments as in :meth:`log_density`."""
         point = z.detach().requires_grad_(True)
         with torch.enable_grad():
-            value = self.log_density(point)
+            value = self.log_density(point, rows)
             (gradient,) = torch.autograd.grad(value.sum(), point)
         return value.detach(), gradient
+
+    def hessian(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Second derivatives of log pi, (C, D, D), symmetric, detached; arguments as in :meth:`log_density`.
+
+        One backward pass a coordinate, for all points together.
+        """
+        point = z.detach().requires_grad_(True)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.log_density(point, rows).sum(), point, create_graph=True)
+            found = torch.stack(
+                [torch.autograd.grad(gradient[:, k].sum(), point, retain_graph=True)[0] for k in range(self.dim)],
+                dim=-2,
+            )
+        return 0.5 * (found + found.mT)
 
     def evaluate(self, z: Tensor) -> dict[str, Tensor]:
         """Terms of :meth:`log_terms` and their total with the volume as ``lp``, (S,) or (S, N), at S points z, (S, D).
@@ -135,12 +154,14 @@ class Target:
         drawn: dict[str, Any] = {name: trace.nodes[name]["value"] for name in self.sites}
         return {name: value.squeeze(1) for name, value in drawn.items()}
 
-    def log_terms(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def log_terms(self, values: Mapping[str, Tensor], rows: Tensor | None = None) -> dict[str, Tensor]:
         """Log-probability of each site, (C,) for latent ones and (C, N) for observed ones, at values (C, *event)."""
+        data = self.data if rows is None else tuple(part[rows] if part.dim() == 4 else part for part in self.data)
         points = len(next(iter(values.values())))
         lifted = {name: value.unsqueeze(1) for name, value in values.items()}  # (C, 1, *event): beside the data plate
-        with isolated(), pyro.plate("points", points, dim=-2):
-            traced = poutine.trace(poutine.condition(self.model, data=lifted)).get_trace(*self.data)
+        # Unvalidated: far out in z a scale overflows, and the density there is to be NaN, a divergence, not an error.
+        with isolated(), pyro.validation_enabled(False), pyro.plate("points", points, dim=-2):
+            traced = poutine.trace(poutine.condition(self.model, data=lifted)).get_trace(*data)
             traced.compute_log_prob()
         terms = {}
         for name in [*self.sites, *self.observed]:

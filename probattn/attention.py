@@ -240,8 +240,8 @@ class CausalAttention:
             validate_args=False,
         )
 
-    def select(self, index: int) -> CausalAttention:
-        """One element of the first batch axis."""
+    def select(self, index: int | tuple[Tensor, ...]) -> CausalAttention:
+        """One element of the first batch axis, or (K,) elements by their indices along all of the batch axes."""
         whole = self.expand(self.batch_shape)
         chosen = {name: tensor[index] for name, tensor in whole._parameters().items()}
         return CausalAttention(**chosen, mask=self.mask, validate_args=False)

@@ -67,6 +67,17 @@ class Past:
         size = torch.maximum(self.size, torch.linalg.vector_norm(u, dim=-1))
         return Past(self.attention, _append(self.moved, moved), _append(self.pulled, pulled), spread, size)
 
+    def select(self, index: tuple[Tensor, ...], batch: torch.Size) -> Past:
+        """The pasts at some places of the batch that this one expands to, (K,).
+
+        Args:
+            index: indices along the axes of ``batch``, (K,) each.
+            batch: what the batch axes of this past broadcast to.
+        """
+        moved, pulled = (part.expand(*batch, *part.shape[-3:])[index] for part in (self.moved, self.pulled))
+        spread = (self.spread[0].expand(*batch, -1)[index], self.spread[1].expand(*batch, -1)[index])
+        return Past(self.attention.expand(batch).select(index), moved, pulled, spread, self.size.expand(batch)[index])
+
     @property
     def length(self) -> int:
         """n, how many tokens have been seen."""

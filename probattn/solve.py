@@ -19,7 +19,7 @@ from probattn.conditional import Past
 from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning, require_finite
 from probattn.once import first_order_only
 
-__all__ = ["Selection", "require_selection", "solve_sequence", "solve_token"]
+__all__ = ["Selection", "find_sequence", "require_selection", "solve_sequence", "solve_token"]
 
 Selection = Literal["unique", "uniform", "smallest_step", "nearest_mean"]
 
@@ -66,8 +66,7 @@ def solve_sequence(attention: CausalAttention, e: Tensor, *, selection: Selectio
             f"{attention.query.dtype}, like the attention."
         )
     require_finite("the noise", e.detach())
-    with torch.no_grad():
-        solution = _solve(attention.detach(), e.detach(), selection)
+    solution = _solve(attention.detach(), e.detach(), selection)
     if not torch.is_grad_enabled():
         return solution
     noise = e + attention.mean(solution)  # carries the graph of e and of the parameters; its value is the solution
@@ -77,7 +76,21 @@ def solve_sequence(attention: CausalAttention, e: Tensor, *, selection: Selectio
     return result
 
 
-def _solve(attention: CausalAttention, e: Tensor, selection: Selection) -> Tensor:
+@torch.no_grad()
+def find_sequence(attention: CausalAttention, e: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    """The sequence and where it was one of several, without a gradient and without a warning.
+
+    Args:
+        attention: the attention.
+        e: noise, (*batch, T, p).
+        selection: see :func:`solve_sequence`.
+
+    Returns:
+        u, the broadcast of the batch axes with (T, p), and the positions with more than one solution, (*batch, T).
+
+    Raises:
+        NoSolutionError, SeveralSolutionsError: see :func:`solve_sequence`.
+    """
     batch = torch.broadcast_shapes(attention.batch_shape, e.shape[:-2])
     e = e.expand(*batch, *e.shape[-2:])
     past = Past.of(attention, e[..., :0, :])
@@ -87,19 +100,22 @@ def _solve(attention: CausalAttention, e: Tensor, selection: Selection) -> Tenso
         tokens.append(token)
         folded.append(several)
         past = past.extend(token)
-    count = torch.stack(folded, dim=-1)  # (*batch, T)
-    if bool(count.any()):
-        positions = sorted({int(i) for i in count.nonzero()[:, -1]})
-        draws = int(count.any(-1).sum())
+    return torch.stack(tokens, dim=-2), torch.stack(folded, dim=-1)
+
+
+def _solve(attention: CausalAttention, e: Tensor, selection: Selection) -> Tensor:
+    solution, several = find_sequence(attention, e, selection)
+    if bool(several.any()):
+        positions = sorted({int(i) for i in several.nonzero()[:, -1]})
+        draws, total = int(several.any(-1).sum()), math.prod(several.shape[:-1])
         shown = ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
         warnings.warn(
-            f"{draws} of {max(1, math.prod(batch))} sequences had several solutions, at positions {shown}; one was "
-            "taken "
-            f"by the rule {selection!r}. The law of these draws is not the density that log_prob gives.",
+            f"{draws} of {total} sequences had several solutions, at positions {shown}; one was taken by the rule "
+            f"{selection!r}. The law of these draws is not the density that log_prob gives.",
             SeveralSolutionsWarning,
             stacklevel=4,
         )
-    return torch.stack(tokens, dim=-2)
+    return solution
 
 
 def require_selection(selection: str) -> None:
@@ -229,16 +245,43 @@ def _mixtures(past: Past, count: int) -> Tensor:
 
 def _newton(past: Past, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Damped Newton from each start: u, (starts, *batch, p), its residual norm, the tolerance there, and det J."""
-    epsilon = torch.finfo(u.dtype).eps
+    u = _iterate(past, noise, u, _ITERATIONS)
+    mean, jacobian = past.mean_and_jacobian(u)
+    residual = u - mean - noise
+    norm = torch.linalg.vector_norm(residual, dim=-1)
+    # One more full step costs little and takes the residual from tolerance to rounding; kept only where it helps.
+    step, _ = torch.linalg.solve_ex(jacobian, residual.unsqueeze(-1))
+    polished = u - step.squeeze(-1)
+    after = torch.linalg.vector_norm(polished - past.mean(polished) - noise, dim=-1)
+    better = after < norm
+    tolerance = _tolerance(u, mean)
+    u = torch.where(better.unsqueeze(-1), polished, u)
+    return u, torch.where(better, after, norm), tolerance, torch.linalg.det(jacobian)
+
+
+def _tolerance(u: Tensor, mean: Tensor) -> Tensor:
+    """Residual norm at which a solution counts as found, (*batch,)."""
+    size = 1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1)
+    return 1e3 * torch.finfo(u.dtype).eps * size
+
+
+def _iterate(past: Past, noise: Tensor, u: Tensor, iterations: int) -> Tensor:
+    """Newton's steps with a line search, until each start is within tolerance or no step helps it."""
     mean, jacobian = past.mean_and_jacobian(u)
     residual = u - mean - noise
     stuck = torch.zeros(u.shape[:-1], dtype=torch.bool, device=u.device)  # at a fold, where no step helps
-    for _ in range(_ITERATIONS):
+    for done in range(iterations):
         norm = torch.linalg.vector_norm(residual, dim=-1)
-        tolerance = 1e3 * epsilon * (1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1))
-        active = (norm > tolerance) & ~stuck
-        if not bool(active.any()):
+        active = (norm > _tolerance(u, mean)) & ~stuck
+        count = int(active.sum())
+        if count == 0:
             break
+        if 2 * count <= active.numel() > 1:  # few are left: go on with these alone
+            index = active.nonzero(as_tuple=True)  # starts, then batch axes
+            batch = torch.broadcast_shapes(noise.shape[:-1], u.shape[1:-1])
+            rest = past.select(index[1:], batch)
+            found = _iterate(rest, noise.expand(*batch, -1)[index[1:]], u[index].unsqueeze(0), iterations - done)
+            return u.index_put(index, found.squeeze(0))
         step, _ = torch.linalg.solve_ex(jacobian, residual.unsqueeze(-1))
         step = step.squeeze(-1)
         # On a fold the block is singular: fall back to the plain fixed-point step, whose direction is the residual.
@@ -258,15 +301,7 @@ def _newton(past: Past, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tenso
         u = torch.where(active.unsqueeze(-1), u - size.unsqueeze(-1) * step, u)
         mean, jacobian = past.mean_and_jacobian(u)
         residual = u - mean - noise
-    norm = torch.linalg.vector_norm(residual, dim=-1)
-    tolerance = 1e3 * epsilon * (1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1))
-    # One more full step costs little and takes the residual from tolerance to rounding; kept only where it helps.
-    step, _ = torch.linalg.solve_ex(jacobian, residual.unsqueeze(-1))
-    polished = u - step.squeeze(-1)
-    after = torch.linalg.vector_norm(polished - past.mean(polished) - noise, dim=-1)
-    better = after < norm
-    u = torch.where(better.unsqueeze(-1), polished, u)
-    return u, torch.where(better, after, norm), tolerance, torch.linalg.det(jacobian)
+    return u
 
 
 class _ImplicitSolution(torch.autograd.Function):
