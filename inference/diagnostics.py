@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from probattn.inference.comparison import leave_one_out, standard_error
 from probattn.inference.draws import RELIABLE
 from probattn.inference.posterior import REGIMES
 from probattn.inference.results import Fit
@@ -256,10 +257,12 @@ def _prior(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
 
 
 def _leave_one_out(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
-    from arviz_stats.base import array_stats
-
     if float(fit.attributes.get("power", 1.0)) != 1:
         yield Finding("leave-one-out", "note", "the likelihood is raised to a power; there is no predictive density.")
+        return
+    if not fit.attributes.get("jacobian", 1):
+        words = "without its Jacobian the likelihood is no density of the sequences; the posterior has no meaning"
+        yield Finding("likelihood", "problem", f"{words}, and is here to be compared: leave --no-jacobian away.")
         return
     pointwise = np.asarray(fit.groups["log_likelihood"]["u"])
     sequences = pointwise.shape[-1]
@@ -267,9 +270,8 @@ def _leave_one_out(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         words = "one sequence only: leaving it out leaves nothing; give more sequences for model comparison."
         yield Finding("leave-one-out", "note", words)
         return
-    elpd, khat, _ = array_stats.loo(pointwise, chain_axis=0, draw_axis=1)
-    numbers["elpd_loo"] = float(elpd.sum())
-    numbers["elpd_loo_se"] = float(np.sqrt(sequences * elpd.var(ddof=1)))
+    elpd, khat = leave_one_out(pointwise)
+    numbers["elpd_loo"], numbers["elpd_loo_se"] = float(elpd.sum()), standard_error(elpd)
     bad = numbers["loo_khat_bad"] = int((khat > RELIABLE).sum())
     words = f"elpd {numbers['elpd_loo']:.1f} +- {numbers['elpd_loo_se']:.1f} over {sequences} sequences"
     if bad:

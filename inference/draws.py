@@ -76,7 +76,8 @@ def curvature_guess(target: Target, z: Tensor) -> Tensor:
     begin with.
     """
     values, vectors = torch.linalg.eigh(target.hessian(z))
-    return (vectors / values.abs().clamp(min=1.0).unsqueeze(-2)) @ vectors.mT
+    covariance: Tensor = (vectors / values.abs().clamp(min=1.0).unsqueeze(-2)) @ vectors.mT
+    return covariance
 
 
 def approximation(

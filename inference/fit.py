@@ -16,6 +16,7 @@ from torch import Tensor
 from probattn.attention import Mask
 from probattn.errors import InputError
 from probattn.inference.checkpoint import identify
+from probattn.inference.comparison import AS_ASKED, Compared, compare, variants
 from probattn.inference.diagnostics import Diagnosis, diagnose
 from probattn.inference.distributed import process_group, rank, world_size
 from probattn.inference.draws import Draws, feasible_start
@@ -32,7 +33,7 @@ from probattn.models.corpus import load_corpus
 from probattn.models.embedding import EmbeddingModel, Parameters
 from probattn.models.hidden_states import load_hidden_states
 from probattn.models.language import LanguageConfig, LanguageModel
-from probattn.plotting import plot_chains, plot_margin_bands, plot_posterior
+from probattn.plotting import plot_chains, plot_comparison, plot_margin_bands, plot_posterior
 
 __all__ = ["FitOptions", "Method", "fit"]
 
@@ -57,6 +58,7 @@ class FitOptions:
             the bilinear matrix itself is the parameter, with either its factors are.
         nuts, svi, map, language: options of the methods and of the language model. Their seed is ``seed``.
         laplace_draws: draws of the Laplace approximation.
+        compare: fit these variants too and compare them by leave-one-sequence-out: of "jacobian", "mask", "heads".
         correct: whether approximations are corrected by importance resampling.
         seed: of everything random.
         device: where to compute.
@@ -83,6 +85,7 @@ class FitOptions:
     language: Mapping[str, Any] = field(default_factory=dict)
     laplace_draws: int = 2000
     correct: bool = True
+    compare: tuple[str, ...] = ()
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float64
@@ -93,6 +96,8 @@ class FitOptions:
             raise InputError("give either --data with hidden states or --corpus with a text, not both and not neither.")
         if self.method not in get_args(Method):
             raise InputError(f"--method is {self.method!r}; use one of {', '.join(get_args(Method))}.")
+        if self.compare and (self.method == "map" or self.corpus is not None):
+            raise InputError("--compare needs draws of a likelihood: --data, and --method nuts, svi or laplace.")
         if self.sequences < 0:
             raise InputError(f"--sequences is {self.sequences}; it must be at least 1, or 0 for all.")
 
@@ -124,6 +129,7 @@ def fit(options: FitOptions, report: Report | None = None) -> tuple[Fit, Diagnos
             )
         model, u, facts = _problem(options, report)
         target = Target(model, u)
+        others = variants(model, options.compare)  # refused before the work, not after it
         draws = _infer(options, target, report)
         record = {
             "schema": 1,
@@ -135,8 +141,11 @@ def fit(options: FitOptions, report: Report | None = None) -> tuple[Fit, Diagnos
         }
         found = assemble(target, draws, seed=options.seed, attributes=_attributes(options, model, record))
         diagnosis = diagnose(found)
+        compared = _compare(options, others, draws, u, report) if options.compare else []
         if rank() == 0:
             _write(options.out, found, diagnosis, record)
+            if compared:
+                _write_comparison(options.out, compared)
     return found, diagnosis
 
 
@@ -208,9 +217,24 @@ def _stage_of_language_model(options: FitOptions, report: Report) -> tuple[Embed
     return model.to(options.device, options.dtype), u, facts
 
 
-def _infer(options: FitOptions, target: Target, report: Report) -> Draws:
+def _compare(
+    options: FitOptions, models: Mapping[str, EmbeddingModel], own: Draws, u: Tensor, report: Report
+) -> list[Compared]:
+    def infer(name: str, target: Target) -> Draws:
+        if name == AS_ASKED:
+            return own
+        report(f"fitting {name}")
+        return _infer(options, target, report, name.replace(" ", "-"))
+
+    compared = compare(models, u, infer)
+    for entry in compared:
+        report(f"compared  {entry}")
+    return compared
+
+
+def _infer(options: FitOptions, target: Target, report: Report, variant: str = "") -> Draws:
     described = json.dumps({**identify(target.model, target.data), "device": options.device.type}, sort_keys=True)
-    checkpoint = options.out / f"{options.method}.pt"
+    checkpoint = options.out / f"{'-'.join(filter(None, (options.method, variant)))}.pt"
     if options.method == "laplace":
         return fit_laplace(target, draws=options.laplace_draws, seed=options.seed, correct=options.correct)
     keep: dict[str, Any] = {"checkpoint": checkpoint, "resume": options.resume}
@@ -268,6 +292,13 @@ def _write(out: Path, found: Fit, diagnosis: Diagnosis, record: dict[str, Any]) 
     folder = prepare_folder(out / "figures")
     for name, figure in _figures(found).items():
         write_atomically(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=130))
+
+
+def _write_comparison(out: Path, compared: list[Compared]) -> None:
+    write_json(out / "comparison.json", {"schema": 1, "models": [vars(entry) for entry in compared]})
+    differences = {entry.name: (entry.difference, entry.difference_se) for entry in compared}
+    figure = plot_comparison(differences)
+    write_atomically(out / "figures" / "comparison.png", partial(figure.savefig, format="png", dpi=130))
 
 
 _SUMMARISED = ("bilinear", "transport", "noise_scale", "smallest_margin")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probattn.attention import CausalAttention
 from probattn.barrier import contraction_bound, stability_margin
 from probattn.inference.draws import Draws
 from probattn.inference.heads import match_heads
@@ -62,7 +61,7 @@ def assemble(
         sample_stats, log_likelihood a sequence, log_prior a site, prior, prior_predictive, posterior_predictive,
         observed_data and constant_data. Heads are matched across draws.
     """
-    model, u = target.model, target.data[0]
+    model, u = cast(ScalarModel | EmbeddingModel, target.model), target.data[0]
     chains, count, dim = draws.z.shape
     flat = draws.z.reshape(-1, dim)  # (chain * draw, D)
     sites = _with_products(model, target.constrain(flat))
@@ -107,7 +106,7 @@ def assemble(
     return Fit(draws.method, groups, axes, coords, {**dict(attributes or {}), **notes})
 
 
-def _with_products(model: Any, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_products(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sites with what is identified of them."""
     attention = model.attention_of(sites)
     products = {"bilinear": attention.bilinear}
@@ -130,7 +129,7 @@ def _match(sites: dict[str, Tensor], chains: int, count: int) -> float:
     return float((order != torch.arange(heads, device=order.device)).any(-1).double().mean())
 
 
-def _derived(model: Any, sites: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
+def _derived(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
     """Log-determinants, margins and regime at the tokens of some sequences, (S, ...) each."""
     raw = {name: sites[name] for name in sites if name in {"a", "bilinear", "query", "key", "value", "output"}}
     total = len(next(iter(raw.values())))
@@ -138,7 +137,7 @@ def _derived(model: Any, sites: Mapping[str, Tensor], u: Tensor) -> dict[str, Te
     with torch.no_grad():
         for begin in range(0, total, _GROUP):
             values = {name: value[begin : begin + _GROUP].unsqueeze(1) for name, value in raw.items()}
-            attention: CausalAttention = model.attention_of(values)  # batch (S, 1) beside u's (N,)
+            attention = model.attention_of(values)  # batch (S, 1) beside u's (N,)
             sign, logabs = attention.logabsdet(u)
             folded = (sign < 0) | (stability_margin(attention, u, kind="spectral") <= 0)
             certified = (contraction_bound(attention, u) < 1).all(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -78,6 +78,20 @@ class EmbeddingModel(SequenceModel):
         jacobian: bool = True,
     ) -> None:
         super().__init__()
+        self._options = {
+            "length": length,
+            "dim": dim,
+            "heads": heads,
+            "rank": rank,
+            "value_dim": value_dim,
+            "prior_scale": prior_scale,
+            "mask": mask,
+            "parameters": parameters,
+            "noise_spread": noise_spread,
+            "noise_scale": noise_scale,
+            "power": power,
+            "jacobian": jacobian,
+        }
         if parameters not in get_args(Parameters):
             raise InputError(f"parameters is {parameters!r}; use one of {', '.join(get_args(Parameters))}.")
         if parameters == "bilinear" and (rank is not None or value_dim is not None):
@@ -107,6 +121,15 @@ class EmbeddingModel(SequenceModel):
         self.prior_scale, self.mask = prior_scale, mask
         self.parameters_as, self.noise_spread, self.jacobian = parameters, noise_spread, jacobian
         self.noise_scale, self.power = noise_scale, power
+
+    def altered(self, **changes: Any) -> EmbeddingModel:
+        """The same model with some of its options changed.
+
+        Example:
+            >>> EmbeddingModel(5, 2).altered(heads=2).heads
+            2
+        """
+        return EmbeddingModel(**{**self._options, **changes}).to(self.unit.device, self.unit.dtype)
 
     def forward(self, u: Tensor | None = None, *, sequences: int | None = None, total: int | None = None) -> Tensor:
         """Score or draw sequences.

@@ -143,6 +143,9 @@ def fit(
     correct: Annotated[
         bool, typer.Option("--correct/--no-correct", help="SVI, Laplace: resample by importance where k-hat allows.")
     ] = True,
+    compare: Annotated[
+        str, typer.Option(help="Fit variants too and compare: jacobian, mask, heads, separated by commas.")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/fit"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**31 - 1)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -208,6 +211,7 @@ def fit(
         language={"context": context, "dim": dim, "stage_rank": stage_rank, "stage_heads": heads},
         laplace_draws=draws,
         correct=correct,
+        compare=tuple(filter(None, (part.strip() for part in compare.split(",")))),
         seed=seed,
         device=select_device(device),
         dtype=_DTYPES[dtype],

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __all__ = [
     "plot_barriers",
     "plot_chains",
+    "plot_comparison",
     "plot_conditional",
     "plot_margin_bands",
     "plot_margins",
@@ -245,6 +246,28 @@ def plot_margin_bands(margin: Array, log_abs_det: Array) -> Figure:
     axes[0].legend(fontsize=8, ncols=4)
     axes[1].set_xlabel("token")
     figure.suptitle("Posterior along the first sequence")
+    return figure
+
+
+def plot_comparison(differences: Mapping[str, tuple[float, float]]) -> Figure:
+    """Models by how much worse they predict a sequence that was left out, with one and two standard errors.
+
+    Args:
+        differences: by name, the difference of elpd to the best model and its standard error.
+    """
+    figure = Figure(figsize=(7, 0.5 * len(differences) + 1.3), layout="constrained")
+    axis = figure.subplots()
+    rows = np.arange(len(differences))[::-1]
+    for row, (difference, error) in zip(rows, differences.values(), strict=True):
+        for width, thickness in ((2, 1.2), (1, 3.5)):
+            ends = (difference - width * error, difference + width * error)
+            axis.plot(ends, (row, row), color=_COLOURS[0], linewidth=thickness, solid_capstyle="butt")
+        axis.plot(difference, row, "o", color=_COLOURS[0])
+    axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
+    axis.set_yticks(rows, list(differences))
+    axis.set_ylim(-0.6, len(differences) - 0.4)
+    axis.set_xlabel("elpd behind the best model (nats, all sequences; bars: one and two standard errors)")
+    axis.grid(alpha=0.25, axis="x")
     return figure
 
 

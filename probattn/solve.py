@@ -261,7 +261,7 @@ def _newton(past: Past, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _tolerance(u: Tensor, mean: Tensor) -> Tensor:
     """Residual norm at which a solution counts as found, (*batch,)."""
-    size = 1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1)
+    size: Tensor = 1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1)
     return 1e3 * torch.finfo(u.dtype).eps * size
 
 
