@@ -40,6 +40,7 @@ __all__ = ["METHODS", "Band", "Ranks", "Simulated", "Study", "calibrate", "rank_
 Array = NDArray[np.float64]
 Sampler = Callable[[EmbeddingModel, Tensor, int, int], Tensor]
 _SIMULATIONS = 20_000
+_SCORES = 2**22  # of every position against every other, at once
 _CHUNK = 50
 
 
@@ -148,24 +149,31 @@ def quantities(model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor) -
     }
 
 
-def rank_truth(model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor, draws: Tensor) -> dict[str, Array]:
-    """How many posterior draws of each quantity lie below its true value, (R,) each, from 0 to L.
+def rank_truth(
+    model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor, draws: Tensor
+) -> dict[str, tuple[Array, Array]]:
+    """How many posterior draws of each quantity lie below its true value, and how far their mean is from it.
 
     Args:
         model: the model that made the data.
         values: the truth, (R, *event) each.
         u: data, (R, N, T, p).
         draws: of the posterior in unconstrained space, (R, L, D).
+
+    Returns:
+        By quantity, ranks from 0 to L and errors of the posterior mean, (R,) each.
     """
     target = Target(model, u)
     with torch.no_grad():
         truth = quantities(model, {name: value.unsqueeze(0) for name, value in values.items()}, u)
-        below = {name: torch.zeros(len(u), dtype=torch.long) for name in truth}
-        for group in draws.transpose(0, 1).split(max(1, 2**22 // (u.numel() * u.shape[-2]))):
-            drawn = quantities(model, target.constrain(group), u)
-            for name in truth:
-                below[name] += (drawn[name] < truth[name]).sum(0).cpu()
-    return {name: ranks.numpy().astype(float) for name, ranks in below.items()}
+        groups = draws.transpose(0, 1).split(max(1, _SCORES // (u.numel() * u.shape[-2])))
+        drawn = [quantities(model, target.constrain(group), u) for group in groups]
+    found = {}
+    for name, true in truth.items():
+        sample = torch.cat([part[name] for part in drawn])  # (L, R)
+        ranks, errors = (sample < true).sum(0), sample.mean(0) - true.squeeze(0)
+        found[name] = (ranks.double().cpu().numpy(), errors.double().cpu().numpy())
+    return found
 
 
 def _thinned(draws: Draws, count: int) -> Tensor:
@@ -183,8 +191,11 @@ def _nuts(model: EmbeddingModel, u: Tensor, count: int, seed: int) -> Tensor:
     return run.z[3::4].transpose(0, 1)
 
 
-def _without_jacobian(model: EmbeddingModel, u: Tensor, count: int, seed: int) -> Tensor:
-    return _nuts(model.altered(jacobian=False), u, count, seed)
+def _without_jacobian(sampler: Sampler) -> Sampler:
+    def sample(model: EmbeddingModel, u: Tensor, count: int, seed: int) -> Tensor:
+        return sampler(model.altered(jacobian=False), u, count, seed)
+
+    return sample
 
 
 def _one_by_one(fit: Callable[[Target, int, int], Draws]) -> Sampler:
@@ -195,7 +206,7 @@ def _one_by_one(fit: Callable[[Target, int, int], Draws]) -> Sampler:
 
 
 def _fit_laplace(target: Target, count: int, seed: int, *, correct: bool) -> Draws:
-    return fit_laplace(target, draws=8 * count, seed=seed, correct=correct)
+    return fit_laplace(target, draws=4 * count, seed=seed, correct=correct)
 
 
 def _fit_pyro(target: Target, count: int, seed: int) -> Draws:
@@ -204,15 +215,18 @@ def _fit_pyro(target: Target, count: int, seed: int) -> Draws:
 
 
 def _fit_svi(target: Target, count: int, seed: int, **options: Any) -> Draws:
-    return fit_svi(target, SviConfig(draws=8 * count, seed=seed, shards=1, **options))
+    return fit_svi(target, SviConfig(draws=4 * count, seed=seed, shards=1, **options))
 
+
+_laplace = _one_by_one(partial(_fit_laplace, correct=True))
 
 METHODS: Mapping[str, Sampler] = MappingProxyType(
     {
         "nuts": _nuts,
-        "nuts_without_jacobian": _without_jacobian,
+        "nuts_without_jacobian": _without_jacobian(_nuts),
         "nuts_pyro": _one_by_one(_fit_pyro),
-        "laplace": _one_by_one(partial(_fit_laplace, correct=True)),
+        "laplace": _laplace,
+        "laplace_without_jacobian": _without_jacobian(_laplace),
         "laplace_uncorrected": _one_by_one(partial(_fit_laplace, correct=False)),
         "svi_full_rank": _one_by_one(partial(_fit_svi, guide="full_rank")),
         "svi_mean_field": _one_by_one(partial(_fit_svi, guide="mean_field", correct=False)),
@@ -255,30 +269,33 @@ def calibrate(
     results = joblib.Parallel(n_jobs=jobs, return_as="generator", max_nbytes=None)(
         joblib.delayed(_chunk)(study, method, drawn, begin) for begin in missing
     )
-    for begin, ranks in zip(missing, results, strict=True):
-        done[str(begin)] = ranks
+    for begin, found in zip(missing, results, strict=True):
+        done[str(begin)] = {name: [part.tolist() for part in both] for name, both in found.items()}
         if store is not None:
             write_json(store, {"schema": 1, "identity": identity, "chunks": done})
         if report is not None:
-            report(sum(len(next(iter(part.values()))) for part in done.values()), study.replicates)
+            report(sum(len(next(iter(part.values()))[0]) for part in done.values()), study.replicates)
     parts = [done[str(begin)] for begin in chunks]
-    return Ranks(method, study.ranked, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    ranks, errors = (
+        {name: np.concatenate([np.asarray(part[name][k]) for part in parts]) for name in parts[0]} for k in (0, 1)
+    )
+    return Ranks(method, study.ranked, ranks, errors)
 
 
-def _chunk(study: Study, method: str, drawn: Simulated, begin: int) -> dict[str, list[float]]:
-    """Ranks of some replicates."""
+def _chunk(study: Study, method: str, drawn: Simulated, begin: int) -> dict[str, tuple[Array, Array]]:
+    """Ranks and errors of some replicates."""
     model, part = study.model(), slice(begin, begin + _CHUNK)
     values, u = {name: value[part] for name, value in drawn.values.items()}, drawn.u[part]
     draws = METHODS[method](model, u, study.ranked, study.seed * 1_000_003 + begin)
-    return {name: ranks.tolist() for name, ranks in rank_truth(model, values, u, draws).items()}
+    return rank_truth(model, values, u, draws)
 
 
-def _load(store: Path | None, identity: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+def _load(store: Path | None, identity: Mapping[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
     if store is None or not store.exists():
         return {}
     try:
         content = json.loads(store.read_text())
-        chunks: dict[str, dict[str, list[float]]] = content["chunks"]
+        chunks: dict[str, dict[str, list[list[float]]]] = content["chunks"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{store}: cannot be read ({error}); delete it and start anew.") from None
     if content["identity"] != identity:
@@ -294,11 +311,13 @@ class Ranks:
         method: whose posterior.
         ranked: L.
         ranks: by quantity, (R,) each, from 0 to L.
+        errors: by quantity, posterior mean minus truth, (R,) each.
     """
 
     method: str
     ranked: int
     ranks: Mapping[str, Array]
+    errors: Mapping[str, Array]
 
     def uniform(self, seed: int = 0) -> dict[str, Array]:
         """(rank + v) / (L + 1) with v uniform, exactly uniform on (0, 1) for a calibrated method, (R,) each."""

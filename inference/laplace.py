@@ -13,10 +13,14 @@ from probattn.inference.target import Target
 __all__ = ["fit_laplace", "maximise"]
 
 _FLAT = 1e-7
+_POLISH = 3
 
 
 def maximise(target: Target, start: Tensor, *, steps: int = 200, tolerance: float = 1e-8) -> Tensor:
-    """The mode in unconstrained space from one start, (D,): L-BFGS with a strong Wolfe search.
+    """The mode in unconstrained space from one start, (D,): L-BFGS with a strong Wolfe search, then Newton's steps.
+
+    The search compares values, which at a maximum agree to rounding over a distance of sqrt(epsilon); Newton's steps
+    compare gradients and go on from there.
 
     Args:
         target: the posterior.
@@ -38,8 +42,7 @@ def maximise(target: Target, start: Tensor, *, steps: int = 200, tolerance: floa
         return -value[0]
 
     optimizer.step(objective)
-    mode = z.detach()
-    _, gradient = target.value_and_gradient(mode.unsqueeze(0))
+    mode, gradient = _polish(target, z.detach())
     size = float(target.data[0].numel())
     if not float(gradient.abs().max()) <= max(tolerance * size, 1e-5):
         raise InputError(
@@ -47,6 +50,20 @@ def maximise(target: Target, start: Tensor, *, steps: int = 200, tolerance: floa
             "steps; the posterior may run away (give it a tighter prior) or fold (see regime)."
         )
     return mode
+
+
+def _polish(target: Target, mode: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's steps in the directions that are curved, as long as they make the gradient smaller; it comes too."""
+    gradient = target.value_and_gradient(mode.unsqueeze(0))[1][0]
+    for _ in range(_POLISH):
+        values, vectors = torch.linalg.eigh(-target.hessian(mode.unsqueeze(0))[0])
+        curved = values > _FLAT * values.max()
+        trial = mode + vectors[:, curved] @ ((vectors[:, curved].mT @ gradient) / values[curved])
+        after = target.value_and_gradient(trial.unsqueeze(0))[1][0]
+        if not float(after.norm()) < float(gradient.norm()):
+            break
+        mode, gradient = trial, after
+    return mode, gradient
 
 
 def fit_laplace(

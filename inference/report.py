@@ -126,8 +126,9 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     return environment.get_template("verify.html").render(
-        claims=[claim.as_dict() for claim in claims],
+        claims=[{**claim.as_dict(), "figures": list(claim.figures)} for claim in claims],
         images=images,
         config=config,
         corpus=corpus.name,

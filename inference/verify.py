@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from probattn.barrier import stability_margin
 from probattn.errors import InputError
-from probattn.inference.claims import Claim, Subject, run_claims
+from probattn.inference.claims import Claim, Settings, Subject, require_claims, run_claims
 from probattn.inference.environment import describe
 from probattn.inference.files import prepare_folder, write_json, write_text
 from probattn.inference.map import MapConfig, MapResult, fit_map
@@ -40,6 +41,9 @@ class VerifyOptions:
         model: fields of :class:`LanguageConfig` other than the vocabulary.
         device: where to fit; claims are measured on the CPU in float64.
         dtype: precision of the fit.
+        claims: which claims to measure; none: all.
+        full: measure the whole of each claim instead of a representative part.
+        jobs: processes that share the studies.
         resume: continue from the checkpoint in ``out``.
     """
 
@@ -50,12 +54,21 @@ class VerifyOptions:
     model: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float64
+    claims: tuple[str, ...] = ()
+    full: bool = False
+    jobs: int = 1
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        require_claims(self.claims)
+        if self.jobs < 1:
+            raise InputError(f"--jobs is {self.jobs}; it must be at least 1.")
 
 
 def verify(
     options: VerifyOptions,
     *,
+    report: Callable[[str], None] = lambda line: None,
     on_fit: Callable[[int, dict[str, float]], None] | None = None,
     on_claim: Callable[[Claim], None] | None = None,
 ) -> list[Claim]:
@@ -63,6 +76,7 @@ def verify(
 
     Args:
         options: see :class:`VerifyOptions`.
+        report: called with a line now and then while a study runs.
         on_fit: called after each evaluation of the fit.
         on_claim: called with each claim once it is judged.
 
@@ -96,7 +110,13 @@ def verify(
         len(windows.inputs),
         options.fit.seed,
     )
-    claims = run_claims(subject, on_claim)
+    studies = options.out / "studies"
+    if options.full:
+        if not options.resume:
+            shutil.rmtree(studies, ignore_errors=True)
+        studies.mkdir(exist_ok=True)
+    settings = Settings(full=options.full, jobs=options.jobs, folder=studies if options.full else None, report=report)
+    claims = run_claims(subject, on_claim, names=options.claims, settings=settings)
 
     record = {
         "schema": 1,
@@ -111,7 +131,10 @@ def verify(
         "model": config.as_dict(),
         "fit": {**vars(options.fit), "steps_taken": result.steps, "stopped": result.stopped},
     }
-    images = save_figures(draw_figures(subject, corpus, result.history), options.out / "figures")
+    figures = draw_figures(subject, corpus, result.history)
+    for claim in claims:
+        figures |= {f"claim-{name}": figure for name, figure in claim.figures.items()}
+    images = save_figures(figures, options.out / "figures")
     _as_fit(subject, corpus, result, record).save(options.out / "fit.nc")
     write_json(options.out / "claims.json", {"schema": 1, "claims": [claim.as_dict() for claim in claims]})
     write_json(options.out / "config.json", record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -69,8 +70,14 @@ def verify(
     prior: Annotated[
         str, typer.Option(help=f"{', '.join(get_args(Prior))}: with or without the Gaussian term.")
     ] = "full",
+    claims: Annotated[str, typer.Option(help="Only these claims, separated by commas.")] = "",
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="The whole ledger; a claim named in --claims runs its long study as well."),
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Processes that share the studies.", min=1)] = os.cpu_count() or 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the fit from the checkpoint in the folder.")
+        bool, typer.Option("--resume", help="Continue fit and studies from what is in the folder.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
@@ -94,12 +101,15 @@ def verify(
         model={"context": context, "dim": dim, "layers": layers, "weight": weight, "kind": kind, "prior": prior},
         device=select_device(device),
         dtype=_DTYPES[dtype],
+        claims=_split(claims),
+        full=full,
+        jobs=jobs,
         resume=resume,
     )
     with _Progress(steps) as progress:
-        claims = run(options, on_fit=progress.fit, on_claim=progress.claim)
+        judged = run(options, report=progress.line, on_fit=progress.fit, on_claim=progress.claim)
     typer.echo(f"report: {out / 'report.html'}")
-    broken = [claim.id for claim in claims if claim.broken]
+    broken = [claim.id for claim in judged if claim.broken]
     if broken:
         typer.echo(f"an identity that must hold did not: {', '.join(broken)}", err=True)
         raise typer.Exit(1)
@@ -211,7 +221,7 @@ def fit(
         language={"context": context, "dim": dim, "stage_rank": stage_rank, "stage_heads": heads},
         laplace_draws=draws,
         correct=correct,
-        compare=tuple(filter(None, (part.strip() for part in compare.split(",")))),
+        compare=_split(compare),
         seed=seed,
         device=select_device(device),
         dtype=_DTYPES[dtype],
@@ -221,6 +231,11 @@ def fit(
     if not quiet:
         typer.echo(str(diagnosis))
         typer.echo(f"results: {out / 'fit.nc'}, {out / 'diagnosis.json'}, {out / 'summary.csv'}, {out / 'figures'}")
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 class _Progress:
@@ -246,11 +261,14 @@ class _Progress:
                 f"fit step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
             )
 
-    def claim(self, claim: Any) -> None:
+    def line(self, text: str) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        typer.echo(f"claim {claim.id}: {claim.verdict.replace('_', ' ')} ({claim.seconds:.1f} s)")
+        typer.echo(text)
+
+    def claim(self, claim: Any) -> None:
+        self.line(f"claim {claim.id}: {claim.verdict.replace('_', ' ')} ({claim.seconds:.1f} s)")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "plot_mass",
     "plot_posterior",
     "plot_rank_bands",
+    "plot_recovery",
     "plot_training",
 ]
 
@@ -271,31 +272,73 @@ def plot_comparison(differences: Mapping[str, tuple[float, float]]) -> Figure:
     return figure
 
 
-def plot_rank_bands(
-    ranks: Mapping[str, Mapping[str, Array]], draws: int, band: tuple[Array, Array, Array], level: float
-) -> Figure:
-    """Simulation-based calibration: the ECDF of ranks minus that of the uniform law, with its simultaneous band.
+def plot_rank_bands(ranks: Mapping[str, Mapping[str, Array]], band: tuple[Array, Array, Array], level: float) -> Figure:
+    """Simulation-based calibration: the ECDF of normalised ranks minus the uniform one, with its simultaneous band.
 
     Args:
-        ranks: by method and quantity, (replicates,) each, from 0 to ``draws``.
-        draws: posterior draws that a rank counts among.
-        band: points in [0, 1], lower and upper end of the difference, (K,) each.
+        ranks: by method and quantity, numbers in (0, 1), (replicates,) each.
+        band: points in [0, 1], lower and upper end of the ECDF there, (K,) each.
         level: probability that a calibrated ECDF stays within the band.
     """
-    figure = Figure(figsize=(4.6 * len(ranks), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(ranks), squeeze=False, sharey=False)[0]
+    columns = min(4, len(ranks))
+    rows = -(-len(ranks) // columns)
+    figure = Figure(figsize=(3.6 * columns + 1.6, 3.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     points, low, high = band
-    for axis, (method, quantities) in zip(axes, ranks.items(), strict=True):
-        axis.fill_between(points, low, high, color="0.85", step="post", label=f"{100 * level:.0f} % band")
-        for colour, (label, values) in zip(_COLOURS, quantities.items(), strict=False):
-            below = (values[:, None] <= np.floor(points * (draws + 1)) - 1).mean(0)
-            uniform = np.floor(points * (draws + 1)) / (draws + 1)
-            axis.plot(points, below - uniform, color=colour, linewidth=1.2, label=label.replace("_", " "))
-        axis.set_title(method)
+    for axis in axes[len(ranks) :]:
+        axis.set_axis_off()
+    for axis, (method, quantities) in zip(axes, ranks.items(), strict=False):
+        axis.fill_between(points, low - points, high - points, color="0.85", label=f"{100 * level:.3g} % band")
+        for k, (label, values) in enumerate(quantities.items()):
+            ecdf = np.searchsorted(np.sort(values), points, side="right") / len(values)
+            style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "linewidth": 1.2}
+            style["linestyle"] = "-" if k < len(_COLOURS) else "--"
+            axis.plot(points, ecdf - points, label=label.replace("_", " "), **style)
+        axis.set_title(method, fontsize=10)
         axis.set_xlabel("normalised rank")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("ECDF of ranks - uniform")
-    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    return figure
+
+
+def plot_recovery(
+    levels: Array,
+    coverage: Mapping[str, Array],
+    band: tuple[Array, Array],
+    sizes: Sequence[int],
+    errors: Mapping[str, Sequence[float]],
+) -> Figure:
+    """Coverage of central intervals against their level, and the error of the posterior mean against the data.
+
+    Args:
+        levels: nominal levels, (K,).
+        coverage: by arm, share of the truths held, (K,) each.
+        band: what chance alone leaves around the diagonal, low and high, (K,) each.
+        sizes: numbers of sequences.
+        errors: by posterior, root mean square error of the mean at each size.
+    """
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.fill_between(levels, np.maximum(band[0], 0), np.minimum(band[1], 1), color="0.85", label="chance alone")
+    left.plot((0, 1), (0, 1), color="black", linewidth=0.8)
+    for k, (label, values) in enumerate(coverage.items()):
+        left.plot(levels, values, color=_COLOURS[k], marker="o", markersize=3, label=label)
+    left.set_xlabel("level of the interval")
+    left.set_ylabel("share that holds the truth")
+    left.set_aspect("equal")
+    for k, (label, numbers) in enumerate(errors.items()):
+        right.loglog(sizes, numbers, color=_COLOURS[k], marker="o", label=label)
+    first = next(iter(errors.values()))[0]
+    slope = first * (np.asarray(sizes, dtype=float) / sizes[0]) ** -0.5
+    right.loglog(sizes, slope, color="grey", linestyle=":", label="1 / sqrt(N)")
+    right.set_xticks(list(sizes), [str(size) for size in sizes])
+    right.minorticks_off()
+    right.set_xlabel("sequences N")
+    right.set_ylabel("error of the posterior mean of A (rms)")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
     return figure
 
 

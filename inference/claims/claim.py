@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.models.language import LanguageModel
 
-__all__ = ["Claim", "Subject", "judge", "worst"]
+__all__ = ["Claim", "Settings", "Subject", "judge", "worst"]
 
 Kind = Literal["identity", "statistical", "empirical"]
 Verdict = Literal["supported", "supported_within", "not_supported", "not_run"]
@@ -32,6 +34,9 @@ class Claim:
         measured: numbers by name.
         bound: the largest value that each decisive number may take.
         condition: where it holds.
+        formula: the statement in one line of mathematics.
+        control: the negative control: what was broken on purpose, and what came of it.
+        figures: by name, for the report.
         seconds: how long the measurement took.
     """
 
@@ -42,6 +47,9 @@ class Claim:
     measured: Mapping[str, float]
     bound: Mapping[str, float] = field(default_factory=dict)
     condition: str | None = None
+    formula: str = ""
+    control: str = ""
+    figures: Mapping[str, Figure] = field(default_factory=dict, compare=False)
     seconds: float = 0.0
 
     @property
@@ -54,11 +62,13 @@ class Claim:
         return {
             "id": self.id,
             "statement": self.statement,
+            "formula": self.formula,
             "kind": self.kind,
             "verdict": self.verdict,
             "condition": self.condition,
             "measured": {name: _json_number(value) for name, value in self.measured.items()},
             "bound": {name: _json_number(value) for name, value in self.bound.items()},
+            "control": self.control,
             "seconds": round(self.seconds, 3),
         }
 
@@ -91,6 +101,25 @@ class Subject:
     def tokens(self, windows: int) -> Tensor:
         """Embeddings of the first held-out windows, (windows, T, p)."""
         return self.model.embed(dict(self.values), self.inputs[:windows])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        full: the whole of a claim instead of a representative part.
+        named: the claim was asked for by name: with ``full`` its long study is run, which otherwise is read in.
+        jobs: processes that share a study.
+        folder: where a study keeps what it has finished, to go on from there; None keeps nothing.
+        report: called with a line now and then.
+    """
+
+    full: bool = False
+    named: bool = False
+    jobs: int = 1
+    folder: Path | None = None
+    report: Callable[[str], None] = lambda line: None
 
 
 def judge(measured: Mapping[str, float], bound: Mapping[str, float]) -> bool:

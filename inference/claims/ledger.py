@@ -3,41 +3,74 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+from probattn.errors import InputError
 from probattn.inference.claims.barrier import barrier_claim
-from probattn.inference.claims.claim import Claim, Subject
+from probattn.inference.claims.calibration import calibration_claim
+from probattn.inference.claims.claim import Claim, Settings, Subject
 from probattn.inference.claims.jacobian import jacobian_claim
 from probattn.inference.claims.margin import margin_claim
 from probattn.inference.claims.normalisation import normalisation_claim
 from probattn.inference.claims.objective import objective_claim
+from probattn.inference.claims.recovery import recovery_claim
 
-__all__ = ["CLAIMS", "run_claims"]
+__all__ = ["CLAIMS", "require_claims", "run_claims"]
 
-CLAIMS: Mapping[str, Callable[[Subject], Claim]] = MappingProxyType(
+Measure = Callable[[Subject, Settings], Claim]
+
+CLAIMS: Mapping[str, Measure] = MappingProxyType(
     {
-        "jacobian": jacobian_claim,
-        "barrier": barrier_claim,
-        "margin": margin_claim,
-        "normalisation": normalisation_claim,
-        "objective": objective_claim,
+        "jacobian": lambda subject, _: jacobian_claim(subject),
+        "barrier": lambda subject, _: barrier_claim(subject),
+        "margin": lambda subject, _: margin_claim(subject),
+        "normalisation": lambda subject, _: normalisation_claim(subject),
+        "objective": lambda subject, _: objective_claim(subject),
+        "recovery": lambda _, settings: recovery_claim(settings),
+        "calibration": lambda _, settings: calibration_claim(settings),
     }
 )
 
 
-def run_claims(subject: Subject, report: Callable[[Claim], None] | None = None) -> list[Claim]:
-    """Measure every claim on a fitted model.
+def require_claims(names: Sequence[str]) -> None:
+    """Refuse claims that do not exist.
+
+    Raises:
+        InputError: naming those that do.
+    """
+    for name in names:
+        if name not in CLAIMS:
+            raise InputError(f"claim {name!r} does not exist; choose among {', '.join(CLAIMS)}.")
+
+
+def run_claims(
+    subject: Subject,
+    report: Callable[[Claim], None] | None = None,
+    *,
+    names: Sequence[str] = (),
+    settings: Settings | None = None,
+) -> list[Claim]:
+    """Measure claims on a fitted model.
 
     Args:
         subject: the fitted model and its text.
         report: called with each claim as soon as it is judged.
+        names: which; none: all, in order.
+        settings: how much of each; None: a representative part.
+
+    Raises:
+        InputError: a name that is no claim.
     """
+    require_claims(names)
+    settings = replace(settings or Settings(), named=bool(names))
     claims = []
-    for measure in CLAIMS.values():
+    for name, measure in CLAIMS.items():
+        if names and name not in names:
+            continue
         start = time.perf_counter()
-        claim = measure(subject)
+        claim = measure(subject, settings)
         claim = replace(claim, seconds=time.perf_counter() - start)
         claims.append(claim)
         if report is not None:
