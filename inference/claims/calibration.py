@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from probattn import plotting
 from probattn.inference.calibration import METHODS, Ranks, Study, calibrate, rank_band, simulate_study
 from probattn.inference.claims.claim import Claim, Settings, judge
+from probattn.inference.environment import describe
+from probattn.inference.files import write_json
 
 __all__ = ["calibration_claim"]
 
@@ -46,6 +50,8 @@ def calibration_claim(settings: Settings, *, study: Study = STUDY) -> Claim:
             store=store,
             report=lambda done, of, method=method: settings.report(f"calibration of {method}: {done} of {of}"),  # type: ignore[misc]
         )
+    if settings.named and settings.folder is not None:
+        _export(settings.folder / _RESULTS, study, ranks)
     read, origin = ({}, "") if settings.named else _committed(study)
     every = {**{name: found for name, found in read.items() if name not in ranks}, **ranks}
     measured = {
@@ -110,6 +116,17 @@ def _figure(every: Mapping[str, Ranks]) -> Any:
     band = rank_band(len(next(iter(next(iter(every.values())).ranks.values()))), level)
     uniform = {_words(name): found.uniform() for name, found in every.items()}
     return plotting.plot_rank_bands(uniform, (band.points, band.low, band.high), level)
+
+
+def _export(path: Path, study: Study, ranks: Mapping[str, Ranks]) -> None:
+    """Write the ranks in the form in which the package carries them."""
+    environment = describe(torch.device("cpu"), torch.float64, study.seed)
+    origin = "{date}, {command}, seed {seed}, {processor}".format(**environment)
+    plain = {
+        name: {label: [int(rank) for rank in values] for label, values in found.ranks.items()}
+        for name, found in ranks.items()
+    }
+    write_json(path, {"schema": 1, "origin": origin, "study": vars(study), "ranks": plain})
 
 
 def _committed(study: Study) -> tuple[dict[str, Ranks], str]:
