@@ -146,6 +146,8 @@ def _smoothed(log_ratio: Tensor) -> tuple[Tensor, float]:
     ratio = log_ratio.double().cpu().numpy()
     # psislw is made for leave-one-out, where the weights are the inverse of the likelihood: it changes the sign itself.
     finite = np.where(np.isfinite(ratio), ratio, ratio[np.isfinite(ratio)].min() - 700)
+    if np.ptp(finite) < 1e-8:  # q is pi to rounding, and has no tail of weights to fit
+        return torch.full_like(log_ratio, 1 / len(ratio)), -math.inf
     smoothed, khat = array_stats.psislw(-finite)
     return torch.from_numpy(np.exp(smoothed)).to(log_ratio), float(khat)
 

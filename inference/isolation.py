@@ -12,10 +12,27 @@ from contextlib import contextmanager
 
 import pyro
 import torch
+from pyro.nn import PyroModule
+from torch import nn
 
-__all__ = ["isolated"]
+from probattn.errors import InputError
+
+__all__ = ["isolated", "require_local_parameters"]
 
 _PYRO = threading.RLock()
+
+
+def require_local_parameters(model: nn.Module) -> None:
+    """Refuse a Pyro module that would keep its parameters in the global store.
+
+    Raises:
+        InputError: the module was constructed without ``module_local_params``.
+    """
+    if isinstance(model, PyroModule) and not hasattr(model._pyro_context, "param_state"):
+        raise InputError(
+            f"{type(model).__name__} keeps its parameters in Pyro's global store; construct it under "
+            "pyro.settings.context(module_local_params=True)."
+        )
 
 
 @contextmanager

@@ -56,7 +56,10 @@ def _polish(target: Target, mode: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's steps in the directions that are curved, as long as they make the gradient smaller; it comes too."""
     gradient = target.value_and_gradient(mode.unsqueeze(0))[1][0]
     for _ in range(_POLISH):
-        values, vectors = torch.linalg.eigh(-target.hessian(mode.unsqueeze(0))[0])
+        hessian = target.hessian(mode.unsqueeze(0))[0]
+        if not bool(torch.isfinite(hessian).all()):
+            break
+        values, vectors = torch.linalg.eigh(-hessian)
         curved = values > _FLAT * values.max()
         trial = mode + vectors[:, curved] @ ((vectors[:, curved].mT @ gradient) / values[curved])
         after = target.value_and_gradient(trial.unsqueeze(0))[1][0]

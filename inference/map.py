@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, init_to_value
@@ -27,6 +26,7 @@ from probattn.errors import InputError
 from probattn.inference.checkpoint import identify, load_checkpoint
 from probattn.inference.distributed import my_shards, rank, shard, sum_over_processes
 from probattn.inference.files import write_atomically
+from probattn.inference.isolation import isolated, require_local_parameters
 from probattn.inference.minibatch import minibatch
 
 __all__ = ["MapConfig", "MapResult", "fit_map"]
@@ -127,6 +127,7 @@ def fit_map(
         ArithmeticError: the objective is not finite (with the step).
         KeyboardInterrupt: after Ctrl-C, once the state has been saved.
     """
+    require_local_parameters(model)
     if not data or len(data[0]) == 0:
         raise InputError("there are no sequences to fit; give at least one.")
     total, tokens = len(data[0]), data[-1].shape[0] * data[-1].shape[1]
@@ -134,12 +135,7 @@ def fit_map(
     shards = min(config.shards, size)
     my_shards(shards)  # refuses a number of processes that cannot share them
     described = {**asdict(config), **identify(model, data), **dict(identity or {})}
-    devices = [data[0].device] if data[0].is_cuda else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        pyro.settings.context(module_local_params=True),
-        _deferred_interrupt() as interrupted,
-    ):
+    with isolated(data[0].device), _deferred_interrupt() as interrupted:
         # Copies: AutoDelta makes parameters of the very tensors it is given, which the optimiser then changes in place.
         start = {name: value.detach().clone() for name, value in initial_values.items()}
         guide = AutoDelta(model, init_loc_fn=init_to_value(values=start))

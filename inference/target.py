@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
 from probattn.errors import InputError
-from probattn.inference.isolation import isolated
+from probattn.inference.isolation import isolated, require_local_parameters
 
 __all__ = ["Target"]
 
@@ -47,7 +47,7 @@ class Target:
         dim: D.
 
     Raises:
-        InputError: a model without latent sites, or with discrete ones.
+        InputError: a model without latent sites, with discrete ones, or whose parameters are not its own.
 
     Example:
         >>> from probattn.models import ScalarModel
@@ -57,6 +57,7 @@ class Target:
     """
 
     def __init__(self, model: nn.Module, *data: Tensor) -> None:
+        require_local_parameters(model)
         self.model, self.data = model, data
         self.sites: dict[str, _Site] = {}
         self.observed: list[str] = []
@@ -85,7 +86,7 @@ class Target:
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Values of the sites, (*batch, *event), from z, (*batch, D)."""
         return {
-            name: site.transform(z[..., site.start : site.stop].reshape(*z.shape[:-1], *site.unconstrained))
+            name: site.transform(z[..., site.start : site.stop].reshape((*z.shape[:-1], *site.unconstrained)))
             for name, site in self.sites.items()
         }
 
@@ -173,7 +174,7 @@ class Target:
     def _log_volume(self, z: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         total = z.new_zeros(z.shape[:-1])
         for name, site in self.sites.items():
-            free = z[..., site.start : site.stop].reshape(*z.shape[:-1], *site.unconstrained)
+            free = z[..., site.start : site.stop].reshape((*z.shape[:-1], *site.unconstrained))
             ladj = site.transform.log_abs_det_jacobian(free, values[name])
             total = total + ladj.reshape(*z.shape[:-1], -1).sum(-1)
         return total
