@@ -89,6 +89,7 @@ def approximation(
     seed: int,
     correct: bool,
     notes: Mapping[str, str | int | float],
+    tails: bool = True,
 ) -> Draws:
     r"""Draws of a fitted law q, corrected by importance resampling where that can be trusted.
 
@@ -105,6 +106,8 @@ def approximation(
         draws: how many to keep.
         seed: of the draws.
         correct: whether to resample.
+        tails: whether to propose from the Student t as well, which needs the density of q anywhere; False leaves the
+            correction to q alone.
         notes: kept, with ``khat_guide``, ``corrected``, and where there are weights ``khat`` and ``importance_ess``
             (the independent draws that the kept ones are worth) added.
 
@@ -120,14 +123,15 @@ def approximation(
         notes["khat_guide"] = _smoothed(lp - log_q)[1]
         stats = {"lp": lp[None, :draws], "log_q": log_q[None, :draws]}
         if correct:
-            half = len(z) // 2
-            wide = _student(z)
-            tails = wide.sample((half,))
-            proposals = torch.cat([z[:half], tails])
-            mixed = torch.logaddexp(
-                torch.cat([log_q[:half], law.log_prob(tails)]), wide.log_prob(proposals)
-            ) - math.log(2)
-            lp = torch.cat([lp[:half], target.evaluate(tails)["lp"]])
+            proposals, mixed = z, log_q
+            if tails:
+                half = len(z) // 2
+                wide = _student(z)
+                far = wide.sample((half,))
+                proposals = torch.cat([z[:half], far])
+                own = torch.cat([log_q[:half], law.log_prob(far)])
+                mixed = torch.logaddexp(own, wide.log_prob(proposals)) - math.log(2)
+                lp = torch.cat([lp[:half], target.evaluate(far)["lp"]])
             weights, khat = _smoothed(lp - mixed)
             notes["khat"] = khat
             if khat <= RELIABLE:

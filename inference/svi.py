@@ -127,7 +127,7 @@ def fit_svi(
     Args:
         target: the posterior; its model takes ``total=N`` for the size of the whole data set.
         config: how to fit.
-        start: centre of the guide to begin with, (D,); None finds a feasible point.
+        start: centre of a normal guide to begin with, (D,); None finds a feasible point.
         checkpoint: where the state is kept after each window.
         resume: go on from there.
         identity: tells this fit from others.
@@ -209,19 +209,27 @@ def fit_svi(
             "loss": progress.history[-1] if progress.history else math.nan,
         }
         return approximation(
-            target, "svi", law, draws=config.draws, seed=config.seed, correct=config.correct, notes=notes
+            target,
+            "svi",
+            law,
+            draws=config.draws,
+            seed=config.seed,
+            correct=config.correct,
+            notes=notes,
+            tails=config.guide
+            != "flow",  # Pyro's flow gives its density at its own draws, elsewhere in single precision
         )
 
 
 def _make_guide(target: Target, config: SviConfig, start: Tensor) -> AutoContinuous:
-    options: dict[str, Any] = {"init_loc_fn": init_to_value(values=target.constrain(start))}
+    at_start: dict[str, Any] = {"init_loc_fn": init_to_value(values=target.constrain(start)), "init_scale": 0.05}
     kinds: dict[str, Callable[..., AutoContinuous]] = {
-        "mean_field": partial(AutoDiagonalNormal, init_scale=0.05),
-        "low_rank": partial(AutoLowRankMultivariateNormal, init_scale=0.05, rank=max(1, round(target.dim**0.5))),
-        "full_rank": partial(AutoMultivariateNormal, init_scale=0.05),
-        "flow": partial(AutoIAFNormal, num_transforms=2),
+        "mean_field": partial(AutoDiagonalNormal, **at_start),
+        "low_rank": partial(AutoLowRankMultivariateNormal, rank=max(1, round(target.dim**0.5)), **at_start),
+        "full_rank": partial(AutoMultivariateNormal, **at_start),
+        "flow": partial(AutoIAFNormal, num_transforms=2),  # its base is the standard normal, wherever one starts
     }
-    return kinds[config.guide](target.model, **options)
+    return kinds[config.guide](target.model)
 
 
 def _make_elbo(config: SviConfig) -> Any:

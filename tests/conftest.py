@@ -1,9 +1,16 @@
 """Every test starts from the same seed, with validation on and Pyro's store empty."""
 
+import os
+
+# The tensors of the tests are small: one thread is faster, and two workers on two cores do not wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Examples are the same on every run; torch's first calls are slow, which a deadline would mistake for a fault.
 settings.register_profile(

@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_draws_and_leaves_the_global_state():
     assert not torch.equal(first.z, other.z)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -128,10 +128,10 @@ def test_resumed_is_the_unbroken_run(tmp_path):
 
     def stop(done, of):
         if done == 75:
-            raise Stopped
+            raise StoppedError
 
     path = tmp_path / "nuts.pt"
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run_nuts(normal, start, config, checkpoint=path, report=stop)
     calls = []
     resumed = run_nuts(normal, start, config, checkpoint=path, resume=True, report=lambda done, of: calls.append(done))
