@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -41,7 +41,6 @@ Array = NDArray[np.float64]
 Sampler = Callable[[EmbeddingModel, Tensor, int, int], Tensor]
 _SIMULATIONS = 20_000
 _SCORES = 2**22  # of every position against every other, at once
-_CHUNK = 50
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,13 @@ def rank_truth(
         groups = draws.transpose(0, 1).split(max(1, _SCORES // (u.numel() * u.shape[-2])))
         drawn = [quantities(model, target.constrain(group), u) for group in groups]
     found = {}
+    generator = np.random.default_rng(len(u))
     for name, true in truth.items():
         sample = torch.cat([part[name] for part in drawn])  # (L, R)
-        ranks, errors = (sample < true).sum(0), sample.mean(0) - true.squeeze(0)
-        found[name] = (ranks.double().cpu().numpy(), errors.double().cpu().numpy())
+        below, equal = ((sample < true).sum(0).cpu().numpy(), (sample == true).sum(0).cpu().numpy())
+        # Among equals (a margin of one, where no token comes nearer than the first) the place is left to chance.
+        ranks = (below + generator.integers(0, equal + 1)).astype(float)
+        found[name] = (ranks, (sample.mean(0) - true.squeeze(0)).double().cpu().numpy())
     return found
 
 
@@ -240,6 +242,7 @@ def calibrate(
     *,
     simulated: Simulated | None = None,
     jobs: int = 1,
+    chunk: int = 50,
     store: Path | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> Ranks:
@@ -253,6 +256,7 @@ def calibrate(
         method: a name of :data:`METHODS`.
         simulated: the study's data sets where they have been drawn already.
         jobs: workers.
+        chunk: replicates that one worker takes at a time; NUTS runs them in one tensor program.
         store: a JSON file that keeps finished chunks; those in it are not computed again.
         report: called with the replicates done and to do.
 
@@ -262,12 +266,12 @@ def calibrate(
     if method not in METHODS:
         raise InputError(f"method is {method!r}; use one of {', '.join(METHODS)}.")
     drawn = simulate_study(study) if simulated is None else simulated
-    chunks = list(range(0, study.replicates, _CHUNK))
-    identity = {**asdict(study), "method": method, "chunk": _CHUNK}
+    chunks = list(range(0, study.replicates, chunk))
+    identity = {**asdict(study), "method": method, "chunk": chunk}
     done = _load(store, identity)
     missing = [begin for begin in chunks if str(begin) not in done]
     results = joblib.Parallel(n_jobs=jobs, return_as="generator", max_nbytes=None)(
-        joblib.delayed(_chunk)(study, method, drawn, begin) for begin in missing
+        joblib.delayed(_chunk)(study, method, drawn, begin, chunk) for begin in missing
     )
     for begin, found in zip(missing, results, strict=True):
         done[str(begin)] = {name: [part.tolist() for part in both] for name, both in found.items()}
@@ -282,9 +286,9 @@ def calibrate(
     return Ranks(method, study.ranked, ranks, errors)
 
 
-def _chunk(study: Study, method: str, drawn: Simulated, begin: int) -> dict[str, tuple[Array, Array]]:
+def _chunk(study: Study, method: str, drawn: Simulated, begin: int, size: int) -> dict[str, tuple[Array, Array]]:
     """Ranks and errors of some replicates."""
-    model, part = study.model(), slice(begin, begin + _CHUNK)
+    model, part = study.model(), slice(begin, begin + size)
     values, u = {name: value[part] for name, value in drawn.values.items()}, drawn.u[part]
     draws = METHODS[method](model, u, study.ranked, study.seed * 1_000_003 + begin)
     return rank_truth(model, values, u, draws)
@@ -363,6 +367,7 @@ class Band(NamedTuple):
         return float(np.max(np.maximum(ecdf - self.high, self.low - ecdf)))
 
 
+@cache
 def rank_band(count: int, level: float, seed: int = 0) -> Band:
     """The band that the ECDF of ``count`` uniform numbers stays within with probability ``level``, everywhere at once.
 
