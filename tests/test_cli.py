@@ -51,6 +51,8 @@ def test_claims_follow_their_schema(finished):
         "margin",
         "normalisation",
         "objective",
+        "recovery",
+        "calibration",
     ]
     for claim in content["claims"]:
         assert claim["kind"] in ("identity", "statistical", "empirical")

@@ -39,7 +39,9 @@ def barrier_claim(subject: Subject, *, barrier: Callable[[CausalAttention, Tenso
             "largest_on_text": float(penalty.max()),
             "share_below_zero_on_text": float((penalty < -1e-12).double().mean()),
         }
-    holds = judge(measured, BOUND)
+    control = _witness_error(lambda stage, tokens: log_barrier(stage, tokens, "one_sided"))
+    measured["control_witness_error"] = control
+    holds = judge(measured, BOUND) and control > BOUND["witness_error"]
     return Claim(
         "barrier",
         "b_i = −log |det J_i| is the change-of-variables term of the density and keeps the attention away from the "
@@ -55,6 +57,10 @@ def barrier_claim(subject: Subject, *, barrier: Callable[[CausalAttention, Tenso
         f"positions are rewarded (mean b = {measured['mean_on_text']:.2f})."
         if holds
         else None,
+        formula="log p(u) = Σ_i log N(e_i; 0, S) − Σ_i b_i,   b_i = −log |det J_i|;   b → ∞ as det J → 0, and "
+        "b = −log(1 + c) → −∞ for the past {+1, −1}, u = 0, A = −c",
+        control="The one-sided penalty in place of the literal barrier misses the value at the witness A = −c by up to "
+        f"{control:.3g}: it pays nothing there.",
     )
 
 

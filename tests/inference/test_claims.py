@@ -22,6 +22,8 @@ EXPECTED = {
     "margin": "supported",
     "normalisation": "supported_within",
     "objective": "supported",
+    "recovery": "not_run",
+    "calibration": "not_run",
 }
 
 
@@ -33,11 +35,14 @@ def test_all_hold_on_real_text(subject):
     assert list(CLAIMS) == list(EXPECTED)
     for claim in claims:
         assert not claim.broken
-        assert (claim.condition is not None) == (claim.verdict == "supported_within")
+        assert (claim.condition is not None) == (claim.verdict in ("supported_within", "not_run"))
+        assert claim.formula
         assert set(claim.bound) <= set(claim.measured)
         assert set(claim.as_dict()) == {
             "id",
             "statement",
+            "formula",
+            "control",
             "kind",
             "verdict",
             "condition",
@@ -46,6 +51,8 @@ def test_all_hold_on_real_text(subject):
             "seconds",
         }
         assert claim.seconds > 0
+        if claim.verdict != "not_run":
+            assert claim.control
 
 
 class TestJacobianTurns:

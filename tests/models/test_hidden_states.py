@@ -1,0 +1,98 @@
+"""Hidden states from three kinds of file, and everything that can be wrong with one."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from probattn.errors import InputError
+from probattn.models.hidden_states import load_hidden_states
+
+STATES = np.random.default_rng(0).normal(size=(3, 5, 2)).astype(np.float32)
+
+
+def write(path, arrays=None, **named):
+    if path.suffix == ".npy":
+        np.save(path, STATES if arrays is None else arrays, allow_pickle=True)
+    elif path.suffix == ".npz":
+        np.savez(path, **(named or {"u": STATES}))
+    else:
+        save_file(named or {"u": STATES}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+def test_the_same_states_from_every_kind_of_file(tmp_path, suffix):
+    found = load_hidden_states(write(tmp_path / f"hidden{suffix}"))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.as_tensor(STATES).double())
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_several_arrays_are_asked_about(tmp_path, suffix):
+    path = write(tmp_path / f"hidden{suffix}", layer_0=STATES, layer_1=2 * STATES)
+    with pytest.raises(InputError, match=r"holds 2 arrays \(layer_0, layer_1\); name one with --array"):
+        load_hidden_states(path)
+    torch.testing.assert_close(load_hidden_states(path, array="layer_1"), torch.as_tensor(2 * STATES).double())
+    with pytest.raises(InputError, match=r"has no array 'layer_2'; it holds layer_0, layer_1"):
+        load_hidden_states(path, array="layer_2")
+
+
+@pytest.mark.parametrize(("value", "name"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
+def test_what_is_not_finite_is_located(tmp_path, value, name):
+    states = STATES.copy()
+    states[1, 3, 0] = value
+    with pytest.raises(
+        InputError, match=rf"axes \(sequence, token, feature\) is not finite: {name} at index \(1, 3, 0\)"
+    ):
+        load_hidden_states(write(tmp_path / "hidden.npy", states))
+
+
+class Hostile:
+    """Would create a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_are_refused_and_not_executed(tmp_path):
+    trap = tmp_path / "executed"
+    path = write(tmp_path / "hidden.npy", np.array([Hostile(trap)], dtype=object))
+    with pytest.raises(InputError, match="holds pickled objects, which could execute anything"):
+        load_hidden_states(path)
+    np.savez(tmp_path / "hidden.npz", u=np.array([Hostile(trap)], dtype=object))
+    with pytest.raises(InputError, match="holds pickled objects"):
+        load_hidden_states(tmp_path / "hidden.npz")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        (STATES[0], r"has shape \(5, 2\); it must be \(sequences, T, p\)"),
+        (STATES[:, :2], "T is 2; with fewer than 3 tokens no token has a past that varies"),
+        (STATES[:0], r"has shape \(0, 5, 2\)"),
+        (STATES.astype(int), "holds torch.int64; hidden states are floating-point numbers"),
+    ],
+)
+def test_shapes_and_types(tmp_path, states, message):
+    with pytest.raises(InputError, match=message):
+        load_hidden_states(write(tmp_path / "hidden.npy", states))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+def test_files_cut_short_are_named(tmp_path, suffix):
+    path = write(tmp_path / f"hidden{suffix}")
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(InputError, match=rf"hidden{suffix}: (cannot be read|not a complete)"):
+        load_hidden_states(path)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_hidden_states(tmp_path / "missing.npy")
+    with pytest.raises(InputError, match=r"the suffix is '.csv'; give one of .npy, .npz, .safetensors"):
+        load_hidden_states(tmp_path / "hidden.csv")
