@@ -14,9 +14,11 @@ from probattn.branches import Branches
 from probattn.conditional import Past
 from probattn.distributions import expanded_shape, noise_distribution
 from probattn.errors import InputError
-from probattn.solve import Selection, require_selection, solve_token
+from probattn.solve import Selection, find_roots, hull_points, require_selection, solve_token
 
 __all__ = ["Mass", "NextToken"]
+
+_CORNERS = 64
 
 
 class Mass(NamedTuple):
@@ -124,10 +126,23 @@ class NextToken(dist.TorchDistribution):
             self._branches = Branches(self.past, float(self.noise.stddev.flatten()[0]), rule)
         return self._branches
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The log-density, (*batch,), with the log-probability of the choice under a one-dimensional selection rule."""
+    def log_prob(self, value: Tensor, normalised: bool = False) -> Tensor:
+        """The log-density, (*batch,), with the log-probability of the choice under a one-dimensional selection rule.
+
+        Args:
+            value: u, (*batch, p).
+            normalised: subtract log Z, exact or estimated as :meth:`mass` says, so that the density integrates to one
+                also where the map folds. It is then the law of the tokens that solve for a random noise, each counted
+                alike, and not the law of any rule that picks one. A one-dimensional law with a selection rule is
+                normalised as it is.
+
+        Raises:
+            InputError: ``normalised`` for a batch of pasts.
+        """
         if self._validate_args:
             self._validate_sample(value)
+        if normalised and not (self._scalar and self.selection != "unique"):
+            return self.log_prob(value) - math.log(self.mass().value)
         mean, jacobian = self.past.mean_and_jacobian(value)
         density: Tensor = self.noise.log_prob((value - mean).unsqueeze(-2)) + torch.linalg.slogdet(jacobian)[1]
         if self.selection == "unique" or not self._scalar:
@@ -149,9 +164,22 @@ class NextToken(dist.TorchDistribution):
             return torch.tensor(drawn, dtype=noise.dtype, device=noise.device).view(noise.shape)
         return solve_token(self.past, noise, self.selection, self.past.length)[0]
 
-    def roots(self, noise: float) -> Tensor:
-        """All solutions for a noise, in increasing order, (K,); one dimension."""
-        return torch.as_tensor(self.branches.roots(noise), dtype=self.past.moved.dtype)
+    def roots(self, noise: float | Tensor) -> Tensor:
+        """The solutions for a noise.
+
+        Args:
+            noise: a number in one dimension; eps, (p,), in several.
+
+        Returns:
+            In one dimension all of them in increasing order, (K,), proved; in several those that many starts found,
+            (K, p), see :func:`probattn.solve.find_roots`.
+
+        Raises:
+            InputError: a batch, or an inclusive mask in one dimension.
+        """
+        if self.past.attention.dim == 1:
+            return torch.as_tensor(self.branches.roots(float(noise)), dtype=self.past.moved.dtype)
+        return find_roots(self.past, torch.as_tensor(noise, dtype=self.past.moved.dtype))
 
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution function, relative to the total mass, elementwise on (*shape, 1); one dimension, exact."""
@@ -198,6 +226,8 @@ class NextToken(dist.TorchDistribution):
         values = self.past.moved.sum(-3)  # (n, p)
         centre = values.mean(0, keepdim=True)
         anchors = torch.cat([centre, values, (values + centre) / 2])  # (A, p)
+        if self.past.length > 1 and self.past.moved.shape[-3] > 1:  # heads may look at different tokens
+            anchors = torch.cat([anchors, hull_points(self.past, _CORNERS)])
         wide = 1.5
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -17,6 +17,7 @@ __all__ = [
     "plot_margin_bands",
     "plot_margins",
     "plot_mass",
+    "plot_masses",
     "plot_posterior",
     "plot_rank_bands",
     "plot_recovery",
@@ -159,6 +160,32 @@ def plot_mass(slopes: Array, masses: Array, critical: float) -> Figure:
     axis.set_ylabel("mass Z = mean number of solutions")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
+    return figure
+
+
+def plot_masses(exact: Array, estimated: Array, error: Array, signed: Array, signed_error: Array) -> Figure:
+    """Estimated masses against exact ones, the signed masses beside them.
+
+    Args:
+        exact: masses with the modulus of the determinant, (K,).
+        estimated: the same estimated, (K,).
+        error: standard errors, (K,).
+        signed: estimated masses with the sign, whose exact value is one, (K,).
+        signed_error: standard errors, (K,).
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    high = 1.05 * float(max(exact.max(), (estimated + 2 * error).max()))
+    axis.plot([1, high], [1, high], color="grey", linewidth=1, label="equal")
+    axis.axhline(1, color="grey", linewidth=1, linestyle="--", label="one")
+    bars = {"linestyle": "none", "marker": "o", "markersize": 4, "capsize": 2}
+    axis.errorbar(exact, estimated, 2 * error, color=_COLOURS[0], label="with |det J|", **bars)
+    axis.errorbar(exact, signed, 2 * signed_error, color=_COLOURS[1], label="with det J", **bars)
+    axis.set_xlabel("mean number of solutions, exact")
+    axis.set_ylabel("mass, importance sampling (two standard errors)")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    axis.set_title("Several dimensions: the mass counts the solutions", fontsize=10)
     return figure
 
 

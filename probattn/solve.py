@@ -19,7 +19,15 @@ from probattn.conditional import Past
 from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning, require_finite
 from probattn.once import first_order_only
 
-__all__ = ["Selection", "find_sequence", "require_selection", "solve_sequence", "solve_token"]
+__all__ = [
+    "Selection",
+    "find_roots",
+    "find_sequence",
+    "hull_points",
+    "require_selection",
+    "solve_sequence",
+    "solve_token",
+]
 
 Selection = Literal["unique", "uniform", "smallest_step", "nearest_mean"]
 
@@ -149,7 +157,7 @@ def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) 
     u, distance, tolerance, determinant = _newton(past, noise, starts)
     if past.length and not bool((distance <= tolerance).any(0).all()):
         # A solution exists under the strict mask; look for it from anywhere in the hull of what the mean can be.
-        again = _newton(past, noise, noise + _spread_out(_mixtures(past, _MORE_STARTS), noise))
+        again = _newton(past, noise, noise + _spread_out(hull_points(past, _MORE_STARTS), noise))
         both = zip((u, distance, tolerance, determinant), again, strict=True)
         u, distance, tolerance, determinant = (torch.cat(pair) for pair in both)
     solved = distance <= tolerance  # (starts, *sample, *batch)
@@ -181,6 +189,51 @@ def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) 
             "shrink it, or name a rule with selection='uniform', 'smallest_step' or 'nearest_mean'."
         )
     return chosen, several
+
+
+def find_roots(past: Past, noise: Tensor, starts: int = _MORE_STARTS) -> Tensor:
+    """The solutions u of u - mu(u) = eps that Newton's method finds from many starts, (K, p), nearest to eps first.
+
+    All of them are distinct solutions; whether they are all solutions is proved in one dimension alone, by
+    :class:`probattn.branches.Branches`. Under the strict mask the map has degree one and an even number away from a
+    fold means that one was missed.
+
+    Args:
+        past: without batch axes.
+        noise: eps, (p,).
+        starts: random points of the hull of what the mean can be, beside its vertices.
+
+    Raises:
+        InputError: batch axes.
+
+    Example:
+        >>> from probattn.attention import CausalAttention
+        >>> past = Past.of(CausalAttention.from_bilinear(torch.tensor([[3.0]]).double()), torch.tensor([[-1.0], [1.0]]))
+        >>> find_roots(past, torch.zeros(1).double()).flatten().round(decimals=4).abs()
+        tensor([0.0000, 0.9949, 0.9949], dtype=torch.float64)
+    """
+    if past.moved.dim() != 3 or noise.shape != past.moved.shape[-1:]:
+        raise InputError(
+            f"find_roots needs one past and one noise; got batch {tuple(past.moved.shape[:-3])} and noise of shape "
+            f"{tuple(noise.shape)}. Call it for each."
+        )
+    begin = (noise + past.mean(noise)).unsqueeze(0)
+    if past.length and not bool(past.contraction_bound() < 1):
+        begin = torch.cat([begin, noise + _vertices(past), noise + hull_points(past, starts)])
+    found: list[Tensor] = []
+    while len(begin):
+        u, distance, tolerance, _ = _newton(past, noise, begin)
+        solved = distance <= tolerance
+        before = len(found)
+        for root, close in zip(u[solved], _same_root(tolerance[solved]), strict=True):
+            if all(float(torch.linalg.vector_norm(root - other)) > float(close) for other in found):
+                found.append(root)
+        # Between two solutions there is often a third, of the kind that Newton's method seldom meets by chance.
+        begin = torch.stack(
+            [(root + other) / 2 for k, root in enumerate(found[before:], before) for other in found[:k]] or [u[0]]
+        )[: max(0, 64 * (len(found) - before))]
+    roots = torch.stack(found) if found else noise.new_empty(0, *noise.shape)
+    return roots[torch.linalg.vector_norm(roots - noise, dim=-1).argsort()]
 
 
 def _choose(past: Past, noise: Tensor, u: Tensor, solved: Tensor, tolerance: Tensor, selection: Selection) -> Tensor:
@@ -227,11 +280,19 @@ def _vertices(past: Past) -> Tensor:
         away = torch.linalg.vector_norm(values - vertex, dim=-1)
         distance = away if step == 0 else torch.minimum(distance, away)
     vertices = torch.stack(chosen) if chosen else values.new_empty(0, *values.shape[:-2], values.shape[-1])
-    return torch.cat([vertices, _mixtures(past, _STARTS)]) if past.length > 1 else vertices
+    return torch.cat([vertices, hull_points(past, _STARTS)]) if past.length > 1 else vertices
 
 
-def _mixtures(past: Past, count: int) -> Tensor:
-    """Random points of the hull of what the mean can be, half of them corners with each head on a token of its own."""
+def hull_points(past: Past, count: int) -> Tensor:
+    """Random points of the hull of what the mean can be, half of them corners with each head on a token of its own.
+
+    Args:
+        past: with at least one token.
+        count: how many.
+
+    Returns:
+        (count, *batch, p), the same at every call.
+    """
     heads, length = past.moved.shape[-3:-1]
     generator = torch.Generator().manual_seed(length)  # the same search every time
     share = torch.rand(count, heads, length, generator=generator, dtype=torch.float64)

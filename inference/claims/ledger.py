@@ -26,7 +26,7 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
         "jacobian": lambda subject, _: jacobian_claim(subject),
         "barrier": lambda subject, _: barrier_claim(subject),
         "margin": lambda subject, _: margin_claim(subject),
-        "normalisation": lambda subject, _: normalisation_claim(subject),
+        "normalisation": normalisation_claim,
         "objective": lambda subject, _: objective_claim(subject),
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),

@@ -49,9 +49,9 @@ def margin_claim(
         folded = sum(float((margin(case, sequence, "determinant") < 0).sum()) for case, sequence in _strong(subject))
         agreement = _agreement(attention, subject.tokens(64))
         control = worst(
-            *(_errors(case, sequence, _determinant)["spectral_error"] for case, sequence in _strong(subject))
+            *(_errors(case, sequence, _determinant)["noise_gain_error"] for case, sequence in _strong(subject))
         )
-    holds = judge(measured, BOUND) and control > BOUND["spectral_error"]
+    holds = judge(measured, BOUND) and control > BOUND["noise_gain_error"]
     return Claim(
         "margin",
         "Determinant, spectral and singular-value margin measure orientation, room along I - t M, and distance to a "
@@ -59,11 +59,11 @@ def margin_claim(
         "(the reciprocal noise gain); none replaces another.",
         "identity",
         "supported" if holds else "not_supported",
-        {**measured, "negative_determinants_compared": folded, **agreement, "control_spectral_error": control},
+        {**measured, "negative_determinants_compared": folded, **agreement, "control_noise_gain_error": control},
         BOUND,
         formula="determinant: det J_i;   spectral: 1 − max real eigenvalue of I − J_i;   singular value: σ_min(J_i) = "
         "min { ‖E‖ : J_i + E singular } = 1 / ‖∂u_i/∂ε_i‖",
-        control="The determinant given as the spectral margin: wrong by up to "
+        control="The determinant given as the singular-value margin: the noise gain is wrong by up to "
         f"{control:.2g} of its size where the attention is strong.",
     )
 

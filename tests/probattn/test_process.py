@@ -136,6 +136,42 @@ class TestNextToken:
         assert abs(mass.value - exact) < 3 * mass.standard_error
         assert exact > 1
 
+    @pytest.mark.parametrize("dim", [2, 4, 8])
+    def test_mass_of_a_general_past_is_the_mean_number_of_roots_found(self, dim):
+        attention = CausalAttention.from_bilinear(0.4 * tokens(5, dim, dim))
+        law = NextToken(Past.of(attention, tokens(6, 8, dim)), 0.8)
+        mass = law.mass()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            counts = [len(law.roots(e)) for e in 0.8 * torch.randn(60, dim).double()]
+        roots = torch.tensor(counts).double()
+        # Three of the two standard errors together; a third of a standard error for a constant count.
+        error = (mass.standard_error**2 + float(roots.var()) / len(roots) + 1e-4) ** 0.5
+        assert abs(mass.value - float(roots.mean())) < 3 * error
+
+    def test_roots_in_several_dimensions_solve_and_differ(self):
+        attention = CausalAttention.from_bilinear(torch.diag(torch.tensor([3.0, 2.0])).double())
+        points = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]]).double()
+        law = NextToken(Past.of(attention, points), 0.5)
+        roots = law.roots(torch.zeros(2).double())
+        assert len(roots) == 9  # three in each coordinate
+        torch.testing.assert_close(roots - law.past.mean(roots), torch.zeros(9, 2).double(), atol=1e-10, rtol=0)
+        assert torch.cdist(roots, roots)[~torch.eye(9, dtype=torch.bool)].min() > 0.1
+        with pytest.raises(InputError, match="one past and one noise"):
+            law.roots(torch.zeros(3, 2).double())
+
+    def test_normalised_density_integrates_to_one_on_a_fold(self):
+        line = NextToken(past(3.0, -1.0, 1.0), 0.5)
+        grid = torch.linspace(-8, 8, 16001, dtype=torch.float64).unsqueeze(-1)
+        total = float(line.log_prob(grid, normalised=True).exp().sum()) * 16 / 16000
+        assert total == pytest.approx(1, abs=1e-4)  # the kink at a fold costs the square of a step
+        assert float(line.log_prob(grid).exp().sum()) * 16 / 16000 == pytest.approx(line.mass().value, abs=1e-4)
+        ruled = NextToken(past(3.0, -1.0, 1.0), 0.5, selection="uniform")
+        assert torch.equal(ruled.log_prob(grid, normalised=True), ruled.log_prob(grid))
+        with pytest.raises(InputError, match="one past at a time"):
+            law = NextToken(Past.of(QUIET, tokens(0, 2, 4, 4)), 1.0)
+            law.log_prob(tokens(1, 2, 4), normalised=True)
+
     def test_a_pyro_site(self):
         law = NextToken(Past.of(QUIET, 0.3 * tokens(0, 4, 4)), 1.0)
         with pyro.plate("tokens", 3):
@@ -161,7 +197,7 @@ class TestNextToken:
     def test_only_one_dimension_has_exact_roots(self):
         law = NextToken(Past.of(QUIET, tokens(0, 4, 4)), 1.0)
         with pytest.raises(InputError, match="exact roots, cdf and icdf need one-dimensional tokens"):
-            law.roots(0.0)
+            law.cdf(torch.zeros(4, 1).double())
         with pytest.raises(InputError, match="one past at a time"):
             NextToken(Past.of(QUIET, tokens(0, 2, 4, 4)), 1.0).mass()
         with pytest.raises(InputError, match="selection is 'first'"):
