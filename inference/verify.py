@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from probattn.barrier import stability_margin
@@ -23,6 +24,7 @@ from probattn.inference.report import draw_figures, render_report, save_figures
 from probattn.inference.results import Fit
 from probattn.models.corpus import Corpus, Windows, load_corpus
 from probattn.models.language import LanguageConfig, LanguageModel
+from probattn.plotting import plot_bounds
 
 __all__ = ["VerifyOptions", "verify"]
 
@@ -109,6 +111,7 @@ def verify(
         heldout.targets[:_EVALUATED],
         len(windows.inputs),
         options.fit.seed,
+        corpus.vocabulary.index("\n") if "\n" in corpus.vocabulary else None,
     )
     studies = options.out / "studies"
     if options.full:
@@ -131,6 +134,7 @@ def verify(
         "model": config.as_dict(),
         "fit": {**vars(options.fit), "steps_taken": result.steps, "stopped": result.stopped},
     }
+    claims = [replace(claim, figures=claim.figures or _bounds_figure(claim)) for claim in claims]
     figures = draw_figures(subject, corpus, result.history)
     for claim in claims:
         figures |= {f"claim-{name}": figure for name, figure in claim.figures.items()}
@@ -162,6 +166,10 @@ def _fit(
         resume=options.resume,
         report=report,
     )
+
+
+def _bounds_figure(claim: Claim) -> dict[str, Figure]:
+    return {claim.id: plot_bounds(claim.measured, claim.bound)} if claim.bound and claim.verdict != "not_run" else {}
 
 
 def _metrics(model: LanguageModel, values: dict[str, Tensor], windows: Windows) -> dict[str, float]:

@@ -208,8 +208,9 @@ def find_roots(past: Past, noise: Tensor, starts: int = _MORE_STARTS) -> Tensor:
 
     Example:
         >>> from probattn.attention import CausalAttention
-        >>> past = Past.of(CausalAttention.from_bilinear(torch.tensor([[3.0]]).double()), torch.tensor([[-1.0], [1.0]]))
-        >>> find_roots(past, torch.zeros(1).double()).flatten().round(decimals=4).abs()
+        >>> attention = CausalAttention.from_bilinear(torch.tensor([[3.0]]).double())
+        >>> past = Past.of(attention, torch.tensor([[-1.0], [1.0]]).double())
+        >>> find_roots(past, torch.zeros(1).double()).flatten().abs().round(decimals=4)
         tensor([0.0000, 0.9949, 0.9949], dtype=torch.float64)
     """
     if past.moved.dim() != 3 or noise.shape != past.moved.shape[-1:]:

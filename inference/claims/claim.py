@@ -83,6 +83,7 @@ class Subject:
         inputs: held-out windows, (N, T).
         targets: their successors, (N, T).
         total: windows in the training data.
+        line_feed: index of the line feed in the vocabulary, which ends a string; None where the text has none.
         seed: of everything random in a claim.
     """
 
@@ -92,6 +93,7 @@ class Subject:
     targets: Tensor
     total: int
     seed: int = 0
+    line_feed: int | None = None
 
     @property
     def attention(self) -> CausalAttention:

@@ -11,15 +11,30 @@ from probattn.errors import InputError
 from probattn.inference.claims.barrier import barrier_claim
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Claim, Settings, Subject
+from probattn.inference.claims.consistency import consistency_claim
+from probattn.inference.claims.decoding import decoding_claim
 from probattn.inference.claims.jacobian import jacobian_claim
 from probattn.inference.claims.margin import margin_claim
 from probattn.inference.claims.normalisation import normalisation_claim
 from probattn.inference.claims.objective import objective_claim
 from probattn.inference.claims.recovery import recovery_claim
+from probattn.inference.claims.stationarity import stationarity_claim
+from probattn.inference.claims.tightness import tightness_claim
 
 __all__ = ["CLAIMS", "require_claims", "run_claims"]
 
 Measure = Callable[[Subject, Settings], Claim]
+
+_ROBUSTNESS = Claim(
+    "robustness",
+    "A language model trained with the barrier is more robust to noise, at no loss of held-out accuracy.",
+    "empirical",
+    "not_run",
+    {},
+    condition="it needs many training runs, with and without the barrier, over several seeds; this version does not "
+    "make them",
+    formula="CE(y) + λ Σ_i b_i against CE(y): loss under noise of the embeddings, absolute and relative to their size",
+)
 
 CLAIMS: Mapping[str, Measure] = MappingProxyType(
     {
@@ -28,8 +43,13 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
         "margin": lambda subject, _: margin_claim(subject),
         "normalisation": normalisation_claim,
         "objective": lambda subject, _: objective_claim(subject),
+        "consistency": consistency_claim,
+        "stationarity": lambda _, settings: stationarity_claim(settings),
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),
+        "robustness": lambda *_: _ROBUSTNESS,
+        "decoding": decoding_claim,
+        "tightness": lambda subject, settings: tightness_claim(subject, settings, end=subject.line_feed),
     }
 )
 

@@ -14,7 +14,7 @@ from probattn import plotting
 from probattn.attention import CausalAttention
 from probattn.conditional import Past
 from probattn.inference.claims.claim import Claim, Settings, Subject, judge, worst
-from probattn.mass import ScalarMass, next_token_density, scalar_mass
+from probattn.mass import ScalarMass, scalar_mass
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
 

@@ -168,9 +168,9 @@ class TestNextToken:
         assert float(line.log_prob(grid).exp().sum()) * 16 / 16000 == pytest.approx(line.mass().value, abs=1e-4)
         ruled = NextToken(past(3.0, -1.0, 1.0), 0.5, selection="uniform")
         assert torch.equal(ruled.log_prob(grid, normalised=True), ruled.log_prob(grid))
+        batch = NextToken(Past.of(QUIET, tokens(0, 2, 4, 4)), 1.0)
         with pytest.raises(InputError, match="one past at a time"):
-            law = NextToken(Past.of(QUIET, tokens(0, 2, 4, 4)), 1.0)
-            law.log_prob(tokens(1, 2, 4), normalised=True)
+            batch.log_prob(tokens(1, 2, 4), normalised=True)
 
     def test_a_pyro_site(self):
         law = NextToken(Past.of(QUIET, 0.3 * tokens(0, 4, 4)), 1.0)

@@ -1,0 +1,394 @@
+r"""Claim: the language model puts all its mass on finite strings.
+
+Take one character as end of sequence: a string starts behind it and ends before the next. Then
+:math:`S(n) = E\prod_{t \le n} (1 - p_t)` is the probability that a string reaches n characters, with p_t that of its
+end at step t, and the model puts mass one on finite strings if and only if S(n) tends to 0 (Du et al., 2023,
+arXiv:2212.10502). Beyond its context the model sees the last T characters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from probattn.errors import InputError
+from probattn.inference.claims.claim import Claim, Settings, Subject, judge
+from probattn.models.discrete import NextTokenModel, OwnModel
+
+__all__ = ["EndProbability", "Survival", "direct_lengths", "log_end_floor", "simulate_survival", "tightness_claim"]
+
+EndProbability = Callable[[int, Tensor], Tensor]
+
+ERROR = 0.01
+# Without a proof, how much mass may be left at the last step where one still speaks of a tight model.
+TOLERATED = 0.05
+_COUNT = 10  # fewest strings expected on either side of a length that is tested, for the normal approximation
+_NORM, _READOUT = "decoder.layers.norm", "decoder.readout"
+_BLUE, _RED, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+
+
+class Survival(NamedTuple):
+    """Paths drawn without an end, and what the model said of the end along them.
+
+    Attributes:
+        end: p_t at every step of every path, (paths, steps).
+        weights: the product of 1 - p_1..1 - p_n, (paths, steps); its mean over paths is S(n) without bias.
+    """
+
+    end: Tensor
+    weights: Tensor
+
+    def mean(self) -> Tensor:
+        """S(1)..S(N)."""
+        return self.weights.mean(0)
+
+    def error(self) -> Tensor:
+        """Its standard errors."""
+        return self.weights.std(0) / math.sqrt(len(self.weights))
+
+
+def log_end_floor(values: Mapping[str, Tensor], end: int) -> float:
+    r"""Logarithm of a lower bound on the probability of the end, in every context whatever.
+
+    Derived here. The decoder ends in a layer norm with gain g and bias c and a linear readout w, b. The normalised
+    vector z has mean 0, and :math:`|z|^2 = p\,\mathrm{var} / (\mathrm{var} + \varepsilon) < p`. So the logits satisfy,
+    with P the projection that removes the mean,
+
+    .. math::
+        l_v - l_{end} = z \cdot P[g \odot (w_v - w_{end})] + (w_v - w_{end}) \cdot c + b_v - b_{end}
+        \le \sqrt{p}\, |P[g \odot (w_v - w_{end})]| + (w_v - w_{end}) \cdot c + b_v - b_{end} =: m_v, \qquad
+        p_{end} \ge \delta = \frac{1}{\sum_v e^{m_v}},
+
+    where m_end = 0. Hence S(n) <= (1 - δ)^n, which tends to 0: the model is tight. With two characters δ is the
+    infimum over all z.
+
+    Args:
+        values: sites of a :class:`~probattn.models.language.LanguageModel`.
+        end: index of the character that ends a string.
+
+    Returns:
+        log δ; δ itself may be too small for a floating-point number.
+
+    Raises:
+        InputError: no such character.
+
+    Example:
+        >>> values = {
+        ...     "decoder.layers.norm.weight": torch.ones(2),
+        ...     "decoder.layers.norm.bias": torch.zeros(2),
+        ...     "decoder.readout.weight": torch.tensor([[0.0, 0.0], [1.0, -1.0]]),
+        ...     "decoder.readout.bias": torch.zeros(2),
+        ... }
+        >>> round(log_end_floor(values, 0), 6) == round(-math.log(1 + math.exp(2)), 6)  # z = (1, -1)
+        True
+    """
+    weight, bias = values[f"{_READOUT}.weight"].double(), values[f"{_READOUT}.bias"].double()
+    _require_end(end, len(weight))
+    gain, shift = values[f"{_NORM}.weight"].double(), values[f"{_NORM}.bias"].double()
+    difference = weight - weight[end]
+    slope = gain * difference
+    slope = slope - slope.mean(-1, keepdim=True)
+    largest = math.sqrt(len(gain)) * slope.norm(dim=-1) + difference @ shift + bias - bias[end]
+    return -float(largest.logsumexp(0))
+
+
+def simulate_survival(
+    model: NextTokenModel,
+    end: int,
+    *,
+    paths: int,
+    length: int,
+    seed: int = 0,
+    end_probability: EndProbability | None = None,
+) -> Survival:
+    """Survival with the end integrated out: paths are drawn as if no string ever ended, and weighted.
+
+    Args:
+        model: the language model.
+        end: index of the character that ends a string, and behind which it starts.
+        paths: how many, at least 2.
+        length: N, steps of each.
+        seed: of the draws.
+        end_probability: replaces p_t: called with t = 1, 2, ... and the model's p_t (paths,).
+
+    Raises:
+        InputError: no such character; too few paths or steps; what replaces p_t is no probability.
+
+    Example:
+        >>> from probattn.models.language import LanguageConfig, LanguageModel
+        >>> model = LanguageModel(LanguageConfig(5, context=4, dim=4, layers=1, decoder_heads=2))
+        >>> own = OwnModel(model, model.initial_values(0))
+        >>> found = simulate_survival(own, 0, paths=8, length=6, end_probability=lambda t, p: torch.full_like(p, 0.5))
+        >>> found.mean()[:3].tolist()
+        [0.5, 0.25, 0.125]
+    """
+    _require_run(model, end, paths, length)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.full((paths, 1), end)
+    seen = []
+    for _ in range(length):
+        law = _next_law(model, tokens)
+        seen.append(law[:, end])
+        others = _without(law, end)
+        tokens = torch.cat([tokens, torch.multinomial(others, 1, generator=generator)], dim=1)
+    return _weighted(torch.stack(seen, dim=1), end_probability)
+
+
+def direct_lengths(
+    model: NextTokenModel,
+    end: int,
+    *,
+    paths: int,
+    length: int,
+    seed: int = 0,
+    end_probability: EndProbability | None = None,
+) -> Tensor:
+    """Draw strings from the model as it is, the end included.
+
+    Args:
+        model: the language model.
+        end: index of the character that ends a string, and behind which it starts.
+        paths: how many strings, at least 2.
+        length: N, characters after which a string is given up.
+        seed: of the draws.
+        end_probability: as in :func:`simulate_survival`; the other characters keep their proportions.
+
+    Returns:
+        Characters in each string, (paths,); N where it was given up.
+
+    Raises:
+        InputError: no such character; too few paths or steps.
+    """
+    _require_run(model, end, paths, length)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.full((paths,), length)
+    alive, tokens = torch.arange(paths), torch.full((paths, 1), end)
+    for step in range(1, length + 1):
+        law = _next_law(model, tokens)
+        if end_probability is not None:
+            chosen = _replaced(end_probability, step, law[:, end])
+            others = _without(law, end)
+            law = others * ((1 - chosen) / others.sum(-1))[:, None]
+            law[:, end] = chosen
+        drawn = torch.multinomial(law, 1, generator=generator)
+        going = drawn[:, 0] != end
+        lengths[alive[~going]] = step - 1
+        alive, tokens = alive[going], torch.cat([tokens, drawn], dim=1)[going]
+        if not len(alive):
+            break
+    return lengths
+
+
+def tightness_claim(
+    subject: Subject,
+    settings: Settings | None = None,
+    *,
+    end: int | None = None,
+    paths: int | None = None,
+    length: int | None = None,
+    end_probability: EndProbability | None = None,
+) -> Claim:
+    """Prove a floor under the probability of the end, and measure survival by two estimators that must agree.
+
+    Args:
+        subject: the fitted model and its text.
+        settings: ``full`` draws four times the paths.
+        end: the character taken as end of sequence; None: the most frequent one of the subject's text.
+        paths: how many of each kind; None: 256, or 1024.
+        length: N; None: the context and 16 more characters, so that the window slides.
+        end_probability: replaces the model's probability of the end. Nothing is proved of it then: the claim is judged
+            by the mass that is left after N characters.
+
+    Raises:
+        InputError: no such character; too few paths or steps.
+    """
+    model = OwnModel(subject.model, subject.values)
+    chosen = int(subject.targets.flatten().bincount().argmax()) if end is None else end
+    if paths is None:
+        paths = 1024 if settings is not None and settings.full else 256
+    length = model.context + 16 if length is None else length
+    size: dict[str, int] = {"paths": paths, "length": length}
+    survival = simulate_survival(model, chosen, **size, seed=subject.seed, end_probability=end_probability)
+    lengths = direct_lengths(model, chosen, **size, seed=subject.seed + 1, end_probability=end_probability)
+    points, scores, critical = _disagreement(survival, lengths)
+    limit = _upper_limit(float(survival.mean()[-1]), paths)
+    floor = log_end_floor(subject.values, chosen) if end_probability is None else -math.inf
+    proved, smallest = math.isfinite(floor), float(survival.end.min())
+
+    # The control: the same paths, with an end so rare that its probabilities have a finite sum.
+    control = _weighted(survival.end, _rare)
+    exact = (length + 2) / (2 * (length + 1))
+    rare = direct_lengths(model, chosen, paths=128, length=length, seed=subject.seed + 2, end_probability=_rare)
+    share = float((rare >= length).double().mean())
+    measured = {
+        "end_character": float(chosen),
+        "paths": float(paths),
+        "steps": float(length),
+        "survival_at_last_step": float(survival.mean()[-1]),
+        "survival_standard_error": float(survival.error()[-1]),
+        "survival_upper_limit": limit,
+        "survival_direct": float((lengths >= length).double().mean()),
+        "lengths_compared": float(len(points)),
+        "disagreement_excess": max((abs(score) - critical for score in scores), default=-math.inf),
+        "log10_floor": floor / math.log(10),
+        "log10_smallest_end_probability": math.log10(smallest) if smallest > 0 else -math.inf,
+        "floor_excess": floor - math.log(max(smallest, torch.finfo(torch.double).tiny)) if proved else -math.inf,
+        "infinite_mass": 0.0 if proved else limit,
+        "control_survival": float(control.mean()[-1]),
+        "control_survival_direct": share,
+        "control_error": abs(float(control.mean()[-1]) - exact),
+    }
+    bound = {
+        "disagreement_excess": 0.0,
+        "floor_excess": 1e-9,
+        "infinite_mass": 0.0 if proved else TOLERATED,
+        "control_error": 1e-12,
+    }
+    holds = judge(measured, bound) and measured["control_survival"] > TOLERATED
+    conditions = []
+    if not proved:
+        conditions.append(f"no floor is proved: at most {limit:.2g} of the mass is left after {length} characters")
+    if not points:
+        conditions.append("no length was both reached and missed often enough to compare the two estimators")
+    supported = "supported_within" if conditions else "supported"
+    return Claim(
+        "tightness",
+        f"With {'the most frequent character' if end is None else f'character {end}'} taken as end of sequence, "
+        "the model puts all its mass on finite strings: in every context the end has a probability above one floor; "
+        f"and two independent estimators of survival agree (family-wise error {ERROR:.0%}).",
+        "statistical",
+        supported if holds else "not_supported",  # type: ignore[arg-type]
+        measured,
+        bound,
+        condition="; ".join(conditions) if holds and conditions else None,
+        formula="S(n) = E ∏_{t≤n} (1 − p_t) ≤ (1 − δ)ⁿ → 0,   δ = 1 / Σ_v exp( √p |P[g ⊙ (w_v − w_end)]| + "
+        "(w_v − w_end)·c + b_v − b_end )",
+        control=f"The same model with p_t = 1/(t + 1)² for its end: {measured['control_survival']:.4f} of the mass is "
+        f"left after {length} characters (exactly {exact:.4f}, in the limit 1/2; {share:.2f} of 128 strings drawn), "
+        "and the claim would not be supported.",
+        figures={"tightness": _figure(survival, lengths, floor, control)},
+    )
+
+
+def _rare(step: int, own: Tensor) -> Tensor:
+    """End probabilities with a finite sum: survival is (n + 2) / (2 (n + 1))."""
+    return torch.full_like(own, 1 / (step + 1) ** 2)
+
+
+def _weighted(end: Tensor, end_probability: EndProbability | None) -> Survival:
+    if end_probability is not None:
+        end = torch.stack([_replaced(end_probability, t + 1, end[:, t]) for t in range(end.shape[1])], dim=1)
+    return Survival(end, (1 - end).cumprod(1))
+
+
+def _replaced(end_probability: EndProbability, step: int, own: Tensor) -> Tensor:
+    chosen = end_probability(step, own.clone())
+    if chosen.shape != own.shape or not bool(((chosen >= 0) & (chosen <= 1)).all()):
+        raise InputError(
+            f"end_probability at step {step} gave {chosen.flatten()[:1].tolist()} in shape {tuple(chosen.shape)}; it "
+            f"must give {len(own)} probabilities, in [0, 1]."
+        )
+    return chosen
+
+
+def _without(law: Tensor, end: int) -> Tensor:
+    """The other characters, in proportion; all the same where the end has probability one."""
+    others = law.clamp(min=torch.finfo(law.dtype).tiny)
+    others[:, end] = 0.0
+    return others
+
+
+def _next_law(model: NextTokenModel, tokens: Tensor) -> Tensor:
+    """Probabilities of the next character behind the last T, (paths, V)."""
+    return model.logits(tokens[:, -model.context :])[:, -1].double().softmax(-1)
+
+
+def _disagreement(survival: Survival, lengths: Tensor) -> tuple[list[int], list[float], float]:
+    """Lengths compared, standardised differences there, and the value that all stay below with probability 1 - ERROR.
+
+    The lengths are powers of two and the last; which of them are reached and missed often enough is read from the
+    weighted paths alone, so that the drawn strings do not choose their own test.
+    """
+    mean, error, steps = survival.mean(), survival.error(), survival.weights.shape[1]
+    fewest = min(len(lengths), len(survival.weights))
+    points, scores = [], []
+    for n in sorted({2**k for k in range(steps.bit_length()) if 2**k <= steps} | {steps}):
+        expected = float(mean[n - 1])
+        if fewest * min(expected, 1 - expected) < _COUNT:
+            continue
+        spread = math.sqrt(float(error[n - 1]) ** 2 + expected * (1 - expected) / len(lengths))
+        points.append(n)
+        scores.append((float((lengths >= n).double().mean()) - expected) / spread)
+    return points, scores, NormalDist().inv_cdf(1 - ERROR / (2 * max(len(points), 1)))
+
+
+def _upper_limit(mean: float, paths: int, error: float = ERROR) -> float:
+    """Upper confidence limit for the mean of numbers in [0, 1] by Hoeffding's bound in its relative-entropy form."""
+    allowance = math.log(1 / error) / paths
+
+    def divergence(limit: float) -> float:
+        zero = mean * math.log(mean / limit) if mean > 0 else 0.0
+        return zero + ((1 - mean) * math.log((1 - mean) / (1 - limit)) if mean < 1 else 0.0)
+
+    low, high = mean, 1.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if middle < 1 and divergence(middle) < allowance else (low, middle)
+    return high
+
+
+def _require_end(end: int, vocabulary: int) -> None:
+    if vocabulary < 2 or not 0 <= end < vocabulary:
+        raise InputError(
+            f"end is {end}; it must be one of the {vocabulary} tokens, 0..{vocabulary - 1}, and another must be left."
+        )
+
+
+def _require_run(model: NextTokenModel, end: int, paths: int, length: int) -> None:
+    _require_end(end, model.vocabulary)
+    for name, value, least in (("paths", paths, 2), ("length", length, 1)):
+        if value < least:
+            raise InputError(f"{name} is {value}; it must be at least {least}.")
+
+
+def _figure(survival: Survival, lengths: Tensor, floor: float, control: Survival) -> Figure:
+    """Survival by both estimators beside the control, and the probabilities of the end above their floor."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = np.arange(1, survival.weights.shape[1] + 1)
+    mean, error = survival.mean().numpy(), survival.error().numpy()
+    direct = (lengths[:, None] >= torch.as_tensor(steps)).double().mean(0).numpy()
+    spread = np.sqrt(direct * (1 - direct) / len(lengths))
+    lowest = max(float(mean[-1]), 1e-12) / 3
+    left.fill_between(steps, np.maximum(mean - 2 * error, lowest), mean + 2 * error, color=_BLUE, alpha=0.25)
+    left.plot(steps, mean, color=_BLUE, label="the end integrated out, ± 2 standard errors")
+    drawn = direct > 0
+    bars: dict[str, Any] = {"color": _RED, "fmt": "o", "markersize": 3, "linewidth": 0.8}
+    low = np.minimum(2 * spread, 0.9 * direct)
+    left.errorbar(
+        steps[drawn], direct[drawn], yerr=(low[drawn], 2 * spread[drawn]), label="strings drawn directly", **bars
+    )
+    left.plot(steps, control.mean().numpy(), color=_GREEN, linestyle="--", label="control: end with 1/(t + 1)²")
+    left.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    left.set_yscale("log")
+    left.set_ylim(bottom=lowest)
+    left.set_xlabel("characters n")
+    left.set_ylabel("probability that a string reaches n")
+    seen = survival.end.clamp(min=1e-300).log10().flatten().numpy()
+    right.hist(seen, bins=60, color=_BLUE, alpha=0.7, label="seen along the paths")
+    if math.isfinite(floor):
+        right.axvline(floor / math.log(10), color=_ORANGE, linewidth=2, label="proved floor δ, in every context")
+    right.set_yscale("log")
+    right.set_xlabel("log₁₀ of the probability of the end")
+    right.set_ylabel("positions")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    return figure
