@@ -87,7 +87,7 @@ def plot_bounds(measured: Mapping[str, float], bound: Mapping[str, float]) -> Fi
     axis.set_xscale("log")
     axis.set_xlim(low / 1.5, high)
     axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlabel("measured (grey: allowed; at the left end: zero)")
     axis.grid(alpha=0.25, axis="x")
     return figure

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import probattn
@@ -102,12 +103,24 @@ def test_a_wheel_puts_one_name_into_site_packages(wheel):
         "probattn/models/corpus.py",
         "probattn/inference/claims/objective.py",
         "probattn/inference/templates/verify.html",
+        "probattn/inference/studies/calibration.json",
     ):
         assert expected in names
     assert not [name for name in names if "test" in name.split("/")[-1] and name != "probattn/testing.py"]
 
 
-def test_a_wheel_runs_from_another_folder(wheel, tmp_path):
+SMALL_MODEL = ["--steps", "6", "--context", "16", "--dim", "8", "--layers", "1", "--batch", "8"]
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (["verify", *SMALL_MODEL, "--claims", "jacobian"], "report.html"),
+        (["fit", "--data", "hidden.npz", "--method", "laplace", "--draws", "50"], "fit.nc"),
+    ],
+    ids=["verify", "fit"],
+)
+def test_a_wheel_runs_from_another_folder(wheel, tmp_path, command, file):
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
     program = (
@@ -116,9 +129,10 @@ def test_a_wheel_runs_from_another_folder(wheel, tmp_path):
         "from probattn.cli import main\n"
         "main()\n"
     )
-    small = ["--steps", "6", "--context", "16", "--dim", "8", "--layers", "1", "--batch", "8", "--out", "out"]
+    hidden = np.random.default_rng(0).normal(size=(4, 10, 2))
+    np.savez(tmp_path / "hidden.npz", hidden=hidden)
     result = subprocess.run(
-        [sys.executable, "-c", program, str(target), "verify", *small],
+        [sys.executable, "-c", program, str(target), *command, "--out", "out"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -126,4 +140,4 @@ def test_a_wheel_runs_from_another_folder(wheel, tmp_path):
         env={**os.environ, "PYTHONPATH": str(target)},
     )
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out" / "report.html").exists()
+    assert (tmp_path / "out" / file).exists()
