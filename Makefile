@@ -8,7 +8,7 @@ verify: .venv/installed
 	$(BIN)/probattn verify
 
 test: .venv/installed
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow

@@ -12,7 +12,12 @@ import pytest
 import xarray
 
 SMALL = ["--steps", "24", "--context", "16", "--dim", "8", "--layers", "1", "--batch", "8"]
+# Where the command line is under test and not the claims.
+QUICK = [*SMALL, "--claims", "jacobian"]
 PROBATTN = [sys.executable, "-m", "probattn"]
+
+# One worker runs this file, so that the whole verification runs once.
+pytestmark = pytest.mark.xdist_group("verify")
 
 
 def run(*arguments, cwd=None, **options):
@@ -37,7 +42,7 @@ def test_verify_writes_everything(finished):
         "fit.nc",
         "report.html",
     ]
-    assert len(list((out / "figures").glob("*.png"))) == 5
+    assert len(list((out / "figures").glob("*.png"))) == 16
     assert "claim objective: supported" in result.stdout
     assert result.stderr == ""
 
@@ -51,8 +56,13 @@ def test_claims_follow_their_schema(finished):
         "margin",
         "normalisation",
         "objective",
+        "consistency",
+        "stationarity",
         "recovery",
         "calibration",
+        "robustness",
+        "decoding",
+        "tightness",
     ]
     for claim in content["claims"]:
         assert claim["kind"] in ("identity", "statistical", "empirical")
@@ -103,7 +113,7 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"PK")
     before = sorted(tmp_path.rglob("*"))
-    result = run("verify", *SMALL, *arguments, cwd=tmp_path)
+    result = run("verify", *QUICK, *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("probattn: ")
     assert result.stderr.count("\n") == 1
@@ -135,7 +145,7 @@ def test_a_broken_identity_is_status_one(tmp_path):
         "import probattn.inference.claims.jacobian as claim\n"
         "claim.BOUND = {**claim.BOUND, 'max_abs_error': -1.0}\n"
         "from probattn.cli import main\n"
-        f"main(['verify', *{SMALL!r}, '--out', 'out'])\n"
+        f"main(['verify', *{QUICK!r}, '--out', 'out'])\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 1
@@ -150,7 +160,7 @@ def contents(path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
 def test_killed_and_resumed_is_the_unbroken_run(tmp_path, number):
-    options = ["verify", "--steps", "400", "--context", "16", "--dim", "8", "--layers", "1", "--batch", "8"]
+    options = ["verify", *QUICK, "--steps", "400"]
     unbroken = run(*options, "--out", "unbroken", cwd=tmp_path)
     assert unbroken.returncode == 0, unbroken.stderr
     checkpoint = tmp_path / "broken" / "checkpoint.pt"
@@ -181,7 +191,7 @@ def test_wikitext(tmp_path):
         pytest.skip("WikiText-2 is not here; it is data, not part of the repository")
     result = run(
         "verify",
-        *SMALL,
+        *QUICK,
         "--corpus",
         str(text),
         "--heldout",

@@ -12,7 +12,7 @@ from probattn.inference.claims.barrier import barrier_claim
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Claim, Settings, Subject
 from probattn.inference.claims.consistency import consistency_claim
-from probattn.inference.claims.decoding import decoding_claim
+from probattn.inference.claims.decoding import PROMPT, decoding_claim
 from probattn.inference.claims.jacobian import jacobian_claim
 from probattn.inference.claims.margin import margin_claim
 from probattn.inference.claims.normalisation import normalisation_claim
@@ -48,7 +48,9 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),
         "robustness": lambda *_: _ROBUSTNESS,
-        "decoding": decoding_claim,
+        "decoding": lambda subject, settings: decoding_claim(
+            subject, settings, prompt=min(PROMPT, subject.inputs.shape[-1] // 2)
+        ),
         "tightness": lambda subject, settings: tightness_claim(subject, settings, end=subject.line_feed),
     }
 )
