@@ -54,7 +54,7 @@ class NextToken(dist.TorchDistribution):
         validate_args: as in torch.
 
     Raises:
-        InputError: as :class:`LatentAttention`.
+        InputError: as :class:`LatentAttention`; or a noise below what the floating-point numbers tell apart.
 
     Example:
         >>> from probattn.attention import CausalAttention
@@ -83,6 +83,7 @@ class NextToken(dist.TorchDistribution):
         noise = noise_distribution(
             noise_scale, 1, dim, like=past.moved, scale_tril=scale_tril, validate_args=validate_args
         )
+        _require_resolved(noise, past)
         batch_shape = torch.broadcast_shapes(past.moved.shape[:-3], noise.batch_shape)
         # Expanded, so that each past of a batch draws noise of its own.
         self.past, self.noise, self.selection = past, noise.expand(batch_shape), selection
@@ -245,4 +246,17 @@ class NextToken(dist.TorchDistribution):
     def __repr__(self) -> str:
         return (
             f"NextToken(length={self.past.length}, selection={self.selection!r}, batch_shape={tuple(self.batch_shape)})"
+        )
+
+
+def _require_resolved(noise: dist.TorchDistribution, past: Past) -> None:
+    """Refuse a noise smaller than the error to which u - mu(u) = eps is solved."""
+    size = float(past.size.max()) if past.size.numel() else 0.0
+    resolved = 1e3 * torch.finfo(past.moved.dtype).eps * (1 + size)
+    smallest = float(noise.stddev.min()) if noise.stddev.numel() else math.inf
+    if smallest < resolved:
+        raise InputError(
+            f"the noise has a standard deviation of {smallest:.3g}, and after tokens of size {size:.3g} "
+            f"{past.moved.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would coincide. Use a larger "
+            "noise_scale, or float64."
         )

@@ -35,7 +35,7 @@ class AttentionProcess:
     Example:
         >>> process = AttentionProcess(CausalAttention.from_bilinear(torch.tensor([[0.05]]).double()), 1.0)
         >>> path = process.path(seed=0)
-        >>> bool(torch.equal(path[0:5], path[0:300][:5])), len(path)
+        >>> bool(torch.equal(path[0:5], path[0:300][:5])), path.computed
         (True, 300)
     """
 
@@ -95,9 +95,22 @@ class Path:
         self._noise = process.noise(seed, 0)[:0]
         self._past = Past.of(process.attention, self._noise)
 
-    def __len__(self) -> int:
+    @property
+    def computed(self) -> int:
         """How many tokens have been computed so far."""
         return len(self._tokens)
+
+    def __len__(self) -> int:
+        """There is none.
+
+        Raises:
+            TypeError: always; as for any object without a length.
+        """
+        raise TypeError("a path has no end and so no length; .computed says how many of its tokens have been computed.")
+
+    def __bool__(self) -> bool:
+        """True: there is always another token."""
+        return True
 
     def __getitem__(self, index: int | slice) -> Tensor:
         """Token ``index``, (p,), or a slice of tokens, (n, p), extending the path where needed.

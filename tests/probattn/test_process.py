@@ -194,6 +194,12 @@ class TestNextToken:
         with pytest.raises(InputError, match=r"batch shape \(5,\) does not expand to"):
             NextToken(Past.of(QUIET, tokens(0, 5, 4, 4)), 1.0).expand(shape)
 
+    @pytest.mark.parametrize("scale", [1e-17, 1e-300])
+    def test_noise_too_small_to_tell_solutions_apart(self, scale):
+        for attention, points in ((scalar_attention(3.0), [[-1.0], [1.0]]), (QUIET, [[0.3] * 4, [-0.2] * 4])):
+            with pytest.raises(InputError, match="those of different noise would coincide"):
+                NextToken(Past.of(attention, torch.tensor(points).double()), scale)
+
     def test_only_one_dimension_has_exact_roots(self):
         law = NextToken(Past.of(QUIET, tokens(0, 4, 4)), 1.0)
         with pytest.raises(InputError, match="exact roots, cdf and icdf need one-dimensional tokens"):
@@ -212,7 +218,7 @@ class TestProcess:
         eager = process.path(seed=3)[0:600]
         assert torch.equal(torch.cat(pieces), eager)
         assert torch.equal(lazy[0:100], pieces[0])
-        assert len(lazy) == 600
+        assert lazy.computed == 600
         assert not torch.equal(process.path(seed=4)[0:600], eager)
 
     @pytest.mark.slow
@@ -266,6 +272,12 @@ class TestProcess:
             else:
                 torch.testing.assert_close(lenient.path(seed)[0:8], unique, atol=1e-10, rtol=0)
         assert 0 < raised < 20
+
+    def test_a_path_has_no_length(self):
+        path = AttentionProcess(QUIET, 1.0).path(seed=0)
+        assert path
+        with pytest.raises(TypeError, match="a path has no end and so no length"):
+            len(path)
 
     def test_batches_are_refused(self):
         with pytest.raises(InputError, match="one attention"):
