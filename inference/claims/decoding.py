@@ -166,7 +166,7 @@ def decoding_claim(
 
     The rule, stated before anything was measured. Decisive is the singular-value margin against noise on all embeddings
     at a tenth of their root mean square, by Spearman's ρ(-margin, sensitivity) with its 95 % interval from a bootstrap
-    of whole windows.
+    of whole windows, for the noise that was drawn. Another seed decodes another text.
 
     - "not_supported": the interval reaches down to 0; or a control fails, and the experiment proves nothing.
     - "supported": the interval lies above 0, and so do those of the paired differences of |ρ| to the entropy of the
