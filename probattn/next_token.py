@@ -257,6 +257,6 @@ def _require_resolved(noise: dist.TorchDistribution, past: Past) -> None:
     if smallest < resolved:
         raise InputError(
             f"the noise has a standard deviation of {smallest:.3g}, and after tokens of size {size:.3g} "
-            f"{past.moved.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would coincide. "
-            "Use a larger noise_scale, or float64."
+            f"{past.moved.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would coincide."
+            " Use a larger noise_scale, or float64."
         )
