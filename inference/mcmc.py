@@ -35,7 +35,7 @@ class McmcConfig:
         chain_method: "vectorised" (all chains in one tensor program), "sequential" (Pyro's NUTS, one after the other)
             or "process" (Pyro's NUTS, one process a chain, through joblib, whose backend may be a cluster's).
         nuts: warm-up, draws, step size, seed.
-        memory: bytes that the scores of all chains may take at once.
+        memory: bytes that all chains may take at once, for their attention scores and their draws.
     """
 
     chains: int = 4
@@ -112,6 +112,8 @@ def _require_memory(target: Target, config: McmcConfig) -> None:
     data = target.data[0]
     # Weights and logits of every position against every other, forward and backward.
     each = 8 * data.shape[-3] * data.shape[-2] ** 2 * 8 if data.dim() >= 3 else 8 * data.numel() * data.shape[-1] * 8
+    kept = 8 * config.nuts.draws * target.dim  # every draw stays in memory until it is written
+    each = each + kept
     if together * each > config.memory:
         raise InputError(
             f"chains is {config.chains}: about {together * each / 2**30:.1f} GiB at once, {config.memory / 2**30:.1f} "

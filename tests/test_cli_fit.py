@@ -189,7 +189,7 @@ def test_a_text_gives_the_posterior_of_its_attention_stage(folder):
         (["--data", "several.npz"], "holds 2 arrays (a, b); name one with --array"),
         (["--data", "short.npy"], "T is 2; with fewer than 3 tokens"),
         (["--data", "hidden.npz", "--method", "gibbs"], "--method is 'gibbs'; use one of nuts, svi, laplace, map"),
-        (["--data", "hidden.npz", "--chains", "999999"], "use at most"),
+        (["--data", "hidden.npz", "--chains", "9999999"], "use at most"),
         (["--data", "hidden.npz", "--guide", "full"], "guide is 'full'"),
         (["--data", "hidden.npz", "--mask", "causal"], "mask is 'causal'"),
         (["--data", "hidden.npz", "--compare", "mask"], "comparing masks needs value and output maps"),
@@ -223,7 +223,10 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
 def test_a_fit_cut_short_is_named(folder):
     from probattn.errors import InputError
 
-    whole = (folder / "laplace" / "fit.nc").read_bytes()
+    assert (
+        run("--data", "hidden.npz", "--method", "map", "--steps", "30", "--out", "to-cut", cwd=folder).returncode == 0
+    )
+    whole = (folder / "to-cut" / "fit.nc").read_bytes()
     for size in (10, len(whole) // 2):
         (folder / "cut.nc").write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"cut\.nc: cannot be read .*; it is damaged or no netCDF: fit again"):
