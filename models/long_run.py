@@ -66,7 +66,7 @@ def long_run(
         limit: a sequence whose covariance has a larger trace has escaped and is not run further, (*batch,).
 
     Raises:
-        InputError: lengths that do not increase or do not exceed the initial past.
+        InputError: lengths that do not increase from at least 1, or no sequences.
 
     Example:
         >>> from probattn.models.scalar import scalar_attention

@@ -22,6 +22,17 @@ QUICK = {
     "map": ["--steps", "100"],
 }
 
+TWO_PROCESSES = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "probattn",
+]
+
 
 def run(*arguments, cwd, **options):
     return subprocess.run([*PROBATTN, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300, **options)
@@ -102,18 +113,8 @@ def test_two_processes_are_one(folder, method):
     command = ["fit", "--data", "hidden.npz", "--method", method, *QUICK[method], "--shards", "2"]
     one = run(*command[1:], "--out", f"one-{method}", cwd=folder)
     assert one.returncode == 0, one.stderr
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "probattn",
-    ]
     two = subprocess.run(
-        [*launcher, *command, "--out", f"two-{method}"], capture_output=True, text=True, cwd=folder, timeout=300
+        [*TWO_PROCESSES, *command, "--out", f"two-{method}"], capture_output=True, text=True, cwd=folder, timeout=300
     )
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("verdict") == 1  # one of the processes speaks
@@ -125,18 +126,8 @@ def test_two_processes_are_one(folder, method):
 
 
 def test_a_sampler_in_two_processes_is_refused(folder):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "probattn",
-    ]
     result = subprocess.run(
-        [*launcher, "fit", "--data", "hidden.npz", "--method", "nuts"],
+        [*TWO_PROCESSES, "fit", "--data", "hidden.npz", "--method", "nuts"],
         capture_output=True,
         text=True,
         cwd=folder,
