@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import pyro
 import pyro.distributions as dist
@@ -19,10 +19,9 @@ from probattn.barrier import BarrierKind, log_barrier
 from probattn.distributions import LatentAttention, noise_distribution
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
+from probattn.regularizer import Prior
 
-__all__ = ["LanguageConfig", "LanguageModel", "Prior"]
-
-Prior = Literal["full", "margin"]
+__all__ = ["LanguageConfig", "LanguageModel"]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ __all__ = [
     "SupportTokens",
     "contraction_bound",
     "log_barrier",
+    "penalty_and_margin",
     "projection_slack",
+    "require_penalty",
     "stability_margin",
     "support_tokens",
 ]
@@ -76,19 +78,47 @@ def log_barrier(
         >>> log_barrier(attention, torch.tensor([[-1.0], [1.0], [0.0]]))[-1]  # -log(1 - 0.5)
         tensor(0.6931)
     """
+    require_penalty(kind, sharpness)
+    factors = attention.evaluate(u).factors
+    matrix = blocks.sensitivity(factors) if kind == "singular_value" else blocks.reduced(factors)
+    return penalty_and_margin(matrix, attention.dim, kind, sharpness)[0]
+
+
+def require_penalty(kind: str, sharpness: float) -> None:
+    """Refuse a penalty that does not exist, or a sharpness that is not positive."""
     _require_kind("kind", kind, BarrierKind)
     if not sharpness > 0:
         raise InputError(f"sharpness is {sharpness}; it must be positive.")
+
+
+def penalty_and_margin(matrix: Tensor, dim: int, kind: BarrierKind, sharpness: float = 10.0) -> tuple[Tensor, Tensor]:
+    """The penalty of each block, and the margin that it guards.
+
+    Args:
+        matrix: M_i, or for another kind than ``singular_value`` any K_i with the determinant det(I - K_i) = det J_i
+            and the same non-zero eigenvalues, (*batch, m, m).
+        dim: p, the size of M_i.
+        kind: as in :func:`log_barrier`.
+        sharpness: as there.
+
+    Returns:
+        penalty and margin, (*batch,) each: the margin is the determinant with its sign for the three kinds that are
+        made of it.
+    """
     if kind in ("spectral", "singular_value"):
-        margin = _margin(attention, u, "spectral" if kind == "spectral" else "singular_value")
-        return -margin.clamp(0.0, 1.0).log()
-    literal = -attention.logabsdet(u)[1]
+        if kind == "spectral":
+            margin = 1 - blocks.largest_real_eigenvalue(matrix, dim)
+        else:
+            margin = blocks.smallest_singular_value(matrix)
+        return -margin.clamp(0.0, 1.0).log(), margin
+    sign, logabs = blocks.logabsdet(matrix)
+    literal, margin = -logabs, sign * logabs.exp()
     if kind == "logdet":
-        return literal
+        return literal, margin
     if kind == "one_sided":
-        return literal.clamp(min=0.0)
+        return literal.clamp(min=0.0), margin
     # Not softplus, which switches to a straight line at 20 and is wrong there by 2e-9.
-    return torch.logaddexp(sharpness * literal, torch.zeros_like(literal)) / sharpness
+    return torch.logaddexp(sharpness * literal, torch.zeros_like(literal)) / sharpness, margin
 
 
 def stability_margin(attention: CausalAttention, u: Tensor, kind: MarginKind = "singular_value") -> Tensor:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import probattn
 from probattn.barrier import BarrierKind
 from probattn.errors import InputError
-from probattn.models.language import Prior
+from probattn.regularizer import Prior
 
 __all__ = ["app", "main"]
 

@@ -1,0 +1,33 @@
+"""Figures, each a function of arrays that returns a matplotlib ``Figure``; nothing is shown or saved here."""
+
+from probattn.plotting.blocks import plot_barriers, plot_bounds, plot_conditional, plot_margins, plot_mass, plot_masses
+from probattn.plotting.inference import (
+    plot_chains,
+    plot_comparison,
+    plot_margin_bands,
+    plot_posterior,
+    plot_rank_bands,
+    plot_recovery,
+    plot_training,
+)
+from probattn.plotting.process import plot_boundary, plot_excess, plot_growth, plot_rotation
+
+__all__ = [
+    "plot_barriers",
+    "plot_boundary",
+    "plot_bounds",
+    "plot_chains",
+    "plot_comparison",
+    "plot_conditional",
+    "plot_excess",
+    "plot_growth",
+    "plot_margin_bands",
+    "plot_margins",
+    "plot_mass",
+    "plot_masses",
+    "plot_posterior",
+    "plot_rank_bands",
+    "plot_recovery",
+    "plot_rotation",
+    "plot_training",
+]
