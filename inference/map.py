@@ -8,10 +8,7 @@ per observed token.
 from __future__ import annotations
 
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ from probattn.errors import InputError
 from probattn.inference.checkpoint import identify, load_checkpoint
 from probattn.inference.distributed import my_shards, rank, shard, sum_over_processes
 from probattn.inference.files import write_atomically
+from probattn.inference.interrupt import deferred_interrupt
 from probattn.inference.isolation import isolated, require_local_parameters
 from probattn.inference.minibatch import minibatch
 
@@ -135,7 +133,7 @@ def fit_map(
     shards = min(config.shards, size)
     my_shards(shards)  # refuses a number of processes that cannot share them
     described = {**asdict(config), **identify(model, data), **dict(identity or {})}
-    with isolated(data[0].device), _deferred_interrupt() as interrupted:
+    with isolated(data[0].device), deferred_interrupt() as interrupted:
         # Copies: AutoDelta makes parameters of the very tensors it is given, which the optimiser then changes in place.
         start = {name: value.detach().clone() for name, value in initial_values.items()}
         guide = AutoDelta(model, init_loc_fn=init_to_value(values=start))
@@ -255,17 +253,3 @@ def _restore(path: Path, described: Mapping[str, Any], elbo: nn.Module, optimize
     state = _State()
     vars(state).update(content["state"])
     return state
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a flag that the loop reads between two steps; outside the main thread, do nothing."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: flag.set())
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)

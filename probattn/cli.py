@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import probattn
 from probattn.barrier import BarrierKind
+from probattn.cli_train import train
 from probattn.errors import InputError
 from probattn.regularizer import Prior
 
@@ -231,6 +232,9 @@ def fit(
     if not quiet:
         typer.echo(str(diagnosis))
         typer.echo(f"results: {out / 'fit.nc'}, {out / 'diagnosis.json'}, {out / 'summary.csv'}, {out / 'figures'}")
+
+
+app.command()(train)
 
 
 def _split(text: str) -> tuple[str, ...]:

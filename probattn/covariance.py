@@ -32,7 +32,7 @@ __all__ = ["past_covariance"]
 
 # What a block may hold of weights and of products v (x) k, in numbers: small enough for a processor's cache.
 _WEIGHTS, _PRODUCTS = 1 << 20, 1 << 20
-_ROWS, _KEYS = 128, 128
+_ROWS, _TOKENS = 128, 32  # rows in a block, and the fewest tokens whose products are formed together
 
 
 def past_covariance(
@@ -83,7 +83,7 @@ def _forward(
     softcap: float,
 ) -> Tensor:
     problem = _Problem(query, key, value, first, limit, mask, scale, softcap)
-    covariance = query.new_empty(*query.shape[:-1], value.shape[-1], query.shape[-1])
+    covariance = query.new_zeros(*query.shape[:-1], value.shape[-1], query.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
         for block in problem.blocks():
             covariance[block.batch, :, block.rows] = block.covariance().view(*block.shape, *covariance.shape[-2:])
@@ -127,6 +127,7 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> t
 class _PastCovariance(torch.autograd.Function):
     """The two operators as one function that autograd, ``torch.func`` and ``torch.compile`` understand."""
 
+    # What torch.library.register_autograd would make of them, torch.func does not understand.
     generate_vmap_rule = True
 
     @staticmethod
@@ -234,6 +235,12 @@ class _Block(NamedTuple):
         group = shape[-1]
         query = problem.scale * query.flatten(2, 3)  # (b, K, R, r)
         key, value = problem.key[batch, :, :seen], problem.value[batch, :, :seen]
+        # Neither weights nor covariance change when a constant is subtracted, but logits and the difference of two
+        # large products lose digits when the tokens share a large offset. Under a cap only the values may be moved: it
+        # bends the logits, and its slopes do not sum to one.
+        value = value - value[:, :, :1]
+        if not problem.softcap:
+            key = key - key[:, :, :1]
         slope = pull = None
         logits = query @ key.mT  # (b, K, R, S)
         if problem.softcap:
@@ -256,12 +263,6 @@ class _Block(NamedTuple):
                 visible = visible & (mask > torch.finfo(mask.dtype).min / 2)  # libraries write "never" as the lowest
         lowest = torch.finfo(logits.dtype).min
         alpha = torch.softmax(logits.masked_fill_(~visible, lowest), dim=-1).masked_fill_(~visible, 0.0)
-        # The covariance does not change when a constant is subtracted, but the difference of two large products loses
-        # digits when the tokens share a large offset. Under a cap only the values may be moved: its slopes do not sum
-        # to one.
-        value = value - value[:, :, :1]
-        if slope is None:
-            key = key - key[:, :, :1]
         return cls(batch, rows, shape, problem.scale, query, key, value, alpha, slope, pull)  # type: ignore[arg-type]
 
     def weights(self) -> Tensor:
@@ -271,7 +272,7 @@ class _Block(NamedTuple):
     def products(self) -> Iterator[tuple[slice, Tensor]]:
         """Stretches of tokens with their rows v_s (x) k_s, (b, K, S', dv r)."""
         size = self.key.shape[0] * self.key.shape[1] * self.key.shape[-1] * self.value.shape[-1]
-        step = max(min(_KEYS, 32), min(self.key.shape[2], _PRODUCTS // max(1, size)))
+        step = max(_TOKENS, min(self.key.shape[2], _PRODUCTS // max(1, size)))
         for start in range(0, self.key.shape[2], step):
             part = slice(start, start + step)
             yield part, (self.value[:, :, part].unsqueeze(-1) * self.key[:, :, part].unsqueeze(-2)).flatten(-2)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["InputError", "NoSolutionError", "SeveralSolutionsError", "SeveralSolutionsWarning", "require_finite"]
+__all__ = [
+    "InputError",
+    "NoSolutionError",
+    "NonFinitePenaltyError",
+    "SeveralSolutionsError",
+    "SeveralSolutionsWarning",
+    "require_finite",
+]
 
 
 class InputError(ValueError):
@@ -14,6 +21,10 @@ class InputError(ValueError):
 
 class NoSolutionError(ArithmeticError):
     """The implicit equation u_i = mu_i(u_<i, u_i) + eps_i was not solved to tolerance."""
+
+
+class NonFinitePenaltyError(ArithmeticError):
+    """A penalty became infinite or NaN in training; the message says at which layer, head and position."""
 
 
 class SeveralSolutionsError(ArithmeticError):

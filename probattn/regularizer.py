@@ -162,7 +162,9 @@ def attention_penalty(
     limit = torch.full_like(place, seen) if causal is None else place + (causal == "inclusive")
     first = torch.zeros_like(place) if window is None else (place - (window - 1)).clamp(min=0)
     if mask is not None:
-        mask = shown(mask if mask.dtype == torch.bool else mask.to(wide), 2)
+        if mask.dtype != torch.bool:  # libraries write "never" as the lowest number, which is another one when widened
+            mask = mask.to(wide).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+        mask = shown(mask, 2)
     cov = past_covariance(
         rows.to(wide), key.to(wide), value.to(wide), first, limit, mask=mask, scale=scale, softcap=softcap
     )  # (batch, K, P, g, dv, r)
@@ -265,7 +267,7 @@ class AttentionStage(nn.Module):
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(torch.promote_types(u.dtype, self.query.dtype))
             if self.normalise:
-                u = u / u.square().mean((-2, -1), keepdim=True).sqrt()
+                u = u / _root_mean_square(u, padding)
             if self.mask == "inclusive" or (self.prior == "full" and padding is None):
                 return self._exact(u, kind, padding, sharpness)
             if self.prior == "full":
@@ -300,6 +302,17 @@ class AttentionStage(nn.Module):
         valid = torch.ones(u.shape[:2], dtype=torch.bool, device=u.device)
         where = torch.arange(u.shape[1], device=u.device)
         return Penalty(values.unsqueeze(1), margins.detach().unsqueeze(1), where, valid, u.shape[1], valid.sum())
+
+
+def _root_mean_square(u: Tensor, padding: Tensor | None) -> Tensor:
+    """Of the tokens of each sequence, (batch, 1, 1); 1 for a sequence of padding only."""
+    square = u.square().mean(-1, keepdim=True)  # (batch, T, 1)
+    if padding is None:
+        return square.mean(-2, keepdim=True).sqrt()
+    kept = padding.bool().unsqueeze(-1)
+    count = kept.sum(-2, keepdim=True)
+    mean = square.where(kept, 0.0).sum(-2, keepdim=True) / count.clamp(min=1)
+    return mean.where(count > 0, 1.0).sqrt()
 
 
 def _through_output(cov: Tensor, output: Tensor | None, query_map: Tensor | None, scale: float) -> blocks.Sensitivity:

@@ -1,0 +1,173 @@
+"""Causal language models of ``transformers``: small ones from scratch, or from a local folder, with what reads text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from probattn.errors import InputError
+from probattn.models.corpus import UNKNOWN
+
+__all__ = ["Architecture", "CharacterTokeniser", "Tokeniser", "build_causal_lm", "load_causal_lm"]
+
+Architecture = Literal["gpt2", "llama", "mistral", "gemma2", "qwen3"]
+_VOCABULARY = "vocabulary.json"
+
+
+class Tokeniser(Protocol):
+    """Text to tokens and back."""
+
+    def encode(self, text: str) -> Tensor:
+        """Tokens, (n,)."""
+
+    def pieces(self, tokens: Tensor) -> list[str]:
+        """What each token stands for."""
+
+    def save(self, folder: Path) -> None:
+        """Write it beside a model."""
+
+
+class CharacterTokeniser:
+    """A token a character.
+
+    Args:
+        characters: by their tokens 0..V-1; what is not among them becomes U+FFFD, which must be.
+
+    Example:
+        >>> CharacterTokeniser(("a", "b", UNKNOWN)).encode("bax")
+        tensor([1, 0, 2])
+    """
+
+    def __init__(self, characters: tuple[str, ...]) -> None:
+        self._characters = characters
+        self._index = {character: k for k, character in enumerate(characters)}
+        if UNKNOWN not in self._index or any(len(character) != 1 for character in characters):
+            raise InputError("a vocabulary of characters holds single characters, U+FFFD among them.")
+
+    def encode(self, text: str) -> Tensor:
+        """Tokens, (n,)."""
+        unknown = self._index[UNKNOWN]
+        return torch.tensor([self._index.get(character, unknown) for character in text], dtype=torch.long)
+
+    def pieces(self, tokens: Tensor) -> list[str]:
+        """The characters."""
+        return [self._characters[int(token)] for token in tokens]
+
+    def save(self, folder: Path) -> None:
+        """Write ``vocabulary.json``."""
+        content = json.dumps({"schema": 1, "characters": list(self._characters)}, ensure_ascii=False)
+        (folder / _VOCABULARY).write_text(content + "\n", encoding="utf-8")
+
+
+class _PieceTokeniser:
+    """A tokeniser of ``transformers``."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor(self._tokenizer.encode(text), dtype=torch.long)
+
+    def pieces(self, tokens: Tensor) -> list[str]:
+        return [self._tokenizer.decode([int(token)]) for token in tokens]
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
+
+
+def build_causal_lm(
+    architecture: Architecture,
+    vocabulary: int,
+    layers: int = 2,
+    dim: int = 64,
+    heads: int = 4,
+    context: int = 64,
+    *,
+    dropout: float = 0.0,
+) -> Any:
+    """A model with random weights, drawn from torch's global random state.
+
+    Args:
+        architecture: one of five.
+        vocabulary: V.
+        layers: of the model.
+        dim: size of the hidden states; the inner layers of the perceptrons are four times as wide.
+        heads: attention heads, which divide dim.
+        context: longest sequence.
+        dropout: of attention, and for GPT-2 of everything.
+
+    Raises:
+        InputError: an architecture that is not among the five; ``transformers`` is missing.
+    """
+    if architecture not in get_args(Architecture):
+        raise InputError(f"architecture is {architecture!r}; use one of {', '.join(get_args(Architecture))}.")
+    transformers = _transformers()
+    sizes: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if architecture == "gpt2":
+        sizes |= {"n_embd": dim, "n_layer": layers, "n_head": heads, "n_positions": context}
+        sizes |= dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), dropout)
+        return transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes))
+    sizes |= {
+        "hidden_size": dim,
+        "intermediate_size": 4 * dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": dim // heads,
+        "max_position_embeddings": context,
+        "attention_dropout": dropout,
+    }
+    kind = {"llama": "Llama", "mistral": "Mistral", "gemma2": "Gemma2", "qwen3": "Qwen3"}[architecture]
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes))
+
+
+def load_causal_lm(folder: Path) -> tuple[Any, Tokeniser]:
+    """A model and its tokeniser from a local folder; nothing is downloaded and nothing in it is executed.
+
+    Args:
+        folder: as ``save_pretrained`` writes it, or ``probattn train``.
+
+    Raises:
+        InputError: no such folder, or one that lacks a configuration, weights (safetensors), or a tokeniser; or
+            ``transformers`` is missing.
+    """
+    transformers = _transformers()
+    if not folder.is_dir():
+        raise InputError(f"--model {folder}: no such folder; name that of a local checkpoint.")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--model {folder}: holds no config.json; name the folder of a local checkpoint.")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # the readers have no common class for what a damaged folder may cause
+        raise InputError(
+            f"--model {folder}: cannot be loaded ({_first_line(error)}); give a whole checkpoint."
+        ) from None
+    vocabulary = folder / _VOCABULARY
+    try:
+        if vocabulary.is_file():
+            characters = json.loads(vocabulary.read_text(encoding="utf-8"))["characters"]
+            return model, CharacterTokeniser(tuple(characters))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(
+            f"--model {folder}: has no tokeniser that can be read ({_first_line(error)}); save one beside the model."
+        ) from None
+    return model, _PieceTokeniser(tokenizer)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("needs transformers; install probattn[lm].") from None
+    return transformers
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
