@@ -17,6 +17,7 @@ from probattn.errors import InputError
 __all__ = ["describe", "select_device"]
 
 _PACKAGES = ("probattn", "torch", "pyro-ppl", "arviz-base", "numpy", "scipy", "matplotlib")
+_OPTIONAL = ("transformers", "accelerate", "numpyro")
 
 
 def select_device(name: str) -> torch.device:
@@ -46,8 +47,16 @@ def describe(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, o
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {name: metadata.version(name) for name in (*_PACKAGES, *filter(_installed, _OPTIONAL))},
     }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _processor() -> str:

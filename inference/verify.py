@@ -112,6 +112,7 @@ def verify(
         len(windows.inputs),
         options.fit.seed,
         corpus.vocabulary.index("\n") if "\n" in corpus.vocabulary else None,
+        corpus,
     )
     studies = options.out / "studies"
     if options.full:

@@ -16,6 +16,7 @@ __all__ = ["Architecture", "CharacterTokeniser", "Tokeniser", "build_causal_lm",
 
 Architecture = Literal["gpt2", "llama", "mistral", "gemma2", "qwen3"]
 _VOCABULARY = "vocabulary.json"
+_REACH = 16  # tokens whose decoding a token may depend on
 
 
 class Tokeniser(Protocol):
@@ -73,7 +74,14 @@ class _PieceTokeniser:
         return torch.tensor(self._tokenizer.encode(text), dtype=torch.long)
 
     def pieces(self, tokens: Tensor) -> list[str]:
-        return [self._tokenizer.decode([int(token)]) for token in tokens]
+        # What each token adds to the text before it: one by one, the spaces between words would be lost.
+        found = []
+        for end in range(1, len(tokens) + 1):
+            begin = max(0, end - _REACH)
+            before, text = (self._tokenizer.decode(tokens[begin:stop].tolist()) for stop in (end - 1, end))
+            alone = self._tokenizer.decode([int(tokens[end - 1])])
+            found.append(text[len(before) :] if text.startswith(before) else alone)
+        return found
 
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)
@@ -140,14 +148,26 @@ def load_causal_lm(folder: Path) -> tuple[Any, Tokeniser]:
         raise InputError(f"--model {folder}: no such folder; name that of a local checkpoint.")
     if not (folder / "config.json").is_file():
         raise InputError(f"--model {folder}: holds no config.json; name the folder of a local checkpoint.")
+    chatter = transformers.utils.logging
+    shown = chatter.is_progress_bar_enabled()
+    chatter.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # the readers have no common class for what a damaged folder may cause
         raise InputError(
             f"--model {folder}: cannot be loaded ({_first_line(error)}); give a whole checkpoint."
         ) from None
+    finally:
+        if shown:
+            chatter.enable_progress_bar()
+    lacking = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
+    if lacking:  # the library fills them with random numbers
+        raise InputError(
+            f"--model {folder}: lacks {len(lacking)} weights of its architecture, such as {lacking[0]}; give a whole "
+            "checkpoint."
+        )
     vocabulary = folder / _VOCABULARY
     try:
         if vocabulary.is_file():
@@ -158,6 +178,8 @@ def load_causal_lm(folder: Path) -> tuple[Any, Tokeniser]:
         raise InputError(
             f"--model {folder}: has no tokeniser that can be read ({_first_line(error)}); save one beside the model."
         ) from None
+    if len(tokenizer) < 2 or not tokenizer.encode("a text"):  # without files the library makes an empty one
+        raise InputError(f"--model {folder}: has no tokeniser; save one beside the model.")
     return model, _PieceTokeniser(tokenizer)
 
 

@@ -237,4 +237,7 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
         mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)[None, None]
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    # Eager code takes the softmax in float32, where the lowest number of float64 is infinite: a row that sees nothing
+    # would become NaN.
+    lowest = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)

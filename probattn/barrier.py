@@ -2,14 +2,10 @@ r"""The log-barrier b_i = -log|det J_i| and its variants, three margins, support
 
 The three margins answer different questions and none is a synonym of another:
 
-=============== ============================================
-================================================================== kind            definition
-meaning =============== ============================================
-================================================================== determinant     det J_i, sign kept
-the scalar margin 1 - a Var_i; zero on the boundary spectral        1 - largest real eigenvalue of M_i = I - J_i room on
-the path I - t M_i; negative: J_i has a negative eigenvalue singular_value  sigma_min(J_i)
-distance to a singular block; 1 / sigma_min is the noise gain ===============
-============================================ ==================================================================
+- ``determinant``: det J_i with its sign. The scalar margin 1 - a Var_i; zero on the boundary.
+- ``spectral``: 1 - the largest real eigenvalue of M_i = I - J_i. The room on the path I - t M_i; negative where J_i has
+  a negative eigenvalue.
+- ``singular_value``: sigma_min(J_i). The distance to a singular block; its reciprocal is the noise gain.
 """
 
 from __future__ import annotations

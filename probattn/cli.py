@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import probattn
 from probattn.barrier import BarrierKind
+from probattn.cli_support import support
 from probattn.cli_train import train
 from probattn.errors import InputError
 from probattn.regularizer import Prior
@@ -235,6 +236,7 @@ def fit(
 
 
 app.command()(train)
+app.command()(support)
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -142,8 +142,39 @@ class _PastCovariance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        gradients = _backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.softcap)
+        gradients = _Once.apply(gradient, *ctx.saved_tensors, ctx.scale, ctx.softcap)  # type: ignore[no-untyped-call]
         return (*gradients, None, None, None, None, None)
+
+
+class _Once(torch.autograd.Function):
+    """The gradients, which cannot be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        first: Tensor,
+        limit: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out: torch's compiler counts the arguments
+        gradients: tuple[Tensor, Tensor, Tensor] = _backward(
+            gradient, query, key, value, first, limit, mask, scale, softcap
+        )
+        return gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("past_covariance is differentiable once; its second derivative was asked for.")
 
 
 def _folded(size: int, axes: tuple[int | None, ...], parts: tuple[Any, ...]) -> list[Any]:

@@ -117,6 +117,9 @@ class BarrierHandle:
     def couple(self, loss: Tensor) -> Tensor:
         """Tie a loss that the model did not compute itself to the barrier.
 
+        The penalty's sum over tokens is divided by the number of labels that the model was given (or by its
+        ``num_items_in_batch``), and without labels by all tokens that are no padding.
+
         Args:
             loss: the mean cross-entropy per token, before any scaling or division.
 

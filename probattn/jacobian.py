@@ -118,8 +118,23 @@ def smallest_singular_value(matrix: Tensor) -> Tensor:
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     finite = _finite(matrix)
-    singular: Tensor = torch.linalg.svdvals(identity - matrix.where(finite[..., None, None], 0.0))
+    block = identity - matrix.where(finite[..., None, None], 0.0)
+    try:
+        singular: Tensor = torch.linalg.svdvals(block)
+    except torch.linalg.LinAlgError:  # as in _decompose
+        singular = torch.linalg.svdvals(block.double()).to(block.dtype)
     return singular[..., -1].where(finite, torch.nan)
+
+
+def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition; again in double precision where LAPACK's iteration stalls in single precision."""
+    try:
+        left, singular, right = torch.linalg.svd(matrix)
+    except torch.linalg.LinAlgError:
+        wide = torch.complex128 if matrix.is_complex() else torch.float64
+        left, singular, right = torch.linalg.svd(matrix.to(wide))
+        left, right, singular = left.to(matrix.dtype), right.to(matrix.dtype), singular.to(matrix.abs().dtype)
+    return left, singular, right
 
 
 def _finite(matrix: Tensor) -> Tensor:
@@ -167,7 +182,7 @@ class _LargestRealEigenvalue(torch.autograd.Function):
             shift = torch.complex(value, imaginary).where(finite & ~none, 0.0)[..., None, None]
             identity = torch.eye(matrix.shape[-1], dtype=shift.dtype, device=matrix.device)
             shifted = matrix.where(_finite(matrix)[..., None, None], 0.0) - shift * identity
-            left, singular, right = torch.linalg.svd(shifted)  # A = left diag(singular) right
+            left, singular, right = _decompose(shifted)  # A = left diag(singular) right
             null = singular <= rounding.unsqueeze(-1)
             null[..., -1] = True
             chosen = torch.diag_embed(null.to(shift.dtype))

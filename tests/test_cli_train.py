@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,10 +13,10 @@ import pytest
 pytest.importorskip("accelerate")
 
 TRAIN = ["-m", "probattn", "train"]
-SIZES = (
+SIZES = shlex.split(
     "--dim 16 --layers 1 --heads 2 --context 24 --batch 8 --dtype float64 --kind smooth --weight 0.5 --device cpu "
     "--evaluate-windows 16 --log-every 1 --evaluate-every 10 --warmup 2 --learning-rate 0.003"
-).split()
+)
 # One thread a process: several that wait for each other on two cores are ten times slower.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -90,8 +91,10 @@ def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, number):
     "launcher",
     [
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-        "--dynamo_backend no --main_process_port 0".split(),
+        shlex.split(
+            "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+            "--dynamo_backend no --main_process_port 0"
+        ),
     ],
     ids=["torchrun", "accelerate"],
 )
@@ -147,4 +150,5 @@ def test_a_yaml_file_that_cannot_be_used(tmp_path, content, message):
 def test_what_cannot_be_used_is_one_line_and_status_two(folder):
     result = run("--corpus", "absent.txt", cwd=folder)
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "absent.txt: no such file" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "absent.txt: no such file" in result.stderr

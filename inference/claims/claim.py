@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from probattn.attention import CausalAttention
+from probattn.models.corpus import Corpus
 from probattn.models.language import LanguageModel
 
 __all__ = ["Claim", "Settings", "Subject", "judge", "worst"]
@@ -85,6 +86,7 @@ class Subject:
         total: windows in the training data.
         line_feed: index of the line feed in the vocabulary, which ends a string; None where the text has none.
         seed: of everything random in a claim.
+        corpus: the text itself, for a claim that trains models of its own; None: such a claim is not run.
     """
 
     model: LanguageModel
@@ -94,6 +96,7 @@ class Subject:
     total: int
     seed: int = 0
     line_feed: int | None = None
+    corpus: Corpus | None = None
 
     @property
     def attention(self) -> CausalAttention:

@@ -18,23 +18,13 @@ from probattn.inference.claims.margin import margin_claim
 from probattn.inference.claims.normalisation import normalisation_claim
 from probattn.inference.claims.objective import objective_claim
 from probattn.inference.claims.recovery import recovery_claim
+from probattn.inference.claims.robustness import robustness_claim
 from probattn.inference.claims.stationarity import stationarity_claim
 from probattn.inference.claims.tightness import tightness_claim
 
 __all__ = ["CLAIMS", "require_claims", "run_claims"]
 
 Measure = Callable[[Subject, Settings], Claim]
-
-_ROBUSTNESS = Claim(
-    "robustness",
-    "A language model trained with the barrier is more robust to noise, at no loss of held-out accuracy.",
-    "empirical",
-    "not_run",
-    {},
-    condition="it needs many training runs, with and without the barrier, over several seeds; this version does not "
-    "make them",
-    formula="CE(y) + λ Σ_i b_i against CE(y): loss under noise of the embeddings, absolute and relative to their size",
-)
 
 CLAIMS: Mapping[str, Measure] = MappingProxyType(
     {
@@ -47,7 +37,7 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
         "stationarity": lambda _, settings: stationarity_claim(settings),
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),
-        "robustness": lambda *_: _ROBUSTNESS,
+        "robustness": robustness_claim,
         "decoding": lambda subject, settings: decoding_claim(
             subject, settings, prompt=min(PROMPT, subject.inputs.shape[-1] // 2)
         ),

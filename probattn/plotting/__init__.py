@@ -11,8 +11,10 @@ from probattn.plotting.inference import (
     plot_training,
 )
 from probattn.plotting.process import plot_boundary, plot_excess, plot_growth, plot_rotation
+from probattn.plotting.robustness import plot_arm_differences, plot_loss_curves, plot_norms_and_margins
 
 __all__ = [
+    "plot_arm_differences",
     "plot_barriers",
     "plot_boundary",
     "plot_bounds",
@@ -21,10 +23,12 @@ __all__ = [
     "plot_conditional",
     "plot_excess",
     "plot_growth",
+    "plot_loss_curves",
     "plot_margin_bands",
     "plot_margins",
     "plot_mass",
     "plot_masses",
+    "plot_norms_and_margins",
     "plot_posterior",
     "plot_rank_bands",
     "plot_recovery",

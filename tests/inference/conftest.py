@@ -26,4 +26,5 @@ def fitted(corpus):
 def subject(corpus, fitted):
     model, result = fitted
     heldout = corpus.windows(24, heldout=True)
-    return Subject(model, result.values, heldout.inputs[:64], heldout.targets[:64], len(corpus.windows(24).inputs))
+    total = len(corpus.windows(24).inputs)
+    return Subject(model, result.values, heldout.inputs[:64], heldout.targets[:64], total, corpus=corpus)

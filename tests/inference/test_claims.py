@@ -27,7 +27,7 @@ EXPECTED = {
     "stationarity": "supported_within",
     "recovery": "not_run",
     "calibration": "not_run",
-    "robustness": "not_run",
+    "robustness": None,
     "decoding": None,
     "tightness": "supported",
 }

@@ -77,9 +77,13 @@ def test_a_run_leaves_a_model_its_alphabet_and_its_figures(whole):
         assert line["objective"] == pytest.approx(line["cross_entropy"] + 0.5 * line["penalty"], abs=1e-12)
         assert line["penalty"] > 0
         layer, head, sequence, position = line["support"]
-        assert layer == 0 and head in (0, 1) and 0 <= sequence < 8 and 0 <= position < 24
+        assert layer == 0
+        assert head in (0, 1)
+        assert 0 <= sequence < 8
+        assert 0 <= position < 24
     assert trained[-1]["cross_entropy"] < trained[0]["cross_entropy"]
-    assert len(seen) >= 12 and seen[0].startswith("step 1: loss")
+    assert len(seen) >= 12
+    assert seen[0].startswith("step 1: loss")
     assert json.loads((out / "config.json").read_text())["identity"]["weight"] == 0.5
 
     model, tokeniser = load_causal_lm(out / "model")
@@ -115,7 +119,8 @@ def test_a_half_written_checkpoint_is_passed_over_and_said(whole, text, tmp_path
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     warned = []
     assert last_whole_checkpoint(out, warned.append) == out / "checkpoint-8"
-    assert len(warned) == 1 and "checkpoint-12 is not whole" in warned[0]
+    assert len(warned) == 1
+    assert "checkpoint-12 is not whole" in warned[0]
     if file == "model.safetensors":
         seen = []
         assert train(replace(options, resume=True), seen.append) == whole[1]
@@ -146,7 +151,8 @@ def test_every_architecture_trains_and_goes_on_from_its_folder(architecture, tex
     again = replace(first, model=tmp_path / "first" / "model", out=tmp_path / "second", placement="embeddings")
     after = train(again)
     assert after["cross_entropy"] < before["cross_entropy"] + 0.1
-    assert before["penalty"] > 0 and after["penalty"] > 0
+    assert before["penalty"] > 0
+    assert after["penalty"] > 0
 
 
 def test_without_a_weight_there_is_no_barrier(text, tmp_path):

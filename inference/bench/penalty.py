@@ -1,0 +1,155 @@
+"""The exact penalty, forward and backward, against its own matrix products and against what one would use otherwise."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from probattn.attention import CausalAttention
+from probattn.inference.bench.harness import Row, race
+from probattn.regularizer import attention_penalty
+
+__all__ = ["SHAPES", "against_autograd", "against_others", "dense_penalty", "memory", "peak"]
+
+# batch x heads, T, d; and how often faster than the dense formula it should be.
+SHAPES = ((32, 256, 8, 5.0), (32, 256, 16, 4.0), (8, 512, 32, 3.0))
+_FLOOR = 2.5  # times the three matrix products
+_AUTOGRAD = 200.0
+_LENGTHS = (1024, 2048, 4096, 8192)
+_LINEAR = 2.4  # what doubling T may do to the memory: 2, and room for what does not grow evenly
+
+
+def dense_penalty(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """-log|det(I - c Cov)| by the formula as it stands: weights (T x T), one einsum, one LAPACK call a position."""
+    length, dim = query.shape[-2:]
+    past = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    alpha = torch.softmax((dim**-0.5 * query @ key.mT).masked_fill(~past, -torch.inf), dim=-1)
+    second = torch.einsum("nts,nsv,nsk->ntvk", alpha, value, key)
+    cov = second - (alpha @ value).unsqueeze(-1) * (alpha @ key).unsqueeze(-2)
+    return -torch.linalg.slogdet(torch.eye(dim, device=query.device) - dim**-0.5 * cov)[1]
+
+
+def against_others(device: torch.device, rounds: int) -> list[Row]:
+    """The penalty against its three matrix products and against the dense formula, at three sizes."""
+    rows = []
+    for batch, length, dim, faster in SHAPES:
+        torch.manual_seed(0)
+        parts = [torch.randn(batch, length, dim, device=device, requires_grad=True) for _ in range(3)]
+        stacked = [part.detach().unsqueeze(1).requires_grad_() for part in parts]  # (batch, 1, T, d)
+
+        def exact(own: list[Tensor] = stacked) -> None:
+            _backward(attention_penalty(*own, kind="logdet").values.sum(), own)
+
+        def dense(own: list[Tensor] = parts) -> None:
+            _backward(dense_penalty(*own).sum(), own)
+
+        seconds = race(
+            {"exact": exact, "dense": dense, "products": _products(batch, length, dim, device)}, rounds=rounds
+        )
+        size = f"{batch} x {length} x {dim}"
+        ours = seconds["exact"].least
+        rows.append(
+            Row(
+                f"exact penalty, forward and backward, {size}",
+                "its three matrix products, dense",
+                ours / seconds["products"].least,
+                faster=False,
+                goal=_FLOOR,
+                seconds={name: seconds[name] for name in ("exact", "products")},
+            )
+        )
+        rows.append(
+            Row(
+                f"exact penalty, forward and backward, {size}",
+                "einsum and slogdet",
+                seconds["dense"].least / ours,
+                faster=True,
+                goal=faster,
+                seconds={name: seconds[name] for name in ("exact", "dense")},
+            )
+        )
+    return rows
+
+
+def against_autograd(device: torch.device, rounds: int) -> list[Row]:
+    """One sequence, T = 128, p = 8: the penalty against the whole Jacobian by ``torch.func``, forward and backward."""
+    torch.manual_seed(0)
+    dim, length = 8, 128
+    matrix = (0.2 * torch.randn(1, dim, dim, device=device)).requires_grad_()
+    u = torch.randn(length, dim, device=device)
+    identity = torch.eye(dim, device=device).unsqueeze(0)
+
+    def exact() -> None:
+        query = (u @ matrix.mT).unsqueeze(0)  # (1, 1, T, p)
+        own = u[None, None]
+        penalty = attention_penalty(
+            query, own, own, kind="logdet", causal="strict", scale=1.0, output=identity[0], query_map=matrix[0]
+        )
+        _backward(penalty.values.sum(), [matrix])
+
+    def whole() -> None:
+        attention = CausalAttention(matrix, identity, scale=1.0, validate_args=False)
+        jacobian = torch.func.jacrev(attention.residual)(u)  # (T, p, T, p)
+        blocks = jacobian.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (T, p, p)
+        _backward(-torch.linalg.slogdet(blocks)[1].sum(), [matrix])
+
+    seconds = race({"exact": exact, "autograd": whole}, rounds=rounds)
+    ratio = seconds["autograd"].least / seconds["exact"].least
+    name = f"exact penalty, forward and backward, T = {length}, p = {dim}"
+    return [Row(name, "dense Jacobian by torch.func", ratio, faster=True, goal=_AUTOGRAD, seconds=seconds)]
+
+
+def memory(lengths: tuple[int, ...] = _LENGTHS) -> list[Row]:
+    """Peak memory of the penalty, forward and backward, one head, d = 16, as T doubles: linear growth doubles it."""
+    base = _measured_peak(lengths[0] // 8)
+    peaks = {length: max(1, _measured_peak(length) - base) for length in lengths}
+    growth = max(peaks[long] / peaks[short] for short, long in pairwise(lengths))
+    notes = {f"MiB at T = {length}": round(size / 2**20, 1) for length, size in peaks.items()}
+    return [
+        Row(
+            f"peak memory of the exact penalty, T = {lengths[-1]}, d = 16",
+            f"the same at T = {lengths[-2]}",
+            growth,
+            faster=False,
+            goal=_LINEAR,
+            notes={**notes, "below 2 GiB": peaks[lengths[-1]] < 2**31},
+        )
+    ]
+
+
+def peak(length: int) -> int:
+    """Peak memory of this process in bytes after one penalty of that length."""
+    torch.manual_seed(0)
+    parts = [torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3)]
+    _backward(attention_penalty(*parts, kind="logdet").values.sum(), parts)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _measured_peak(length: int) -> int:
+    # In a process of its own: the peak of a process never falls again.
+    code = f"from probattn.inference.bench.penalty import peak; print(peak({length}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def _products(batch: int, length: int, dim: int, device: torch.device) -> Callable[[], None]:
+    """Weights with the rows v (x) k, and the two products of the backward pass."""
+    alpha = torch.rand(batch, length, length, device=device)
+    rows = torch.randn(batch, length, dim * dim, device=device)
+
+    def products() -> None:
+        cov = alpha @ rows
+        cov @ rows.mT
+        alpha.mT @ cov
+
+    return products
+
+
+def _backward(value: Tensor, parts: list[Tensor]) -> None:
+    torch.autograd.grad(value, parts)

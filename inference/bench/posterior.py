@@ -1,0 +1,147 @@
+"""NUTS on a 2 x 2 bilinear matrix and a noise scale, 8 sequences of 32 tokens: effective draws a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from probattn.attention import CausalAttention
+from probattn.inference.bench.harness import Row, Timing
+from probattn.inference.mcmc import McmcConfig, fit_nuts
+from probattn.inference.nuts import NutsConfig
+from probattn.inference.target import Target
+from probattn.models.embedding import EmbeddingModel
+from probattn.models.simulate import simulate
+
+__all__ = ["nuts"]
+
+Array = NDArray[np.float64]
+_A = ((0.08, 0.03), (-0.03, 0.05))
+_LENGTH, _SEQUENCES = 32, 8
+
+
+class _Sampled(NamedTuple):
+    draws: Mapping[str, Array]  # (chains, draws, ...)
+    seconds: float
+
+
+def nuts(rounds: int, *, warmup: int = 300, draws: int = 300, chains: int = 32) -> list[Row]:
+    """Our vectorised chains against Pyro's own NUTS on the model, and against NumPyro's vectorised chains.
+
+    The figure is the smallest bulk effective sample size of the parameters a second, warm-up included.
+    """
+    model, u = _problem()
+    target = Target(model, u)
+    config = NutsConfig(warmup=warmup, draws=draws)
+    competitors: dict[str, Callable[[], _Sampled]] = {
+        "vectorised": lambda: _ours(target, McmcConfig(chains, "vectorised", config)),
+        "stock Pyro": lambda: _ours(target, McmcConfig(1, "sequential", config)),
+    }
+    missing = ""
+    try:
+        competitors["NumPyro"] = _numpyro(u.numpy(), warmup, draws, chains)
+    except ImportError:
+        missing = "NumPyro is not installed; install probattn[bench]."
+    rates: dict[str, list[float]] = {name: [] for name in competitors}
+    taken: dict[str, list[float]] = {name: [] for name in competitors}
+    means: dict[str, list[float]] = {}
+    for _ in range(max(1, min(rounds, 3))):
+        for name, run in competitors.items():
+            sampled = run()
+            rates[name].append(_smallest_ess(sampled.draws) / sampled.seconds)
+            taken[name].append(sampled.seconds)
+            means[name] = [round(float(m), 4) for m in sampled.draws["bilinear"].reshape(-1, 4).mean(0)]
+    best = {name: max(found) for name, found in rates.items()}
+    seconds = {name: Timing(min(found), float(np.median(found)), len(found)) for name, found in taken.items()}
+    work = f"NUTS, smallest bulk ESS a second, {chains} vectorised chains, 2 x 2 matrix and noise scale, 8 x 32 tokens"
+    rows = []
+    for other, goal in (("stock Pyro", 4.0), ("NumPyro", 1.0)):
+        known = other in best
+        named = ("vectorised", other)
+        rows.append(
+            Row(
+                work,
+                "Pyro's NUTS on the model, one chain"
+                if other == "stock Pyro"
+                else "NumPyro's vectorised NUTS, compiled",
+                best["vectorised"] / best[other] if known else None,
+                faster=True,
+                goal=goal,
+                seconds={name: seconds[name] for name in named if name in seconds},
+                notes={
+                    **{f"ESS a second, {name}": round(best[name], 1) for name in named if name in best},
+                    **{f"posterior mean of A, {name}": means[name] for name in named if name in means},
+                    **({} if known else {"not measured": missing}),
+                },
+            )
+        )
+    return rows
+
+
+def _problem() -> tuple[EmbeddingModel, Tensor]:
+    attention = CausalAttention.from_bilinear(torch.tensor(_A, dtype=torch.float64))
+    u = simulate(attention, 1.0, _LENGTH, _SEQUENCES, seed=0, selection="uniform").u
+    return EmbeddingModel(_LENGTH, 2, parameters="bilinear"), u
+
+
+def _ours(target: Target, config: McmcConfig) -> _Sampled:
+    start = time.perf_counter()
+    found = fit_nuts(target, config)
+    seconds = time.perf_counter() - start
+    flat = found.z.flatten(0, 1)
+    values = target.constrain(flat)
+    shape = found.z.shape[:2]
+    return _Sampled({name: value.unflatten(0, shape).numpy() for name, value in values.items()}, seconds)
+
+
+def _smallest_ess(draws: Mapping[str, Array]) -> float:
+    from arviz_stats.base import array_stats
+
+    found = []
+    for values in draws.values():
+        flat = values.reshape(*values.shape[:2], -1)
+        found += [float(array_stats.ess(flat[..., k], method="bulk")) for k in range(flat.shape[-1])]
+    return min(found)
+
+
+def _numpyro(u: Array, warmup: int, draws: int, chains: int) -> Callable[[], _Sampled]:
+    """The same model in NumPyro; the first call, which compiles, is made here and not timed."""
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.infer import MCMC, NUTS
+
+    numpyro.enable_x64()
+    data = jnp.asarray(u)
+    length, dim = u.shape[-2:]
+    past = jnp.tril(jnp.ones((length, length), dtype=bool), -1)
+
+    def model() -> None:
+        matrix = numpyro.sample("bilinear", dist.Normal(0.0, dim**-0.5).expand([1, dim, dim]).to_event(3))[0]
+        scale = numpyro.sample("noise_scale", dist.LogNormal(0.0, 0.5).expand([dim]).to_event(1))
+        logits = jnp.einsum("nip,qp,nsq->nis", data, matrix, data)
+        weights = jnp.where(past, jax.nn.softmax(jnp.where(past, logits, -1e300), axis=-1), 0.0)
+        mean = weights @ data
+        second = jnp.einsum("nis,nsp,nsq->nipq", weights, data, data)
+        cov = second - mean[..., :, None] * mean[..., None, :]
+        logdet = jnp.linalg.slogdet(jnp.eye(dim) - cov @ matrix)[1]
+        noise = dist.Normal(0.0, scale).log_prob(data - mean).sum()
+        numpyro.factor("u", noise + logdet.sum())
+
+    def run(seed: int = 0) -> _Sampled:
+        start = time.perf_counter()
+        sampler.run(jax.random.PRNGKey(seed))
+        found = {name: np.asarray(value) for name, value in sampler.get_samples(group_by_chain=True).items()}
+        return _Sampled(found, time.perf_counter() - start)
+
+    options: dict[str, Any] = {"num_chains": chains, "chain_method": "vectorized", "progress_bar": False}
+    sampler = MCMC(NUTS(model), num_warmup=warmup, num_samples=draws, **options)
+    run(1)
+    return run

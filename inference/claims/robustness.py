@@ -1,0 +1,237 @@
+"""Claim: a language model trained with the log-barrier is more robust to noise, at no loss of held-out accuracy.
+
+Scale is the trap: a penalty that makes the embeddings larger makes noise of a fixed size smaller beside them. So the
+decisive noise is in proportion to the embeddings, and what is found under noise of a fixed size alone is said to be so.
+The rules are those of :func:`~probattn.inference.robustness_summary.judge_study`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+
+from probattn.inference.claims.claim import Claim, Settings, Subject
+from probattn.inference.environment import describe, select_device
+from probattn.inference.files import write_json
+from probattn.inference.robust_training import ARMS, VARIANTS, Arm, Study
+from probattn.inference.robustness import CLEAN, FAMILIES, Record, label, run_study
+from probattn.inference.robustness_summary import (
+    LITERAL,
+    PLAIN,
+    STATEMENTS,
+    Summary,
+    Verdict,
+    judge_study,
+    paired_difference,
+    summarise,
+)
+from probattn.inference.robustness_table import draw_study, write_results
+from probattn.models.corpus import Corpus
+
+__all__ = ["STUDY", "quick_study", "robustness_claim"]
+
+STUDY = Study()
+_RESULTS = "robustness.json"
+_QUICK_ARMS = tuple(arm for arm in ARMS if arm.name in (PLAIN, LITERAL))
+_CONTEXT = 32  # of the quick form: with half the usual context twice the steps take the same time, and learn more
+_PERMUTED = 20  # times that the labels of the two arms are permuted; of their 95 % intervals a few may miss zero
+_HOLDING = 0.75  # the smallest share that may hold zero: below it lies 0.03 % of Binomial(20, 0.95)
+_CLAIM = "is more robust to noise on its embeddings, at no loss of held-out accuracy."
+
+
+def robustness_claim(
+    subject: Subject,
+    settings: Settings,
+    *,
+    study: Study = STUDY,
+    arms: Sequence[Arm] = (*ARMS, *VARIANTS),
+    quick: Study | None = None,
+) -> Claim:
+    """Train with and without the barrier, and compare.
+
+    Args:
+        subject: the text; the sizes of its model are those of the quick form.
+        settings: ``full`` with ``named`` runs the whole study, and writes its table and figures into ``folder``.
+            ``full`` alone takes the results that ship with the package where they are of the same study and text.
+            Otherwise the quick form: two arms, three seeds, a short training.
+        study: the whole study.
+        arms: of the whole study.
+        quick: the quick study; None: :func:`quick_study`.
+    """
+    corpus = subject.corpus
+    if corpus is None:
+        return _claim("not_run", {}, condition="it trains models of its own, and the text was not given")
+    if settings.full and settings.named:
+        return _whole(corpus, settings, study, arms)
+    if settings.full:
+        summary = _committed(corpus, study, arms)
+        if summary is not None:
+            return _of_many(summary, judge_study(summary))
+    return _quick(subject, corpus, settings, quick or quick_study(subject))
+
+
+def quick_study(subject: Subject) -> Study:
+    """A minute's study, of models as large as the subject's where that is small, and shorter where it is smaller."""
+    config = subject.model.config
+    small = config.dim <= STUDY.dim
+    context, dim = min(config.context, _CONTEXT), config.dim if small else STUDY.dim
+    return Study(
+        seeds=tuple(subject.seed + k for k in range(3)),
+        steps=25 * min(context, dim),
+        warmup=20,
+        batch=16,
+        learning_rate=1e-2,
+        context=context,
+        dim=dim,
+        heads=config.decoder_heads if small else STUDY.heads,
+        layers=min(config.layers, STUDY.layers),
+        rank=min(config.stage_rank, STUDY.rank),
+        windows=256,
+    )
+
+
+def _whole(corpus: Corpus, settings: Settings, study: Study, arms: Sequence[Arm]) -> Claim:
+    device = select_device("auto")
+    folder = None if settings.folder is None else settings.folder / "robustness"
+    records = run_study(arms, study, corpus, folder=folder, jobs=settings.jobs, device=device, report=settings.report)
+    summary = summarise(records, arms)
+    verdict = judge_study(summary)
+    if settings.folder is not None:
+        more: Mapping[str, Any] = {"records": records, "arms": arms, "study": study, "corpus": corpus.name}
+        write_results(settings.folder, summary, verdict, device=device, **more)
+        origin = "{date}, {command}, {processor}, {device}".format(**describe(device, torch.float32, study.seeds[0]))
+        content = {"schema": 1, "origin": origin, **_identity(corpus, study, arms), "summary": summary.as_dict()}
+        write_json(settings.folder / _RESULTS, content)
+    return _of_many(summary, verdict)
+
+
+def _quick(subject: Subject, corpus: Corpus, settings: Settings, study: Study) -> Claim:
+    if len(corpus.heldout) <= 2 * study.context:
+        return _claim("not_run", {}, condition="the held-out text does not fill two windows")
+    records = run_study(_QUICK_ARMS, study, corpus, jobs=settings.jobs, report=settings.report)
+    summary = summarise(records, _QUICK_ARMS)
+    verdict = judge_study(summary)
+    measured = _measured(summary)
+    subject_words = "A small language model trained for a short time with the literal log-barrier at λ = 0.05 "
+    statement = f"{subject_words}{_CLAIM} (Quick form: one arm, {len(study.seeds)} seeds.)"
+    literal = summary.arms[LITERAL]
+    if not literal.differences or verdict.overall == "not_run":
+        reason = verdict.condition or f"training with the barrier diverged with seeds {list(literal.diverged)}"
+        return _claim("not_run", measured, condition=reason, statement=statement)
+    held = _permuted(records, subject.seed)
+    measured["control_permuted_holds_zero"] = held
+    low, high = literal.differences["relative noise"].interval()
+    control = (
+        f"Labels of the two arms permuted at every seed and window, {_PERMUTED} times: {held:.0%} of the intervals "
+        f"hold 0. An effect on relative noise of {(high - low) / 2:.4f} bits per character could be seen."
+    )
+    if held < _HOLDING:
+        reason = "the control failed: differences are found where there are none"
+        return _claim("not_run", measured, condition=reason, statement=statement, control=control)
+    return _claim(
+        verdict.overall,
+        measured,
+        condition=verdict.condition,
+        statement=statement,
+        control=control,
+        figures=draw_study(summary),
+    )
+
+
+def _of_many(summary: Summary, verdict: Verdict) -> Claim:
+    statement = (
+        f"Of {len(summary.barriers)} ways to train a character GPT with the log-barrier, at least one gives a model "
+        f"that {_CLAIM}"
+    )
+    return _claim(
+        verdict.overall,
+        _measured(summary),
+        condition=verdict.condition,
+        statement=statement,
+        control=" ".join(
+            verdict.words[name] for name in ("positive control", "negative control") if name in verdict.words
+        ),
+        figures=draw_study(summary),
+    )
+
+
+def _claim(verdict: Any, measured: Mapping[str, float], *, statement: str = "", **more: Any) -> Claim:
+    return Claim(
+        "robustness",
+        statement or f"A language model trained with the log-barrier {_CLAIM}",
+        "empirical",
+        verdict,
+        measured,
+        formula="CE(y) + λ Σ_i b_i against CE(y):  Δ loss(u + δ) < 0,  δ = level · rms(u) · z,  Δ loss(u) < 1 %",
+        **more,
+    )
+
+
+def _measured(summary: Summary) -> dict[str, float]:
+    """The decisive numbers: differences of the barrier arms and of the controls, and how many arms show what."""
+    plain = summary.arms[PLAIN]
+    measured = {"seeds": float(len(summary.seeds)), "barrier_arms": float(len(summary.barriers))}
+    measured["diverged_runs"] = float(sum(len(arm.diverged) for arm in summary.arms.values()))
+    if not plain.losses:
+        return measured
+    measured["plain_clean"] = plain.losses[CLEAN]
+    for statement in STATEMENTS:
+        shown = [arm.holds(statement, plain.losses, len(summary.barriers)) for arm in summary.barriers]
+        measured[f"arms_with_{_slug(statement)}"] = float(sum(shown))
+    for arm in summary.arms.values():
+        for name in (CLEAN, "absolute noise", "relative noise"):
+            if name in arm.differences:
+                found, own = arm.differences[name], f"{_slug(arm.arm)}_{_slug(name)}"
+                measured[own] = found.mean
+                measured[f"{own}_low"], measured[f"{own}_high"] = found.interval()
+        if arm.facts:
+            measured[f"{_slug(arm.arm)}_rms"] = arm.facts["rms"]
+    return measured
+
+
+def _permuted(records: Sequence[Record], seed: int) -> float:
+    """Share of permutations of the two arms' labels whose interval, for relative noise, holds zero."""
+    names = [label("relative noise", level) for level in FAMILIES["relative noise"]]
+    by_run = {(record.arm, record.seed): record for record in records if record.diverged is None}
+    pairs = [
+        (by_run[LITERAL, own], by_run[PLAIN, own]) for _, own in by_run if {(LITERAL, own), (PLAIN, own)} <= set(by_run)
+    ]
+    values = np.array([np.mean([a.losses[n] - b.losses[n] for n in names], axis=0) for a, b in pairs])
+    generator = np.random.default_rng(seed)
+    held = 0
+    for _ in range(_PERMUTED):
+        low, high = paired_difference(
+            values * generator.choice([-1.0, 1.0], size=values.shape), resamples=500
+        ).interval()
+        held += low <= 0 <= high
+    return held / _PERMUTED
+
+
+def _identity(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> dict[str, Any]:
+    """What shipped results must be of, as it reads after a passage through JSON."""
+    content = {
+        "study": {**study.as_dict(), "seeds": study.seeds},
+        "arms": [arm.as_dict() for arm in arms],
+        "corpus": corpus.digest,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def _committed(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> Summary | None:
+    """The summary that ships with the package, where it is of the same study and text."""
+    file = resources.files("probattn.inference") / "studies" / _RESULTS
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    wanted = _identity(corpus, study, arms)
+    return Summary.from_dict(content["summary"]) if all(content.get(n) == v for n, v in wanted.items()) else None
+
+
+def _slug(name: str) -> str:
+    return "_".join(name.replace("'", "").replace("+", "and").split())

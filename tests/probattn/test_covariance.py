@@ -1,0 +1,322 @@
+"""The covariances of the past: dense sums and autograd as references; blocks, transforms, memory."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from probattn import covariance as module
+from probattn.covariance import past_covariance
+
+BATCH, GROUPS, LENGTH, SHARED, RANK, DIM = 2, 2, 7, 3, 2, 3  # B, K, P = S, g, r, dv
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(batch=BATCH, groups=GROUPS, length=LENGTH, shared=SHARED, rank=RANK, dim=DIM, dtype=torch.float64):
+    """q, k, v; logits of a few units, so that the weights are far from uniform."""
+    return (
+        normal(batch, groups, length, shared, rank, seed=1, dtype=dtype),
+        1.5 * normal(batch, groups, length, rank, seed=2, dtype=dtype),
+        normal(batch, groups, length, dim, seed=3, dtype=dtype),
+    )
+
+
+def span(length=LENGTH, *, strict=True, window=None):
+    """first, limit."""
+    place = torch.arange(length)
+    return torch.zeros_like(place) if window is None else (place - window + 1).clamp(min=0), place + (not strict)
+
+
+def mask_like(form, batch=BATCH, heads=GROUPS * SHARED, length=LENGTH):
+    """One mask of each form. Some rows are hidden altogether."""
+    if form is None:
+        return None
+    shape = {"boolean": (batch, 1), "additive": (1, 1), "per head": (batch, heads), "additive per head": (1, heads)}
+    seen = normal(*shape[form], length, length, seed=4) > -0.4
+    seen[..., 3, :] = False
+    if not form.startswith("additive"):
+        return seen
+    return normal(*seen.shape, seed=5).masked_fill(~seen, -torch.inf)
+
+
+FORMS = [None, "boolean", "additive", "per head", "additive per head"]
+
+
+def dense(query, key, value, first, limit, *, mask=None, scale=1.0, softcap=None):
+    r"""(1/c) d/dq_i of sum_s alpha_is v_s by the chain rule through an S x S Jacobian of the softmax."""
+    logits = scale * torch.einsum("bkpgr,bksr->bkpgs", query, key)
+    slope = torch.ones_like(logits)
+    if softcap:
+        slope = 1 - torch.tanh(logits / softcap) ** 2
+        logits = softcap * torch.tanh(logits / softcap)
+    token = torch.arange(key.shape[2])
+    seen = ((token >= first[:, None]) & (token < limit[:, None]))[:, None].expand(logits.shape)
+    if mask is not None:
+        mask = mask.expand(len(query), query.shape[1] * query.shape[3], *mask.shape[2:])
+        mask = mask.unflatten(1, (query.shape[1], query.shape[3])).movedim(2, 3)  # (B, K, P, g, S)
+        seen = seen & (mask if mask.dtype == torch.bool else ~mask.isinf())
+        logits = logits if mask.dtype == torch.bool else logits + mask
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).where(seen, 0.0)
+    change = torch.diag_embed(weights) - weights.unsqueeze(-1) * weights.unsqueeze(-2)  # d alpha_s / d l_t
+    return torch.einsum("bksd,bkpgst,bkpgt,bktr->bkpgdr", value, change, slope, key)
+
+
+class TestValues:
+    @pytest.mark.parametrize("softcap", [None, 1.5])
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("window", [None, 3])
+    def test_equal_the_dense_sum(self, form, window, softcap):
+        parts, where, mask = inputs(), span(window=window), mask_like(form)
+        found = past_covariance(*parts, *where, mask=mask, scale=0.7, softcap=softcap)
+        expected = dense(*parts, *where, mask=mask, scale=0.7, softcap=softcap)
+        assert expected.abs().max() > 0.3
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        # The reference can tell: another window, mask, scale or cap gives something else.
+        for change in ({"scale": 0.71}, {"softcap": 1.6}, {"mask": mask_like("boolean").flip(-1)}):
+            other = past_covariance(*parts, *where, **({"mask": mask, "scale": 0.7, "softcap": softcap} | change))
+            assert (other - expected).abs().max() > 1e-4
+
+    def test_single_precision(self):
+        parts, where = inputs(), span()
+        found = past_covariance(*(part.float() for part in parts), *where)
+        assert found.dtype == torch.float32
+        # Logits of up to ten and sums of products of up to ten, each to seven digits.
+        expected = dense(*(part.float().double() for part in parts), *where)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-6)
+
+    def test_is_the_derivative_of_attention_with_respect_to_the_query(self):
+        query, key, value = inputs(batch=1, groups=1, shared=1)
+
+        def attention(q):
+            return torch.softmax((0.7 * q @ key[0, 0].mT).masked_fill(~future, -torch.inf), -1) @ value[0, 0]
+
+        future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        jacobian = torch.autograd.functional.jacobian(attention, query[0, 0, :, 0])  # (T, dv, T, r)
+        found = past_covariance(query, key, value, *span(strict=False), scale=0.7)[0, 0, :, 0]
+        torch.testing.assert_close(0.7 * found, jacobian.diagonal(dim1=0, dim2=2).movedim(-1, 0), rtol=0, atol=1e-12)
+
+    def test_rows_that_see_nothing_or_one_token_are_zero(self):
+        parts, (first, limit) = inputs(), span()
+        found = past_covariance(*parts, first, limit, mask=mask_like("boolean"))
+        assert (found[:, :, [0, 3]] == 0).all()
+        assert past_covariance(*parts, first, limit)[:, :, 1].abs().max() < 1e-15
+        assert past_covariance(*parts, first, limit)[:, :, 2:].abs().amax((-1, -2)).min() > 1e-4
+
+    def test_heads_that_share_keys_equal_repeated_keys(self):
+        (query, key, value), where = inputs(), span()
+        apart = query.movedim(3, 2).flatten(1, 2).unsqueeze(3)  # (B, K g, P, 1, r)
+        repeated = (part.repeat_interleave(SHARED, dim=1) for part in (key, value))
+        found = past_covariance(apart, *repeated, *where, mask=mask_like("per head"))
+        together = past_covariance(query, key, value, *where, mask=mask_like("per head"))
+        torch.testing.assert_close(found.squeeze(3), together.movedim(3, 2).flatten(1, 2), rtol=0, atol=1e-14)
+
+    def test_cached_keys_and_some_positions(self):
+        (query, key, value), (first, limit) = inputs(), span(strict=False)
+        everything = past_covariance(query, key, value, first, limit)
+        chosen = torch.tensor([2, 5])
+        some = past_covariance(query[:, :, chosen], key, value, first[chosen], limit[chosen])
+        torch.testing.assert_close(some, everything[:, :, chosen], rtol=0, atol=1e-14)
+
+    @pytest.mark.parametrize("empty", ["batch", "positions", "tokens"])
+    def test_empty_axes(self, empty):
+        query, key, value = (part.requires_grad_() for part in inputs(batch=0 if empty == "batch" else 2))
+        first, limit = span()
+        if empty == "positions":
+            query, first, limit = query[:, :, :0], first[:0], limit[:0]
+        if empty == "tokens":
+            key, value, limit = key[:, :, :0], value[:, :, :0], torch.zeros_like(limit)
+        found = past_covariance(query, key, value, first, limit)
+        assert found.shape == (*query.shape[:4], DIM, RANK)
+        assert (found == 0).all()
+        found.sum().backward()
+
+    def test_inputs_that_are_not_contiguous(self):
+        parts, where = inputs(), span()
+        turned = [part.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for part in parts]
+        assert not any(part.is_contiguous() for part in turned)
+        straight = [part.clone().requires_grad_() for part in parts]
+        found, expected = past_covariance(*turned, *where), past_covariance(*straight, *where)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+        up = normal(*found.shape).movedim(-1, -2).contiguous().movedim(-1, -2)
+        for mine, other in zip(
+            torch.autograd.grad(found, turned, up), torch.autograd.grad(expected, straight, up), strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-13)
+
+    @pytest.mark.parametrize("part", ["key", "value"])
+    def test_tokens_that_share_a_large_offset_keep_their_digits(self, part):
+        offset, where = 1000.0, span()
+        query, key, value = inputs()
+        # What float32 can hold of the moved tokens, so that only the computation is at fault.
+        moved = {"key": key, "value": value}
+        moved[part] = (moved[part] + offset).float().double()
+        arguments = (query, moved["key"], moved["value"])
+        expected = dense(*arguments, *where)
+        found = past_covariance(*(tensor.float() for tensor in arguments), *where).double()
+        assert (found - expected).abs().max() < 1e-5
+        naive = dense(*(tensor.float() for tensor in arguments), *where).double()
+        assert (naive - expected).abs().max() > 1e-4
+
+
+class TestGradients:
+    @pytest.mark.parametrize("softcap", [None, 1.5])
+    @pytest.mark.parametrize("window", [None, 3])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_equal_finite_differences(self, form, window, softcap):
+        parts = [part.requires_grad_() for part in inputs(batch=2, groups=1, length=5, shared=2)]
+        mask = mask_like(form, heads=2, length=5)
+
+        def function(query, key, value):
+            return past_covariance(query, key, value, *span(5, window=window), mask=mask, scale=0.7, softcap=softcap)
+
+        assert torch.autograd.gradcheck(function, parts, fast_mode=True)
+
+    @pytest.mark.parametrize("softcap", [None, 1.5])
+    def test_equal_those_of_the_dense_sum(self, softcap):
+        parts, where = [part.requires_grad_() for part in inputs()], span()
+        up = normal(BATCH, GROUPS, LENGTH, SHARED, DIM, RANK, seed=6)
+        options = {"mask": mask_like("additive per head"), "scale": 0.7, "softcap": softcap}
+        found = torch.autograd.grad(past_covariance(*parts, *where, **options), parts, up)
+        expected = torch.autograd.grad(dense(*parts, *where, **options), parts, up)
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+        # Written without the term of the means, the gradient of the keys would be another.
+        mean_free = torch.autograd.grad(dense(*parts, *where, **options | {"scale": 0.71}), parts, up)
+        assert all((mine - other).abs().max() > 1e-4 for mine, other in zip(found, mean_free, strict=True))
+
+    @pytest.mark.parametrize("wanted", range(3))
+    def test_of_some_of_the_inputs(self, wanted):
+        parts, where = inputs(), span()
+        everything = [part.clone().requires_grad_() for part in parts]
+        expected = torch.autograd.grad(past_covariance(*everything, *where).square().sum(), everything)[wanted]
+        parts[wanted].requires_grad_()
+        past_covariance(*parts, *where).square().sum().backward()
+        assert torch.equal(parts[wanted].grad, expected)
+        assert all(part.grad is None for place, part in enumerate(parts) if place != wanted)
+
+    def test_a_second_derivative_raises(self):
+        parts = [part.requires_grad_() for part in inputs()]
+        slope = torch.autograd.grad(past_covariance(*parts, *span()).sum(), parts, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="past_covariance is differentiable once"):
+            slope.square().sum().backward()
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20, 128, 32), (40, 12, 3, 1), (1, 1, 1, 1), (200, 1000, 6, 4)])
+    def test_of_any_size_give_the_same(self, monkeypatch, sizes):
+        for name, size in zip(("_WEIGHTS", "_PRODUCTS", "_ROWS", "_TOKENS"), sizes, strict=True):
+            assert hasattr(module, name)
+            monkeypatch.setattr(module, name, size)
+        parts = [part.requires_grad_() for part in inputs(batch=3)]
+        options = {"mask": mask_like("per head", batch=3), "softcap": 2.0}
+        found = past_covariance(*parts, *span(window=4), **options)
+        expected = dense(*parts, *span(window=4), **options)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        up = normal(*found.shape, seed=7)
+        for mine, other in zip(
+            torch.autograd.grad(found, parts, up), torch.autograd.grad(expected, parts, up), strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+def largest_allocation(function, length, batch=1, rank=4):
+    """In numbers, of a forward and a backward pass, also inside of operators, where a dispatch mode sees nothing."""
+    parts = [part.requires_grad_() for part in inputs(batch, 1, length, 2, rank, rank, torch.float32)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(*parts, *span(length)).sum().backward()
+    return max(event.self_cpu_memory_usage for event in profile.events()) / 4
+
+
+class TestMemory:
+    def test_no_tensor_of_the_size_of_all_pairs(self):
+        length = 2048
+        size = largest_allocation(past_covariance, length)
+        assert size < length**2 / 4
+        # The watch sees what happens inside the operators: the weights of one block of rows.
+        assert size >= module._ROWS * (length - 1)
+
+    def test_a_large_batch_is_taken_in_parts(self):
+        size = largest_allocation(past_covariance, 256, batch=128, rank=2)
+        assert module._WEIGHTS / 2 < size <= module._WEIGHTS
+
+    def test_the_same_watch_catches_the_weights_of_a_plain_attention(self):
+        def plain(query, key, value, first, limit):
+            return torch.softmax(query[:, :, :, 0] @ key.mT, -1) @ value
+
+        assert largest_allocation(plain, 512) >= 512**2
+        assert largest_allocation(dense, 64) >= 64**3
+
+
+class TestTransforms:
+    @pytest.mark.parametrize("form", [None, "boolean", "additive"])
+    @pytest.mark.parametrize("mapped", [(0, 0, 0), (0, None, None), (None, 1, 2)])
+    def test_vmap_and_vmap_of_grad(self, mapped, form):
+        count, where, mask = 3, span(), mask_like(form)
+        parts = list(inputs())
+        for place, axis in enumerate(mapped):
+            if axis is not None:
+                parts[place] = torch.stack([parts[place] * (1 + 0.1 * n) for n in range(count)], dim=axis)
+
+        def function(query, key, value):
+            return past_covariance(query, key, value, *where, mask=mask, softcap=3.0)
+
+        def loss(query, key, value):
+            return function(query, key, value).square().sum()
+
+        for call in (function, torch.func.grad(loss, argnums=(0, 1, 2))):
+            found = torch.vmap(call, in_dims=mapped)(*parts)
+            rows = []
+            for n in range(count):
+                own = [part if axis is None else part.select(axis, n) for axis, part in zip(mapped, parts, strict=True)]
+                rows.append(tree_leaves(call(*own)))
+            for mine, others in zip(tree_leaves(found), zip(*rows, strict=True), strict=True):
+                torch.testing.assert_close(mine, torch.stack(others), rtol=0, atol=1e-12)
+
+    def test_vmap_over_the_places_is_refused(self):
+        parts, (first, limit) = inputs(), span()
+        with pytest.raises(NotImplementedError, match="first, limit and the scales"):
+            torch.vmap(lambda f: past_covariance(*parts, f, limit))(torch.stack([first, first]))
+
+    # 2026-11-25: torch's compiler makes an instance of an autograd.Function and warns of that itself.
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.parametrize("form", [None, "per head"])
+    def test_compiles_into_one_graph(self, form):
+        where, mask = span(), mask_like(form)
+
+        def function(query, key, value):
+            return past_covariance(query, key, value, *where, mask=mask, softcap=2.0).square().sum()
+
+        parts = [part.requires_grad_() for part in inputs()]
+        expected = torch.autograd.grad(function(*parts), parts)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for mine, other in zip(torch.autograd.grad(compiled(*parts), parts), expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+    def test_the_operators_keep_the_rules_of_operators(self):
+        parts, where = inputs(), span()
+        checks = ("test_schema", "test_faketensor")
+        up = normal(BATCH, GROUPS, LENGTH, SHARED, DIM, RANK)
+        turned = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
+        for given in (parts, turned):
+            arguments = (*given, *where, mask_like("boolean"), 0.7, 2.0)
+            torch.library.opcheck(torch.ops.probattn.past_covariance, arguments, test_utils=checks)
+            torch.library.opcheck(torch.ops.probattn.past_covariance_backward, (up, *arguments), test_utils=checks)
+
+    def test_autocast_leaves_the_precision_as_it_is(self):
+        parts, where = inputs(dtype=torch.float32), span()
+        expected = past_covariance(*parts, *where)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(past_covariance(*parts, *where), expected)
+
+
+def test_a_nan_stays_where_it_is_seen():
+    (query, key, value), where = inputs(), span()
+    query[0, 0, 4] = math.nan
+    found = past_covariance(query, key, value, *where)
+    assert found[0, 0, 4].isnan().all()
+    found[0, 0, 4] = 0
+    assert torch.isfinite(found).all()
