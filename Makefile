@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: verify test test-slow lint types imports clean
+.PHONY: verify test test-slow bench lint types imports clean
 
 verify: .venv/installed
 	$(BIN)/probattn verify
@@ -12,6 +12,14 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow
+
+# Beside what one would use otherwise; half an hour on two cores that do nothing else.
+bench: .venv/bench
+	$(BIN)/probattn bench
+
+.venv/bench: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	touch .venv/bench
 
 lint: .venv/installed
 	$(BIN)/ruff check .

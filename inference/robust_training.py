@@ -98,6 +98,8 @@ class Arm:
         """What decides the result, by name: everything but the reason."""
         fields = asdict(self)
         del fields["reason"]
+        if not self.frozen:
+            del fields["frozen"]  # younger than the first results, which stay those of the same arm
         return fields
 
 
@@ -144,12 +146,20 @@ ARMS: tuple[Arm, ...] = (
 VARIANTS: tuple[Arm, ...] = (
     _barrier(
         "embeddings",
+        "one_sided",
+        0.5,
+        "embeddings normalised one_sided 0.5",
+        normalise=True,
+        reason="blind to scale, so that only directions can lower the penalty; ten times the weight, as it has less to "
+        "push on",
+    ),
+    _barrier(
+        "embeddings",
         "singular_value",
         0.5,
         "embeddings normalised singular_value 0.5",
         normalise=True,
-        reason="blind to scale, so that only directions can lower the penalty, with the margin that bounds the gain "
-        "from noise to token; ten times the weight, as it has less to push on",
+        reason="the same with the margin that bounds the gain from noise to token",
     ),
     _barrier(
         "embeddings",

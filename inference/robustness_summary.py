@@ -297,9 +297,7 @@ def _scale(summary: Summary, losses: Mapping[str, float]) -> str:
     if literal is None or fixed is None or not fixed.differences or not literal.differences:
         return "That the gain is not a matter of scale was not tested here."
     if not literal.holds("absolute noise", losses):
-        return (
-            "That the gain is not a matter of scale: the literal barrier has no gain under absolute noise to explain."
-        )
+        return "That the gain is not a matter of scale: no gain of the literal barrier under absolute noise was found."
     left = fixed.differences["absolute noise"]
     verdict = "supported" if fixed.holds("absolute noise", losses) else "not supported"
     return (

@@ -91,7 +91,7 @@ def render_table(
     count = len(summary.barriers)
     lines = ["# Is training with the log-barrier more robust?", "", f"**Verdict: {_OVERALL[verdict.overall]}.**"]
     if verdict.condition:
-        lines += ["", escape(verdict.condition)]
+        lines += ["", escape(_capital(verdict.condition).rstrip(".") + ".")]
     lines += ["", *(f"- {escape(_capital(words))}" for words in verdict.words.values()), ""]
     lines += [
         "## How it was measured",
@@ -251,5 +251,5 @@ def _quantiles(arm: ArmSummary, name: str) -> list[float]:
 
 def _settings(arm: Arm) -> str:
     usual = Arm("usual").as_dict()
-    changed = {name: value for name, value in arm.as_dict().items() if name != "name" and value != usual[name]}
+    changed = {name: value for name, value in arm.as_dict().items() if name != "name" and value != usual.get(name)}
     return ", ".join(f"{name} {value}" for name, value in changed.items()) or "–"

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import probattn
 from probattn.barrier import BarrierKind
+from probattn.cli_bench import bench
 from probattn.cli_support import support
 from probattn.cli_train import train
 from probattn.errors import InputError
@@ -237,6 +238,7 @@ def fit(
 
 app.command()(train)
 app.command()(support)
+app.command()(bench)
 
 
 def _split(text: str) -> tuple[str, ...]:

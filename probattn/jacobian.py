@@ -121,7 +121,7 @@ def smallest_singular_value(matrix: Tensor) -> Tensor:
     block = identity - matrix.where(finite[..., None, None], 0.0)
     try:
         singular: Tensor = torch.linalg.svdvals(block)
-    except torch.linalg.LinAlgError:  # as in _decompose
+    except RuntimeError:  # torch's LinAlgError is one; as in _decompose
         singular = torch.linalg.svdvals(block.double()).to(block.dtype)
     return singular[..., -1].where(finite, torch.nan)
 
@@ -130,7 +130,7 @@ def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition; again in double precision where LAPACK's iteration stalls in single precision."""
     try:
         left, singular, right = torch.linalg.svd(matrix)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:
         wide = torch.complex128 if matrix.is_complex() else torch.float64
         left, singular, right = torch.linalg.svd(matrix.to(wide))
         left, right, singular = left.to(matrix.dtype), right.to(matrix.dtype), singular.to(matrix.abs().dtype)

@@ -32,7 +32,8 @@ def dense_penalty(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     alpha = torch.softmax((dim**-0.5 * query @ key.mT).masked_fill(~past, -torch.inf), dim=-1)
     second = torch.einsum("nts,nsv,nsk->ntvk", alpha, value, key)
     cov = second - (alpha @ value).unsqueeze(-1) * (alpha @ key).unsqueeze(-2)
-    return -torch.linalg.slogdet(torch.eye(dim, device=query.device) - dim**-0.5 * cov)[1]
+    penalty: Tensor = -torch.linalg.slogdet(torch.eye(dim, device=query.device) - dim**-0.5 * cov)[1]
+    return penalty
 
 
 def against_others(device: torch.device, rounds: int) -> list[Row]:

@@ -14,7 +14,7 @@ from probattn.regularizer import attention_penalty
 
 __all__ = ["character_step", "gpt2_step"]
 
-_GPT2 = {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+_GPT2: dict[str, Any] = {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
 
 
 def gpt2_step(device: torch.device, rounds: int, layers: int = 12) -> list[Row]:
@@ -24,8 +24,9 @@ def gpt2_step(device: torch.device, rounds: int, layers: int = 12) -> list[Row]:
     from probattn.huggingface import attach_barrier
 
     torch.manual_seed(0)
-    dropout = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
-    model: Any = GPT2LMHeadModel(GPT2Config(n_layer=layers, **_GPT2, **dropout)).to(device)
+    dropout: dict[str, Any] = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    model: Any = GPT2LMHeadModel(GPT2Config(n_layer=layers, **_GPT2, **dropout))
+    model.to(device)
     tokens = torch.randint(0, _GPT2["vocab_size"], (1, _GPT2["n_positions"]), device=device)
     step = _step(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
 

@@ -1,6 +1,7 @@
 """Figures, each a function of arrays that returns a matplotlib ``Figure``; nothing is shown or saved here."""
 
 from probattn.plotting.blocks import plot_barriers, plot_bounds, plot_conditional, plot_margins, plot_mass, plot_masses
+from probattn.plotting.cost import plot_cost
 from probattn.plotting.inference import (
     plot_chains,
     plot_comparison,
@@ -21,6 +22,7 @@ __all__ = [
     "plot_chains",
     "plot_comparison",
     "plot_conditional",
+    "plot_cost",
     "plot_excess",
     "plot_growth",
     "plot_loss_curves",

@@ -68,7 +68,8 @@ def plot_norms_and_margins(paths: Mapping[str, Array], margins: Mapping[str, Map
 
     Args:
         paths: root mean square of the embeddings at evenly spread steps, by arm.
-        margins: by margin and arm, rising quantiles of which the middle one is marked, (Q,) each.
+        margins: by margin and arm, rising quantiles of which the last but one is the median, (Q,) each, Q >= 4; a thin
+            line joins the outer ones, a thick one the third from the end with the last.
     """
     arms = list(paths)
     figure = Figure(figsize=(5 + 4 * len(margins), 0.27 * len(arms) + 2), layout="constrained")
@@ -84,9 +85,16 @@ def plot_norms_and_margins(paths: Mapping[str, Array], margins: Mapping[str, Map
     for k, (axis, (title, quantiles)) in enumerate(zip(others, margins.items(), strict=True)):
         values = np.array([quantiles[arm] for arm in arms])
         axis.hlines(rows, values[:, 0], values[:, -1], color=COLOURS[k], linewidth=1)
-        axis.hlines(rows, values[:, 1], values[:, -2], color=COLOURS[k], linewidth=3)
-        axis.scatter(values[:, values.shape[1] // 2], rows, color="black", s=10, zorder=3)
+        axis.hlines(rows, values[:, -3], values[:, -1], color=COLOURS[k], linewidth=3)
+        axis.scatter(values[:, -2], rows, color="black", s=10, zorder=3)
         axis.set_title(title, fontsize=9)
+        if np.abs(values).max() > 20:
+            # Determinants run away by powers of ten where nothing stops them, and may be negative.
+            axis.set_xscale("symlog", linthresh=2)
+            powers = 10.0 ** np.linspace(0, np.log10(np.abs(values).max()), 4).round()
+            ticks = np.unique([0, *powers, *(-powers if values.min() < -20 else ())])
+            axis.set_xticks(ticks, [f"{tick:.0e}" if abs(tick) > 100 else f"{tick:g}" for tick in ticks], fontsize=7)
+            axis.minorticks_off()
         axis.set_yticks(rows, arms if k == 0 else [""] * len(arms), fontsize=6)
         axis.grid(alpha=0.25)
     return figure

@@ -557,4 +557,4 @@ def test_the_declared_arms_fit_together():
     assert all(arm.reference in named for arm in every)
     assert {"plain", LITERAL, LITERAL_AT_PLAIN_SCALE, POSITIVE, NEGATIVE} <= set(named)
     assert all(arm.reason for arm in every)
-    assert sum(arm.barrier for arm in every) == 16
+    assert sum(arm.barrier for arm in every) == 17

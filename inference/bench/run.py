@@ -1,0 +1,161 @@
+"""All comparisons in one process, as a table, a JSON file and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from probattn.errors import InputError
+from probattn.inference.bench.growth import growth
+from probattn.inference.bench.harness import Row
+from probattn.inference.bench.penalty import against_autograd, against_others, memory
+from probattn.inference.bench.posterior import nuts
+from probattn.inference.bench.sampling import sequences
+from probattn.inference.bench.training import character_step, gpt2_step
+from probattn.inference.environment import describe
+from probattn.inference.files import prepare_folder, write_atomically, write_json, write_text
+from probattn.plotting import plot_cost
+
+__all__ = ["GATES", "PARTS", "as_table", "bench", "broken_gates"]
+
+Part = Callable[[torch.device, int], list[Row]]
+
+PARTS: Mapping[str, Part] = {
+    "penalty": against_others,
+    "autograd": against_autograd,
+    "memory": lambda device, rounds: memory(),
+    "sampling": sequences,
+    "nuts": lambda device, rounds: nuts(rounds),
+    "training": lambda device, rounds: [*character_step(device, rounds), *gpt2_step(device, rounds)],
+    "gpu": lambda device, rounds: _on_gpu(rounds),
+}
+# What a change may not undo: half of what is reached, so that a busy machine does not fail an honest change.
+GATES: Mapping[str, float] = {"its three matrix products, dense": 8.0, "einsum and slogdet": 1.2}
+
+
+def bench(
+    out: Path,
+    device: torch.device,
+    *,
+    parts: Sequence[str] = (),
+    rounds: int = 5,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Measure and write ``bench.json``, ``bench.md`` and ``cost.png``.
+
+    Args:
+        out: output folder.
+        device: where the penalty, sampling and training are measured.
+        parts: which of :data:`PARTS`; none: all.
+        rounds: of every race.
+        report: called with a line after each row.
+
+    Raises:
+        InputError: a part that does not exist, or no rounds.
+    """
+    for name in parts:
+        if name not in PARTS:
+            raise InputError(f"part {name!r} does not exist; choose among {', '.join(PARTS)}.")
+    if rounds < 1:
+        raise InputError(f"--rounds is {rounds}; it must be at least 1.")
+    prepare_folder(out)
+    rows: list[Row] = []
+    for name, part in PARTS.items():
+        if parts and name not in parts:
+            continue
+        try:
+            found = part(device, rounds)
+        except ImportError as error:
+            found = [Row(name, "", None, faster=False, notes={"not measured": f"{error}; install probattn[bench]."})]
+        for row in found:
+            rows.append(row)
+            report(_line(row))
+    environment = describe(device, torch.float32, 0)
+    curves: dict[str, Any] = {}
+    if not parts or "penalty" in parts:
+        curves = growth(device)
+        figure = plot_cost(curves)
+        write_atomically(out / "cost.png", partial(figure.savefig, format="png", dpi=130))
+    content = {"schema": 1, "environment": environment, "rows": [row.as_dict() for row in rows], "growth": curves}
+    write_json(out / "bench.json", content)
+    write_text(out / "bench.md", as_table(rows, environment))
+    return rows
+
+
+def as_table(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
+    """The rows as Markdown, with what they were measured on."""
+    where = (
+        f"`{environment['command']}`, {environment['date']}; {environment['processor']}, {environment['device']}, "
+        f"{environment['threads']} threads of {environment['cores']} cores; torch {environment['versions']['torch']}; "
+        "float32 unless stated. Ratios of minima over rounds in which the competitors take turns."
+    )
+    lines = ["# Costs as ratios", "", where, "", "| work | against | ratio | goal | met |", "|---|---|---|---|---|"]
+    for row in rows:
+        content = row.as_dict()
+        ratio = row.notes.get("not measured", "not measured") if row.ratio is None else _ratio(row)
+        met = {True: "yes", False: "**no**", None: ""}[row.met]
+        lines.append(f"| {row.work} | {row.against} | {ratio} | {content['goal'] or ''} | {met} |")
+    seconds = [
+        f"- {row.work}: "
+        + ", ".join(f"{name} {timing.least:.4g} s (median {timing.median:.4g})" for name, timing in row.seconds.items())
+        for row in rows
+        if row.seconds
+    ]
+    notes = [
+        f"- {row.work} against {row.against}: " + "; ".join(f"{name} {value}" for name, value in row.notes.items())
+        for row in rows
+        if row.notes and row.ratio is not None
+    ]
+    return "\n".join([*lines, "", "Seconds:", "", *seconds, "", "Notes:", "", *notes]) + "\n"
+
+
+def broken_gates(rows: Sequence[Row]) -> list[str]:
+    """The rows that fall behind :data:`GATES`."""
+    broken = []
+    for row in rows:
+        gate = GATES.get(row.against)
+        if gate is not None and row.met is not None and replace(row, goal=gate).met is False:
+            broken.append(f"{row.work} against {row.against}: {_ratio(row)}, gate {gate:g}")
+    return broken
+
+
+def _ratio(row: Row) -> str:
+    return f"{row.ratio:.3g} times {'faster' if row.faster else 'the cost'}"
+
+
+def _line(row: Row) -> str:
+    reached = row.notes.get("not measured", "not measured") if row.ratio is None else _ratio(row)
+    goal = f" (goal {row.as_dict()['goal']}: {'met' if row.met else 'missed'})" if row.met is not None else ""
+    return f"{row.work} | {row.against}: {reached}{goal}"
+
+
+def _on_gpu(rounds: int) -> list[Row]:
+    """The penalty against plain attention, forward and backward, on a GPU."""
+    if not torch.cuda.is_available():
+        notes = {"not measured": "no CUDA device here"}
+        return [Row("exact penalty on a GPU, 32 x 1024 x 64", "plain attention", None, faster=False, notes=notes)]
+    import torch.nn.functional as F
+
+    from probattn.inference.bench.harness import race
+    from probattn.regularizer import attention_penalty
+
+    parts = [torch.randn(2, 16, 1024, 64, device="cuda", requires_grad=True) for _ in range(3)]
+
+    def exact() -> None:
+        torch.autograd.grad(attention_penalty(*parts, kind="logdet").values.sum(), parts)
+
+    def attention() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(*parts, is_causal=True).sum(), parts)
+
+    seconds = race({"exact": exact, "attention": attention}, rounds=rounds, warmup=3)
+    ratio = seconds["exact"].least / seconds["attention"].least
+    # Three products of 2 T^2 d^2 for each of 32 heads, half of them needed.
+    flops = 3 * 2 * 32 * 1024**2 * 64**2 / 2
+    notes = {"teraflops a second reached": round(flops / seconds["exact"].least / 1e12, 2)}
+    name = "exact penalty on a GPU, 32 x 1024 x 64"
+    return [Row(name, "plain attention", ratio, faster=False, seconds=seconds, notes=notes)]
