@@ -293,7 +293,9 @@ class _Block(NamedTuple):
                 logits = logits + mask
                 visible = visible & (mask > torch.finfo(mask.dtype).min / 2)  # libraries write "never" as the lowest
         lowest = torch.finfo(logits.dtype).min
-        alpha = torch.softmax(logits.masked_fill_(~visible, lowest), dim=-1).masked_fill_(~visible, 0.0)
+        alpha = torch.softmax(logits.masked_fill_(~visible, lowest), dim=-1)
+        # Only in a row that sees nothing is the weight of what is not visible not zero yet.
+        alpha = alpha.masked_fill_(~visible.any(-1, keepdim=True), 0.0)
         return cls(batch, rows, shape, problem.scale, query, key, value, alpha, slope, pull)  # type: ignore[arg-type]
 
     def weights(self) -> Tensor:
@@ -301,40 +303,44 @@ class _Block(NamedTuple):
         return self.alpha if self.slope is None else self.alpha * self.slope
 
     def products(self) -> Iterator[tuple[slice, Tensor]]:
-        """Stretches of tokens with their rows v_s (x) k_s, (b, K, S', dv r)."""
-        size = self.key.shape[0] * self.key.shape[1] * self.key.shape[-1] * self.value.shape[-1]
+        """Stretches of tokens with their rows [v_s (x) k_s, k_s], (b, K, S', (dv + 1) r)."""
+        size = self.key.shape[0] * self.key.shape[1] * self.key.shape[-1] * (self.value.shape[-1] + 1)
         step = max(_TOKENS, min(self.key.shape[2], _PRODUCTS // max(1, size)))
         for start in range(0, self.key.shape[2], step):
             part = slice(start, start + step)
-            yield part, (self.value[:, :, part].unsqueeze(-1) * self.key[:, :, part].unsqueeze(-2)).flatten(-2)
+            key = self.key[:, :, part].unsqueeze(-2)  # (b, K, S', 1, r)
+            rows = torch.cat([self.value[:, :, part].unsqueeze(-1) * key, key], dim=-2)
+            yield part, rows.flatten(-2)
 
     def covariance(self) -> Tensor:
         """C, (b, K, R, dv, r)."""
         weights = self.weights()
-        shape = (*weights.shape[:-1], self.value.shape[-1], self.key.shape[-1])
-        result = weights.new_zeros(*shape[:-2], shape[-2] * shape[-1])
-        for part, products in self.products():
-            result += weights[..., part] @ products
-        mean_value, mean_key = self.alpha @ self.value, weights @ self.key
-        return result.view(shape).sub_(mean_value.unsqueeze(-1) * mean_key.unsqueeze(-2))
+        size, rank = self.value.shape[-1], self.key.shape[-1]
+        both = weights.new_zeros(*weights.shape[:-1], (size + 1) * rank)
+        for number, (part, rows) in enumerate(self.products()):
+            found = weights[..., part] @ rows
+            both = both.add_(found) if number else found
+        both = both.unflatten(-1, (size + 1, rank))  # second moment and, in the last row, the mean of the keys
+        return both[..., :-1, :] - (self.alpha @ self.value).unsqueeze(-1) * both[..., -1:, :]
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value from that of C, (b, K, R, dv, r)."""
         weights = self.weights()
-        flat = gradient.flatten(-2)  # (b, K, R, dv r)
         mean_value, mean_key = self.alpha @ self.value, weights @ self.key
         on_value = -(gradient @ mean_key.unsqueeze(-1)).squeeze(-1)  # of the mean value, (b, K, R, dv)
-        on_key = -(mean_value.unsqueeze(-2) @ gradient).squeeze(-2)  # of the mean key, (b, K, R, r)
-        to_weights = on_key @ self.key.mT  # (b, K, R, S)
+        on_key = -(mean_value.unsqueeze(-2) @ gradient)  # of the mean key, (b, K, R, 1, r)
+        flat = torch.cat([gradient, on_key], dim=-2).flatten(-2)  # as the rows of products()
+        to_value = self.alpha.mT @ on_value
+        to_weights, to_key = weights.new_zeros(weights.shape), torch.zeros_like(self.key)
+        for part, rows in self.products():
+            to_weights[..., part] = flat @ rows.mT
+            outer = (weights[..., part].mT @ flat).unflatten(-1, (-1, self.key.shape[-1]))  # (b, K, S', dv + 1, r)
+            to_value[:, :, part] += (outer[..., :-1, :] @ self.key[:, :, part].unsqueeze(-1)).squeeze(-1)
+            to_key[:, :, part] = (self.value[:, :, part].unsqueeze(-2) @ outer[..., :-1, :]).squeeze(-2)
+            to_key[:, :, part] += outer[..., -1, :]
         to_alpha = on_value @ self.value.mT
-        to_key, to_value = weights.mT @ on_key, self.alpha.mT @ on_value
-        for part, products in self.products():
-            to_weights[..., part] += flat @ products.mT
-            outer = (weights[..., part].mT @ flat).view(*products.shape[:-1], *gradient.shape[-2:])
-            to_value[:, :, part] += (outer @ self.key[:, :, part].unsqueeze(-1)).squeeze(-1)
-            to_key[:, :, part] += (self.value[:, :, part].unsqueeze(-2) @ outer).squeeze(-2)
         to_alpha += to_weights if self.slope is None else to_weights * self.slope
-        to_logits = self.alpha * (to_alpha - (self.alpha * to_alpha).sum(-1, keepdim=True))
+        to_logits = torch.ops.aten._softmax_backward_data(to_alpha, self.alpha, -1, self.alpha.dtype)
         if self.slope is not None:  # of l through tanh, and through the slope itself
             assert self.pull is not None
             to_logits = self.slope * (to_logits + self.alpha * to_weights * self.pull)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def dense_penalty(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     alpha = torch.softmax((dim**-0.5 * query @ key.mT).masked_fill(~past, -torch.inf), dim=-1)
     second = torch.einsum("nts,nsv,nsk->ntvk", alpha, value, key)
     cov = second - (alpha @ value).unsqueeze(-1) * (alpha @ key).unsqueeze(-2)
-    penalty: Tensor = -torch.linalg.slogdet(torch.eye(dim, device=query.device) - dim**-0.5 * cov)[1]
+    penalty: Tensor = -torch.linalg.slogdet(torch.eye(dim, dtype=cov.dtype, device=cov.device) - dim**-0.5 * cov)[1]
     return penalty
 
 
@@ -108,8 +108,7 @@ def against_autograd(device: torch.device, rounds: int) -> list[Row]:
 
 def memory(lengths: tuple[int, ...] = _LENGTHS) -> list[Row]:
     """Peak memory of the penalty, forward and backward, one head, d = 16, as T doubles: linear growth doubles it."""
-    base = _measured_peak(lengths[0] // 8)
-    peaks = {length: max(1, _measured_peak(length) - base) for length in lengths}
+    peaks = {length: _measured_peak(length) for length in lengths}
     growth = max(peaks[long] / peaks[short] for short, long in pairwise(lengths))
     notes = {f"MiB at T = {length}": round(size / 2**20, 1) for length, size in peaks.items()}
     return [
@@ -125,15 +124,23 @@ def memory(lengths: tuple[int, ...] = _LENGTHS) -> list[Row]:
 
 
 def peak(length: int) -> int:
-    """Peak memory of this process in bytes after one penalty of that length."""
+    """Bytes that one penalty of that length takes at its peak, beyond what this process held before (Linux only)."""
     torch.manual_seed(0)
     parts = [torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3)]
+    _backward(attention_penalty(*(part[:, :, :64] for part in parts), kind="logdet").values.sum(), parts)  # libraries
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     _backward(attention_penalty(*parts, kind="logdet").values.sum(), parts)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def _measured_peak(length: int) -> int:
-    # In a process of its own: the peak of a process never falls again.
+    # In a process of its own, so that nothing freed before is used again.
     code = f"from probattn.inference.bench.penalty import peak; print(peak({length}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout)

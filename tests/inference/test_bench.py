@@ -1,0 +1,103 @@
+"""The benchmark compares things that compute the same, and says what it found, missed goals too."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from probattn import CausalAttention
+from probattn.errors import InputError
+from probattn.inference.bench.harness import Row, Timing, race
+from probattn.inference.bench.penalty import dense_penalty, peak
+from probattn.inference.bench.run import as_table, bench, broken_gates
+from probattn.inference.bench.sampling import naive_sequence
+from probattn.inference.environment import describe
+from probattn.plotting import plot_cost
+from probattn.regularizer import attention_penalty
+
+
+def test_a_race_takes_turns_and_keeps_the_least():
+    order = []
+
+    def slow():
+        order.append("slow")
+        time.sleep(0.02)
+
+    found = race({"fast": lambda: order.append("fast"), "slow": slow}, rounds=3, warmup=1)
+    assert order == ["fast", "slow"] * 4
+    assert found["slow"].least >= 0.02 > found["fast"].least
+    assert found["slow"].median >= found["slow"].least
+    assert found["slow"].rounds == 3
+
+
+def test_a_race_stops_at_its_budget():
+    assert race({"slow": lambda: time.sleep(0.03)}, rounds=50, warmup=0, budget=0.05)["slow"].rounds < 10
+
+
+@pytest.mark.parametrize(
+    ("faster", "ratio", "goal", "met"),
+    [(True, 5.0, 4.0, True), (True, 3.0, 4.0, False), (False, 2.0, 2.5, True), (False, 3.0, 2.5, False)],
+)
+def test_a_goal_is_met_or_missed(faster, ratio, goal, met):
+    row = Row("work", "other", ratio, faster, goal)
+    assert row.met is met
+    assert row.as_dict()["goal"] == f"{'>=' if faster else '<='} {goal:g}"
+    assert Row("work", "other", ratio, faster).met is None
+    assert Row("work", "other", None, faster, goal).met is None
+
+
+def test_the_competitors_compute_the_same():
+    torch.manual_seed(0)
+    parts = [torch.randn(3, 20, 4, dtype=torch.float64) for _ in range(3)]
+    stacked = [part.unsqueeze(0) for part in parts]
+    exact = attention_penalty(*stacked, kind="logdet").values[0]
+    torch.testing.assert_close(exact, dense_penalty(*parts), rtol=1e-10, atol=1e-10)
+
+    attention = CausalAttention.from_bilinear(0.2 * torch.eye(2, dtype=torch.float64))
+    e = 0.5 * torch.randn(2, 8, 2, dtype=torch.float64)
+    torch.testing.assert_close(attention.residual(naive_sequence(attention, e, 1e-12)), e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+def test_memory_is_measured_and_linear():
+    assert 0 < peak(512) < 2**28
+
+
+def test_the_table_shows_what_was_missed_and_what_was_not_measured(tmp_path):
+    seconds = {"ours": Timing(1.0, 1.5, 3), "theirs": Timing(2.0, 2.5, 3)}
+    rows = [
+        Row("a", "its three matrix products, dense", 3.0, faster=False, goal=2.5, seconds=seconds),
+        Row("b", "NumPyro", None, faster=True, goal=1.0, notes={"not measured": "NumPyro is not installed."}),
+        Row("c", "einsum and slogdet", 0.9, faster=True, goal=5.0),
+    ]
+    table = as_table(rows, describe(torch.device("cpu"), torch.float32, 0))
+    assert "| a | its three matrix products, dense | 3 times the cost | <= 2.5 | **no** |" in table
+    assert "| b | NumPyro | NumPyro is not installed. | >= 1 |  |" in table
+    assert "ours 1 s (median 1.5)" in table
+    assert json.dumps([row.as_dict() for row in rows])
+    assert broken_gates(rows) == ["c against einsum and slogdet: 0.9 times faster, gate 1"]
+    assert broken_gates(rows[:2]) == []
+
+
+def test_a_run_writes_its_rows(tmp_path):
+    seen = []
+    bench(tmp_path, torch.device("cpu"), parts=["memory"], rounds=1, report=seen.append)
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert content["schema"] == 1
+    assert content["rows"][0]["met"] is True, content["rows"]
+    assert len(seen) == 1
+    with pytest.raises(InputError, match="choose among penalty"):
+        bench(tmp_path, torch.device("cpu"), parts=["speed"])
+    with pytest.raises(InputError, match="at least 1"):
+        bench(tmp_path, torch.device("cpu"), rounds=0)
+
+
+def test_the_figure_draws_every_competitor():
+    curve = {"at": [1.0, 2.0, 4.0], "exact": [0.1, 0.2, 0.4], "dense": [0.2, 0.5, 1.5]}
+    figure = plot_cost({"length T": curve, "heads": curve})
+    assert len(figure.axes) == 2
+    for axis in figure.axes:
+        assert [line.get_label() for line in axis.lines] == ["exact", "dense"]
+        assert list(axis.lines[1].get_ydata()) == curve["dense"]
