@@ -22,6 +22,7 @@ the weights wherever a key is weighed, as the chain rule has it. Derived here.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -231,7 +232,7 @@ class _Problem(NamedTuple):
             seen = limits[rows.stop - 1]
             count = max(1, _WEIGHTS // max(1, heads * (rows.stop - begin) * group * seen))
             for start in range(0, batch, count):
-                yield _Block.build(self, slice(start, min(start + count, batch)), rows, seen)
+                yield _Block.build(self, slice(start, min(start + count, batch)), rows, limits[rows])
 
 
 class _Block(NamedTuple):
@@ -239,6 +240,7 @@ class _Block(NamedTuple):
 
     Attributes:
         batch, rows: which.
+        limits: of the positions, not decreasing.
         shape: (b, K, positions, g).
         query: c q, (b, K, R, r).
         key, value: of the tokens seen, (b, K, S, r) and (b, K, S, dv), less a constant that changes nothing.
@@ -249,6 +251,7 @@ class _Block(NamedTuple):
 
     batch: slice
     rows: slice
+    limits: list[int]
     shape: tuple[int, int, int, int]
     scale: float
     query: Tensor
@@ -259,8 +262,9 @@ class _Block(NamedTuple):
     pull: Tensor | None
 
     @classmethod
-    def build(cls, problem: _Problem, batch: slice, rows: slice, seen: int) -> _Block:
+    def build(cls, problem: _Problem, batch: slice, rows: slice, limits: list[int]) -> _Block:
         """Weights of the block."""
+        seen = limits[-1]
         query = problem.query[batch, :, rows]  # (b, K, positions, g, r)
         shape = tuple(query.shape[:-1])
         group = shape[-1]
@@ -296,30 +300,29 @@ class _Block(NamedTuple):
         alpha = torch.softmax(logits.masked_fill_(~visible, lowest), dim=-1)
         # Only in a row that sees nothing is the weight of what is not visible not zero yet.
         alpha = alpha.masked_fill_(~visible.any(-1, keepdim=True), 0.0)
-        return cls(batch, rows, shape, problem.scale, query, key, value, alpha, slope, pull)  # type: ignore[arg-type]
+        return cls(batch, rows, limits, shape, problem.scale, query, key, value, alpha, slope, pull)  # type: ignore[arg-type]
 
     def weights(self) -> Tensor:
         """What a key is weighed by, (b, K, R, S)."""
         return self.alpha if self.slope is None else self.alpha * self.slope
 
-    def products(self) -> Iterator[tuple[slice, Tensor]]:
-        """Stretches of tokens with their rows [v_s (x) k_s, k_s], (b, K, S', (dv + 1) r)."""
+    def products(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Stretches of tokens, who sees any of them, and their rows [v_s (x) k_s, k_s], (b, K, S', (dv + 1) r)."""
         size = self.key.shape[0] * self.key.shape[1] * self.key.shape[-1] * (self.value.shape[-1] + 1)
         step = max(_TOKENS, min(self.key.shape[2], _PRODUCTS // max(1, size)))
         for start in range(0, self.key.shape[2], step):
             part = slice(start, start + step)
             key = self.key[:, :, part].unsqueeze(-2)  # (b, K, S', 1, r)
             rows = torch.cat([self.value[:, :, part].unsqueeze(-1) * key, key], dim=-2)
-            yield part, rows.flatten(-2)
+            yield part, slice(self.shape[-1] * bisect_right(self.limits, start), None), rows.flatten(-2)
 
     def covariance(self) -> Tensor:
         """C, (b, K, R, dv, r)."""
         weights = self.weights()
         size, rank = self.value.shape[-1], self.key.shape[-1]
         both = weights.new_zeros(*weights.shape[:-1], (size + 1) * rank)
-        for number, (part, rows) in enumerate(self.products()):
-            found = weights[..., part] @ rows
-            both = both.add_(found) if number else found
+        for part, late, rows in self.products():
+            both[:, :, late] += weights[:, :, late, part] @ rows
         both = both.unflatten(-1, (size + 1, rank))  # second moment and, in the last row, the mean of the keys
         return both[..., :-1, :] - (self.alpha @ self.value).unsqueeze(-1) * both[..., -1:, :]
 
@@ -332,9 +335,11 @@ class _Block(NamedTuple):
         flat = torch.cat([gradient, on_key], dim=-2).flatten(-2)  # as the rows of products()
         to_value = self.alpha.mT @ on_value
         to_weights, to_key = weights.new_zeros(weights.shape), torch.zeros_like(self.key)
-        for part, rows in self.products():
-            to_weights[..., part] = flat @ rows.mT
-            outer = (weights[..., part].mT @ flat).unflatten(-1, (-1, self.key.shape[-1]))  # (b, K, S', dv + 1, r)
+        for part, late, rows in self.products():
+            to_weights[:, :, late, part] = flat[:, :, late] @ rows.mT
+            outer = (weights[:, :, late, part].mT @ flat[:, :, late]).unflatten(
+                -1, (-1, self.key.shape[-1])
+            )  # (b, K, S', dv + 1, r)
             to_value[:, :, part] += (outer[..., :-1, :] @ self.key[:, :, part].unsqueeze(-1)).squeeze(-1)
             to_key[:, :, part] = (self.value[:, :, part].unsqueeze(-2) @ outer[..., :-1, :]).squeeze(-2)
             to_key[:, :, part] += outer[..., -1, :]
