@@ -324,7 +324,8 @@ class _Block(NamedTuple):
         for part, late, rows in self.products():
             both[:, :, late] += weights[:, :, late, part] @ rows
         both = both.unflatten(-1, (size + 1, rank))  # second moment and, in the last row, the mean of the keys
-        return both[..., :-1, :] - (self.alpha @ self.value).unsqueeze(-1) * both[..., -1:, :]
+        result: Tensor = both[..., :-1, :] - (self.alpha @ self.value).unsqueeze(-1) * both[..., -1:, :]
+        return result
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value from that of C, (b, K, R, dv, r)."""
