@@ -42,7 +42,7 @@ def test_verify_writes_everything(finished):
         "fit.nc",
         "report.html",
     ]
-    assert len(list((out / "figures").glob("*.png"))) == 16
+    assert len(list((out / "figures").glob("*.png"))) == 19
     assert "claim objective: supported" in result.stdout
     assert result.stderr == ""
 
