@@ -17,6 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from probattn.huggingface import BarrierHandle
+from probattn.inference.files import write_text
 
 __all__ = ["LogBarrierTrainer", "LogBarrierTrainerMixin", "last_whole_checkpoint"]
 
@@ -187,8 +188,6 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):  # the line that was being written when the process was killed
             continue
-    from probattn.inference.files import write_text
-
     write_text(path, "".join(line + "\n" for line in kept))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probattn.errors import InputError
-from probattn.models.corpus import UNKNOWN
+from probattn.models.corpus import UNKNOWN, encode_characters
 
 __all__ = ["Architecture", "CharacterTokeniser", "Tokeniser", "build_causal_lm", "load_causal_lm"]
 
@@ -45,14 +45,12 @@ class CharacterTokeniser:
 
     def __init__(self, characters: tuple[str, ...]) -> None:
         self._characters = characters
-        self._index = {character: k for k, character in enumerate(characters)}
-        if UNKNOWN not in self._index or any(len(character) != 1 for character in characters):
+        if UNKNOWN not in characters or any(len(character) != 1 for character in characters):
             raise InputError("a vocabulary of characters holds single characters, U+FFFD among them.")
 
     def encode(self, text: str) -> Tensor:
         """Tokens, (n,)."""
-        unknown = self._index[UNKNOWN]
-        return torch.tensor([self._index.get(character, unknown) for character in text], dtype=torch.long)
+        return encode_characters(text, self._characters)
 
     def pieces(self, tokens: Tensor) -> list[str]:
         """The characters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from probattn.errors import InputError
 
-__all__ = ["Corpus", "Windows", "load_corpus", "read_text"]
+__all__ = ["UNKNOWN", "Corpus", "Windows", "encode_characters", "load_corpus", "read_text"]
 
 UNKNOWN = "\ufffd"
 _LIMIT = 255
@@ -54,9 +55,7 @@ class Corpus:
 
     def encode(self, text: str) -> Tensor:
         """Characters as indices into the vocabulary, (len(text),)."""
-        index = {character: k for k, character in enumerate(self.vocabulary)}
-        unknown = index[UNKNOWN]
-        return torch.tensor([index.get(character, unknown) for character in text], dtype=torch.long)
+        return encode_characters(text, self.vocabulary)
 
     def windows(self, context: int, *, heldout: bool = False) -> Windows:
         """Cut the text into windows of ``context`` characters with their successors.
@@ -85,6 +84,13 @@ class Corpus:
             )
         tokens = self.encode(text[: count * context + 1])
         return Windows(tokens[:-1].view(count, context), tokens[1:].view(count, context))
+
+
+def encode_characters(text: str, vocabulary: Sequence[str]) -> Tensor:
+    """Characters as indices into a vocabulary that holds U+FFFD for those it lacks, (len(text),)."""
+    index = {character: k for k, character in enumerate(vocabulary)}
+    unknown = index[UNKNOWN]
+    return torch.tensor([index.get(character, unknown) for character in text], dtype=torch.long)
 
 
 def load_corpus(spec: str = "python-docs", *, heldout: str | None = None, fraction: float = 0.1) -> Corpus:

@@ -35,8 +35,6 @@ def support(
 
     Exit status: 0 done, 2 bad usage or input.
     """
-    from importlib import metadata
-
     from probattn.inference.environment import describe, select_device
     from probattn.inference.files import prepare_folder, write_text
     from probattn.inference.support import support_page
@@ -52,10 +50,6 @@ def support(
     network, tokeniser = load_causal_lm(model)
     prepare_folder(out)
     environment = describe(place, _DTYPES[dtype], seed)
-    environment["versions"] = {
-        **environment["versions"],  # type: ignore[dict-item]
-        "transformers": metadata.version("transformers"),
-    }
     page = support_page(
         text,
         network.to(place, _DTYPES[dtype]).eval(),

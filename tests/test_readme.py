@@ -12,7 +12,6 @@ from probattn.errors import SeveralSolutionsWarning
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 def test_the_example_runs(capsys):
     torch.manual_seed(0)
     names = {}

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from probattn.errors import InputError
 from probattn.inference.bench.growth import growth
-from probattn.inference.bench.harness import Row
+from probattn.inference.bench.harness import Row, race
 from probattn.inference.bench.penalty import against_autograd, against_others, memory
 from probattn.inference.bench.posterior import nuts
 from probattn.inference.bench.sampling import sequences
@@ -20,6 +21,7 @@ from probattn.inference.bench.training import character_step, gpt2_step
 from probattn.inference.environment import describe
 from probattn.inference.files import prepare_folder, write_atomically, write_json, write_text
 from probattn.plotting import plot_cost
+from probattn.regularizer import attention_penalty
 
 __all__ = ["GATES", "PARTS", "as_table", "bench", "broken_gates"]
 
@@ -139,11 +141,6 @@ def _on_gpu(rounds: int) -> list[Row]:
     if not torch.cuda.is_available():
         notes = {"not measured": "no CUDA device here"}
         return [Row("exact penalty on a GPU, 32 x 1024 x 64", "plain attention", None, faster=False, notes=notes)]
-    import torch.nn.functional as F
-
-    from probattn.inference.bench.harness import race
-    from probattn.regularizer import attention_penalty
-
     query, key, value = (torch.randn(2, 16, 1024, 64, device="cuda", requires_grad=True) for _ in range(3))
     parts = [query, key, value]
 
