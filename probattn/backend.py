@@ -211,6 +211,10 @@ def _attention(
         output, weights = eager(module, query, key, value, additive, dropout=dropout, scaling=scaling, **options)
     if site is not None:
         causal = options.get("is_causal")
+        length = query.shape[2]
+        if attention_mask is None and 1 < length < key.shape[2]:
+            # A prompt in a static cache: the slots behind it are still empty, and torch's attention skips them too.
+            key, value = key[:, :, :length], value[:, :, :length]
         call = LayerCall(
             module.layer_idx,  # type: ignore[arg-type]
             query,

@@ -47,20 +47,16 @@ def head_margins(call: LayerCall, kind: MarginKind, positions: Tensor | None = N
     Raises:
         InputError: heads whose values and keys differ in size.
     """
-    length, seen = call.query.shape[2], call.key.shape[2]
-    key, value = call.key, call.value
-    if value.shape[-1] != key.shape[-1]:
+    if call.value.shape[-1] != call.key.shape[-1]:
         raise InputError(
-            f"layer {call.layer} has keys of {key.shape[-1]} features and values of {value.shape[-1]}: a head alone "
-            "has no square block there, and no margin; use a model whose keys and values are of one size."
+            f"layer {call.layer} has keys of {call.key.shape[-1]} features and values of {call.value.shape[-1]}: a "
+            "head alone has no square block there, and no margin; use a model whose keys and values are of one size."
         )
-    if call.mask is None and 1 < length < seen:  # a prompt in a static cache: the slots behind it are still empty
-        key, value = key[:, :, :length], value[:, :, :length]
     with torch.no_grad():
         return attention_penalty(
             call.query,
-            key,
-            value,
+            call.key,
+            call.value,
             kind=_PENALTY[kind],
             scale=call.scale,
             window=call.window,
