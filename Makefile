@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: verify test test-slow bench lint types imports clean
+.PHONY: verify test test-slow bench gate lint types imports clean
 
 verify: .venv/installed
 	$(BIN)/probattn verify
@@ -16,6 +16,10 @@ test-slow: .venv/installed
 # Beside what one would use otherwise; half an hour on two cores that do nothing else.
 bench: .venv/bench
 	$(BIN)/probattn bench
+
+# What a change may not undo, as ratios with generous slack.
+gate: .venv/installed
+	$(BIN)/probattn bench --gate --parts penalty,autograd --rounds 3 --out runs/gate
 
 .venv/bench: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"

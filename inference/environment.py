@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from probattn import native
 from probattn.errors import InputError
 
 __all__ = ["describe", "select_device"]
@@ -45,6 +46,7 @@ def describe(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, o
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "kernels": "compiled" if native.AVAILABLE else "torch",
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: metadata.version(name) for name in (*_PACKAGES, *filter(_installed, _OPTIONAL))},

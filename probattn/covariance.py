@@ -8,7 +8,8 @@ For the rows i (a position and a query head) and the tokens s that they see,
         = \sum_s \alpha_{is} v_s k_s^T - \bar v_i \bar k_i^T ,
 
 one matrix product of the weights with the rows :math:`v_s \otimes k_s`. The weights exist for one block of rows at a
-time and are computed again in the backward pass; with :math:`G_i = \partial L / \partial C_i`,
+time and are computed again in the backward pass; for small heads on a processor a compiled kernel does both. With
+:math:`G_i = \partial L / \partial C_i`,
 
 .. math::
     \frac{\partial L}{\partial l_{is}} = \alpha_{is} [ (v_s - \bar v_i)^T G_i (k_s - \bar k_i)
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from probattn import native
 
 __all__ = ["past_covariance"]
 
@@ -83,6 +86,8 @@ def _forward(
     scale: float,
     softcap: float,
 ) -> Tensor:
+    if native.takes_covariance(query, value, mask, softcap):
+        return native.covariance(query, key, value, first, limit, scale)
     problem = _Problem(query, key, value, first, limit, mask, scale, softcap)
     covariance = query.new_zeros(*query.shape[:-1], value.shape[-1], query.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
@@ -103,6 +108,8 @@ def _backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if native.takes_covariance(query, value, mask, softcap):
+        return native.covariance_backward(gradient, query, key, value, first, limit, scale)
     problem = _Problem(query, key, value, first, limit, mask, scale, softcap)
     to_query, to_key, to_value = (torch.zeros_like(part, memory_format=torch.contiguous_format) for part in problem[:3])
     with torch.autocast(query.device.type, enabled=False):

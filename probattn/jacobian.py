@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from probattn import native
 from probattn.once import first_order_only
 
 __all__ = ["Sensitivity", "largest_real_eigenvalue", "logabsdet", "reduced", "sensitivity", "smallest_singular_value"]
@@ -89,22 +90,86 @@ def reduced(factors: Sensitivity) -> Tensor:
 
 
 def logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Sign and log of the absolute value of det(I - K), exactly; no power series.
+    r"""Sign and log of the absolute value of det(I - K), exactly; no power series.
+
+    .. math:: d \log|\det(I - K)| = -\mathrm{tr}((I - K)^{-1} dK)
 
     Args:
         matrix: K, (*batch, m, m).
 
     Returns:
-        sign in {-1, 0, 1} and log|det(I - K)| (-inf where singular), (*batch,) each. Cost O(m^3) a matrix.
+        sign in {-1, 0, 1} and log|det(I - K)| (-inf where singular), (*batch,) each, differentiable any number of
+        times. Cost O(m^3) a matrix; on a processor up to m = 32 the matrices go through its vector units together.
 
     Example:
         >>> sign, value = logabsdet(torch.tensor([[3.0]]))  # det = 1 - 3
         >>> float(sign), round(float(value.exp()), 6)
         (-1.0, 2.0)
     """
+    if native.takes_matrices(matrix):
+        function = _LogAbsDet if torch.compiler.is_compiling() else _LogAbsDetForward
+        sign, value, _ = function.apply(matrix)  # type: ignore[no-untyped-call]
+        return sign, value
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     sign, value = torch.linalg.slogdet(identity - matrix)
     return sign, value
+
+
+@torch.library.custom_op("probattn::determinants", mutates_args=())
+def _determinants(matrix: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    sign, value, inverted = native.determinants(matrix.flatten(0, -3), inverse=inverse)
+    batch = matrix.shape[:-2]
+    inverted = matrix.new_empty(0) if inverted is None else inverted.view(matrix.shape)
+    return sign.view(batch), value.view(batch), inverted
+
+
+@_determinants.register_fake
+def _(matrix: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch = matrix.shape[:-2]
+    return matrix.new_empty(batch), matrix.new_empty(batch), matrix.new_empty(matrix.shape if inverse else 0)
+
+
+@_determinants.register_vmap
+def _(info: Any, axes: tuple[int, None], matrix: Tensor, inverse: bool) -> tuple[tuple[Tensor, ...], Any]:
+    results = _determinants(matrix.movedim(axes[0], 0), inverse)
+    return results, (0, 0, 0 if inverse else None)
+
+
+class _LogAbsDet(torch.autograd.Function):
+    """Sign, log|det J| and J^-1 of J = I - K; the inverse is an output so that derivatives can be taken again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor] = _determinants(matrix, True)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[0])
+        ctx.save_for_backward(output[2])
+        ctx.save_for_forward(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, on_value: Tensor | None, on_inverse: Tensor | None) -> Tensor | None:
+        (inverse,) = ctx.saved_tensors
+        result = None if on_value is None else -on_value[..., None, None] * inverse.mT
+        if on_inverse is None:
+            return result
+        through = inverse.mT @ on_inverse @ inverse.mT  # d J^-1 = J^-1 dK J^-1
+        return through if result is None else result + through
+
+
+class _LogAbsDetForward(_LogAbsDet):
+    """The same with derivatives in forward mode, which torch's compiler does not take from a function of one's own."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[None, Tensor, Tensor]:
+        (inverse,) = ctx.saved_tensors
+        change = inverse @ tangent
+        return None, -change.diagonal(dim1=-2, dim2=-1).sum(-1), change @ inverse
 
 
 def smallest_singular_value(matrix: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from probattn import CausalAttention
+from probattn import CausalAttention, native
 from probattn.errors import InputError
 from probattn.inference.bench.harness import Row, Timing, race
 from probattn.inference.bench.penalty import dense_penalty, peak
@@ -65,7 +65,7 @@ def test_memory_is_measured_and_linear():
     assert 0 < peak(512) < 2**28
 
 
-def test_the_table_shows_what_was_missed_and_what_was_not_measured(tmp_path):
+def test_the_table_shows_what_was_missed_and_what_was_not_measured(monkeypatch):
     seconds = {"ours": Timing(1.0, 1.5, 3), "theirs": Timing(2.0, 2.5, 3)}
     rows = [
         Row("a", "its three matrix products, dense", 3.0, faster=False, goal=2.5, seconds=seconds),
@@ -77,8 +77,11 @@ def test_the_table_shows_what_was_missed_and_what_was_not_measured(tmp_path):
     assert "| b | NumPyro | NumPyro is not installed. | >= 1 |  |" in table
     assert "ours 1 s (median 1.5)" in table
     assert json.dumps([row.as_dict() for row in rows])
-    assert broken_gates(rows) == ["c against einsum and slogdet: 0.9 times faster, gate 1"]
+    monkeypatch.setattr(native, "AVAILABLE", True)
+    assert broken_gates(rows) == ["c against einsum and slogdet: 0.9 times faster, gate 1.5"]
     assert broken_gates(rows[:2]) == []
+    monkeypatch.setattr(native, "AVAILABLE", False)  # the gates are those of the compiled kernels
+    assert broken_gates(rows) == []
 
 
 def test_a_run_writes_its_rows(tmp_path):

@@ -7,9 +7,20 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from probattn import covariance as module
+from probattn import native
 from probattn.covariance import past_covariance
 
 BATCH, GROUPS, LENGTH, SHARED, RANK, DIM = 2, 2, 7, 3, 2, 3  # B, K, P = S, g, r, dv
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """Everything holds for the compiled kernel, where it serves, and for torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "AVAILABLE", False)
+    elif not native.AVAILABLE:
+        pytest.skip("the kernels were not built: no C compiler")
+    return request.param
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -206,6 +217,8 @@ class TestGradients:
 
 
 class TestBlocks:
+    """Of the way by torch; those of the compiled kernel are in test_native.py."""
+
     @pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20, 128, 32), (40, 12, 3, 1), (1, 1, 1, 1), (200, 1000, 6, 4)])
     def test_of_any_size_give_the_same(self, monkeypatch, sizes):
         for name, size in zip(("_WEIGHTS", "_PRODUCTS", "_ROWS", "_TOKENS"), sizes, strict=True):
@@ -236,10 +249,13 @@ class TestMemory:
         length = 2048
         size = largest_allocation(past_covariance, length)
         assert size < length**2 / 4
-        # The watch sees what happens inside the operators: the weights of one block of rows.
-        assert size >= module._ROWS * (length - 1)
 
-    def test_a_large_batch_is_taken_in_parts(self):
+    def test_the_weights_of_one_block_of_rows_are_seen(self, monkeypatch):
+        monkeypatch.setattr(native, "AVAILABLE", False)
+        assert largest_allocation(past_covariance, 2048) >= module._ROWS * 2047
+
+    def test_a_large_batch_is_taken_in_parts(self, monkeypatch):
+        monkeypatch.setattr(native, "AVAILABLE", False)
         size = largest_allocation(past_covariance, 256, batch=128, rank=2)
         assert module._WEIGHTS / 2 < size <= module._WEIGHTS
 

@@ -1,0 +1,61 @@
+/* Small determinants and covariances of the past on a processor's vector units, in single and in double precision.
+
+   Plain C with the vector types of GCC and Clang and nothing of Python's: probattn/native.py loads the library and calls
+   it with pointers, on as many threads as torch uses. Where it was not built, the same is computed with torch. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* One library for all processors of a kind: the loader picks the version that this one can run. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define EXPORT __attribute__((visibility("default"), target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+#define LARGEST 32 /* size of a matrix that determinants() takes */
+
+static void *scratch(size_t bytes) {
+    void *memory = NULL;
+    return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
+}
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long most(long a, long b) { return a > b ? a : b; }
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(name) JOIN(name, REAL)
+
+#define REAL float
+#define INTEGER int32_t
+#define MANTISSA 23
+#define ROUNDING 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, which the last bits then hold */
+#define LN2_HIGH 0.693359375f
+#define LN2_LOW -2.12194440054690583e-4f
+#define SMALLEST -87.0f
+#define DEGREE 7
+#include "determinants.inc"
+#include "covariance.inc"
+#undef REAL
+#undef INTEGER
+#undef MANTISSA
+#undef ROUNDING
+#undef LN2_HIGH
+#undef LN2_LOW
+#undef SMALLEST
+#undef DEGREE
+
+#define REAL double
+#define INTEGER int64_t
+#define MANTISSA 52
+#define ROUNDING 6755399441055744.0 /* 1.5 * 2^52 */
+#define LN2_HIGH 0.693147180369123816490
+#define LN2_LOW 1.90821492927058770002e-10
+#define SMALLEST -708.0
+#define DEGREE 13
+#include "determinants.inc"
+#include "covariance.inc"

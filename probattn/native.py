@@ -1,0 +1,182 @@
+"""The compiled kernels of ``probattn/kernels``, called with pointers into tensors on as many threads as torch uses.
+
+They are built when the package is installed where there is a C compiler (GCC or Clang). Without one, on other devices
+and for what they do not cover, the callers compute the same with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AVAILABLE",
+    "LARGEST",
+    "WIDEST",
+    "covariance",
+    "covariance_backward",
+    "determinants",
+    "takes_covariance",
+    "takes_matrices",
+]
+
+LARGEST = 32  # size of the matrices; kernels.c has the same number
+WIDEST = 64  # r and dv of a head
+_REAL = {torch.float32: "float", torch.float64: "double"}
+_SHARES = 4  # parts a thread, so that none waits long for the last
+_WORTH = 1 << 14  # numbers below which a second thread costs more than it saves
+
+
+def _load() -> ctypes.CDLL | None:
+    built = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not built or os.environ.get("PROBATTN_NATIVE") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(built[0]))
+    except OSError:  # built for another machine
+        return None
+
+
+_LIBRARY = _load()
+AVAILABLE = _LIBRARY is not None
+"""Whether the kernels were built and loaded; the environment variable ``PROBATTN_NATIVE=0`` leaves them out."""
+
+
+def _function(name: str, dtype: torch.dtype) -> Callable[..., int]:
+    function: Callable[..., int] = getattr(_LIBRARY, f"{name}_{_REAL[dtype]}")
+    return function
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="probattn")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _share(run: Callable[[int, int], int | None], units: int, size: int) -> None:
+    """Run over 0..units in parts, on several threads where the work of ``size`` numbers is worth it."""
+    threads = min(torch.get_num_threads(), units) if size > _WORTH else 1
+    if threads <= 1:
+        codes = [run(0, units)]
+    else:
+        parts = min(units, _SHARES * threads)
+        ends = [units * part // parts for part in range(parts + 1)]
+        codes = list(_pool(threads).map(run, ends[:-1], ends[1:]))
+    if 0 in codes:
+        raise MemoryError("the covariance of the past found no memory for its weights.")
+
+
+def determinants(matrix: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sign and log|det(I - K)|, and (I - K)^-1 where it is wanted.
+
+    Args:
+        matrix: K, (N, m, m), m <= LARGEST, float32 or float64 on the CPU.
+        inverse: whether to compute it.
+
+    Returns:
+        (N,), (N,) and (N, m, m) or None. Where the matrix is singular: 0, -inf, and an inverse that is not finite.
+    """
+    matrix = matrix.contiguous()
+    count, size = matrix.shape[0], matrix.shape[-1]
+    sign, logabs = matrix.new_empty(count), matrix.new_empty(count)
+    inverted = torch.empty_like(matrix) if inverse else None
+    function, item = _function("determinants", matrix.dtype), matrix.element_size()
+
+    def run(begin: int, end: int) -> None:
+        function(
+            ctypes.c_long(end - begin),
+            ctypes.c_long(size),
+            _pointer(matrix, begin * size * size * item),
+            _pointer(sign, begin * item),
+            _pointer(logabs, begin * item),
+            _pointer(inverted, begin * size * size * item),
+        )
+
+    _share(run, count, matrix.numel())
+    return sign, logabs, inverted
+
+
+class _Problem(ctypes.Structure):
+    """``problem`` of covariance.inc, which names its fields."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("heads", "pieces", "rows", "group", "tokens", "rank", "value")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "first", "limit")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+def takes_matrices(matrix: Tensor) -> bool:
+    """Whether :func:`determinants` covers them; a single number a matrix needs no elimination."""
+    return AVAILABLE and 1 < matrix.shape[-1] <= LARGEST and matrix.device.type == "cpu" and matrix.dtype in _REAL
+
+
+def takes_covariance(query: Tensor, value: Tensor, mask: Tensor | None, softcap: float) -> bool:
+    """Whether the kernels cover a covariance of the past: on the CPU, without mask and cap, r and dv up to WIDEST."""
+    small = max(query.shape[-1], value.shape[-1]) <= WIDEST and query.numel() * value.numel() > 0
+    plain = mask is None and not softcap and query.device.type == "cpu" and query.dtype in _REAL
+    return plain and small and AVAILABLE
+
+
+def covariance(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float) -> Tensor:
+    """C as in :func:`probattn.covariance.past_covariance`, same arguments and shapes."""
+    result = query.new_empty(*query.shape[:-1], value.shape[-1], query.shape[-1])
+    threads = torch.get_num_threads()
+    problem, held = _problem(query, key, value, first, limit, scale, _SHARES * threads)
+    function = partial(_function("covariance", query.dtype), ctypes.byref(problem))
+
+    def run(begin: int, end: int) -> int:
+        return function(ctypes.c_long(begin), ctypes.c_long(end), _pointer(result))
+
+    _share(run, problem.heads * problem.pieces, result.numel())
+    del held
+    return result
+
+
+def covariance_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from that of C; rows of one head are shared by threads where heads are few."""
+    gradient = gradient.contiguous()
+    to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    problem, held = _problem(query, key, value, first, limit, scale, 2 * torch.get_num_threads())
+    to_key, to_value = (query.new_zeros(problem.pieces, *part.shape) for part in (key, value))
+    function = partial(_function("covariance_backward", query.dtype), ctypes.byref(problem))
+
+    def run(begin: int, end: int) -> int:
+        outputs = (_pointer(gradient), _pointer(to_query), _pointer(to_key), _pointer(to_value))
+        return function(ctypes.c_long(begin), ctypes.c_long(end), *outputs)
+
+    _share(run, problem.heads * problem.pieces, gradient.numel())
+    del held
+    return to_query, to_key.sum(0), to_value.sum(0)
+
+
+def _problem(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float, pieces: int
+) -> tuple[_Problem, tuple[Tensor, ...]]:
+    """The struct, and the tensors that its pointers need alive."""
+    batch, heads, positions, group, rank = query.shape
+    held = (
+        *(part.contiguous() for part in (query, key, value)),
+        *(part.to(torch.int64).contiguous() for part in (first, limit)),
+    )
+    rows = positions * group
+    units = batch * heads
+    # Where there are fewer heads than threads can share, the rows of each are cut up.
+    cut = 1 if units >= pieces else max(1, min(pieces // units, rows // 64))
+    sizes = (units, cut, rows, group, key.shape[2], rank, value.shape[-1])
+    return _Problem(*sizes, *(part.data_ptr() for part in held), scale), held
+
+
+def _pointer(tensor: Tensor | None, offset: int = 0) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + offset)
