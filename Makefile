@@ -2,16 +2,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: verify test test-slow bench gate lint types imports clean
+.PHONY: verify test test-slow notebooks notebooks-smoke bench gate docs lint types imports clean
 
 verify: .venv/installed
 	$(BIN)/probattn verify
 
 test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+	$(MAKE) notebooks-smoke
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow
+
+# All of them, completely and in place: this writes the outputs that are committed.
+notebooks: .venv/installed
+	for notebook in notebooks/*.ipynb; do OMP_NUM_THREADS=1 $(BIN)/python -c "$$EXECUTE" $$notebook || exit 1; done
+
+# With small sizes; nothing is written.
+notebooks-smoke: .venv/installed
+	OMP_NUM_THREADS=1 PROBATTN_SMOKE=1 $(BIN)/pytest -n 2 --nbmake notebooks
+
+# Without the times of execution and the version of the kernel, which differ from run to run.
+define EXECUTE
+import sys
+import nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read(sys.argv[1], as_version=4)
+language = dict(notebook.metadata.language_info)
+NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True).execute()
+notebook.metadata.language_info = language
+nbformat.write(notebook, sys.argv[1])
+endef
+export EXECUTE
 
 # Beside what one would use otherwise; half an hour on two cores that do nothing else.
 bench: .venv/bench
@@ -25,10 +47,18 @@ gate: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch .venv/bench
 
+# The site, in build/docs; a warning is an error.
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going -n -aE docs build/docs
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch .venv/docs
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell probattn models inference tests README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell --skip 'docs/notebooks,*.json,*.so' probattn models inference tests docs README.md CONTRIBUTING.md CHANGELOG.md
 
 # The checkers read the package as it is installed, with models/ and inference/ inside the one name.
 types: .venv/installed build/package

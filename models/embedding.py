@@ -49,8 +49,8 @@ class EmbeddingModel(SequenceModel):
             there to show what a naive fit of the residuals gets wrong.
 
     Sites: ``query``, ``key``, [``value``, ``output``] or ``bilinear``; [``noise_scale``]; and ``u`` in the plate
-        ``sequences``. Every expression is written for leading batch axes, so particles and parallel predictive draws
-        vectorise.
+    ``sequences``. Every expression is written for leading batch axes, so particles and parallel predictive draws
+    vectorise.
 
     Raises:
         InputError: a size below 1, a scale that is not positive, a rank or value size beside ``bilinear``.

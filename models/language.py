@@ -111,9 +111,8 @@ class LanguageModel(SequenceModel):
         config: sizes and prior.
 
     Sites: ``embedding`` (V, p), ``position`` (T, p), ``query``, ``key`` (H, r, p; absent where lambda = 0),
-        ``decoder.*`` (torch's
-    names), the observed ``u`` (full prior with the literal barrier) or the factor ``attention_prior``, and
-    ``characters`` in the plate ``windows``.
+    ``decoder.*`` (torch's names), the observed ``u`` (full prior with the literal barrier) or the factor
+    ``attention_prior``, and ``characters`` in the plate ``windows``.
     """
 
     def __init__(self, config: LanguageConfig) -> None:

@@ -42,9 +42,10 @@ def log_barrier(
     r"""Penalty per token that grows without bound as J_i becomes singular.
 
     .. math::
-        \text{logdet: } b_i = -\log|\det J_i|, \quad \text{one\_sided: } \max(0, b_i), \quad
-        \text{smooth: } \tfrac1\beta \log(1 + e^{\beta b_i}), \quad
-        \text{spectral, singular\_value: } -\log \min(1, m_i)
+        \mathrm{logdet}:\; & b_i = -\log|\det J_i|, \qquad
+        \mathrm{one\_sided}:\; \max(0, b_i), \qquad
+        \mathrm{smooth}:\; \tfrac1\beta \log(1 + e^{\beta b_i}), \\
+        \mathrm{spectral},\ \mathrm{singular\_value}:\; & -\log \min(1, m_i)
 
     with m_i the margin of the same name (spectral: +inf where that margin is not positive).
 
@@ -195,8 +196,9 @@ def support_tokens(
 def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
     r"""Upper bound on the norm of M_i for *every* u_i, from the diameters of the past.
 
-    .. math:: \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{W_O^h v_s^h : s < i\}\; \mathrm{diam}\{c W_Q^{hT} k_s^h : s <
-    i\}
+    .. math::
+        \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{W_O^h v_s^h : s < i\}\;
+        \mathrm{diam}\{c W_Q^{hT} k_s^h : s < i\}
 
     since \|Cov(x, y)\| <= D_x D_y / 4. Below one, u_i -> e_i is one-to-one whatever the noise. Never larger than the
     bound that multiplies the norms of W_O and W_Q with the diameters of values and keys, and depends on identified

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import probattn
 from probattn.barrier import BarrierKind
 from probattn.cli_bench import bench
+from probattn.cli_explore import explore
 from probattn.cli_support import support
 from probattn.cli_train import train
 from probattn.errors import InputError
@@ -238,6 +239,7 @@ def fit(
 
 app.command()(train)
 app.command()(support)
+app.command()(explore)
 app.command()(bench)
 
 

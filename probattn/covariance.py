@@ -8,8 +8,8 @@ For the rows i (a position and a query head) and the tokens s that they see,
         = \sum_s \alpha_{is} v_s k_s^T - \bar v_i \bar k_i^T ,
 
 one matrix product of the weights with the rows :math:`v_s \otimes k_s`. The weights exist for one block of rows at a
-time and are computed again in the backward pass; for small heads on a processor a compiled kernel does both. With
-:math:`G_i = \partial L / \partial C_i`,
+time and are computed again in the backward pass; for small heads a compiled kernel does both, in C on a processor, in
+Triton on a GPU. With :math:`G_i = \partial L / \partial C_i`,
 
 .. math::
     \frac{\partial L}{\partial l_{is}} = \alpha_{is} [ (v_s - \bar v_i)^T G_i (k_s - \bar k_i)
@@ -88,6 +88,11 @@ def _forward(
 ) -> Tensor:
     if native.takes_covariance(query, value, mask, softcap):
         return native.covariance(query, key, value, first, limit, scale)
+    if query.is_cuda:
+        from probattn import covariance_triton  # it imports Triton, which only a GPU needs
+
+        if covariance_triton.supports(query, key, value, mask, softcap):
+            return covariance_triton.forward(query, key, value, first, limit, scale)[0]
     problem = _Problem(query, key, value, first, limit, mask, scale, softcap)
     covariance = query.new_zeros(*query.shape[:-1], value.shape[-1], query.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
@@ -110,6 +115,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if native.takes_covariance(query, value, mask, softcap):
         return native.covariance_backward(gradient, query, key, value, first, limit, scale)
+    if query.is_cuda:
+        from probattn import covariance_triton
+
+        if covariance_triton.supports(query, key, value, mask, softcap):
+            return covariance_triton.backward(gradient, query, key, value, first, limit, scale)
     problem = _Problem(query, key, value, first, limit, mask, scale, softcap)
     to_query, to_key, to_value = (torch.zeros_like(part, memory_format=torch.contiguous_format) for part in problem[:3])
     with torch.autocast(query.device.type, enabled=False):

@@ -114,8 +114,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
         SeveralSolutionsError, NoSolutionError: while sampling, see :func:`probattn.solve.solve_sequence`.
 
     Cost: ``log_prob`` one evaluation of the attention and T reduced determinants; ``rsample`` is sequential in T, with
-        exact
-    pathwise gradients by the implicit-function theorem. Source: derived here (theory, section 2).
+    exact pathwise gradients by the implicit-function theorem. Source: derived here (theory, section 2).
 
     Example:
         >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))

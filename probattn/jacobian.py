@@ -117,7 +117,7 @@ def logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("probattn::determinants", mutates_args=())
 def _determinants(matrix: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    sign, value, inverted = native.determinants(matrix.flatten(0, -3), inverse=inverse)
+    sign, value, inverted = native.determinants(matrix.reshape(-1, *matrix.shape[-2:]), inverse=inverse)
     batch = matrix.shape[:-2]
     inverted = matrix.new_empty(0) if inverted is None else inverted.view(matrix.shape)
     return sign.view(batch), value.view(batch), inverted
@@ -158,7 +158,7 @@ class _LogAbsDet(torch.autograd.Function):
         result = None if on_value is None else -on_value[..., None, None] * inverse.mT
         if on_inverse is None:
             return result
-        through = inverse.mT @ on_inverse @ inverse.mT  # d J^-1 = J^-1 dK J^-1
+        through: Tensor = inverse.mT @ on_inverse @ inverse.mT  # d J^-1 = J^-1 dK J^-1
         return through if result is None else result + through
 
 

@@ -37,12 +37,11 @@ def check_transform(transform: Transform, x: Tensor, *, tolerance: float = 1e-8,
     r"""Check a bijective transform at a batch of points of its domain.
 
     Rules: ``domain``, ``codomain`` and ``event_dim`` agree; the output lies in the codomain and keeps dtype and device;
-        both round
-    trips return; ``inv.inv`` is the transform; \|det\| agrees with the dense Jacobian of the *inverse* by autograd, has
-    batch shape, and changes sign under ``inv``; extra batch axes and ``forward_shape``, ``inverse_shape`` agree;
-    ``with_cache`` returns the same object when nothing changes and caches otherwise; deepcopy and pickle give the same
-    map; first derivatives of both directions and of the log-determinant pass ``gradcheck``; with ``causal``, the
-    Jacobian's entries above the block diagonal are exactly zero.
+    both round trips return; ``inv.inv`` is the transform; \|det\| agrees with the dense Jacobian of the *inverse* by
+    autograd, has batch shape, and changes sign under ``inv``; extra batch axes and ``forward_shape``, ``inverse_shape``
+    agree; ``with_cache`` returns the same object when nothing changes and caches otherwise; deepcopy and pickle give
+    the same map; first derivatives of both directions and of the log-determinant pass ``gradcheck``; with ``causal``,
+    the Jacobian's entries above the block diagonal are exactly zero.
 
     Args:
         transform: the transform.
@@ -124,8 +123,7 @@ def check_distribution(
     r"""Check a reparameterised, everywhere supported distribution: shapes, copies, and draws against density.
 
     Rules: ``support.event_dim``, sample and log_prob shapes; samples lie in the support; a wrong event shape raises
-        under
-    validation; ``expand`` to new batch axes keeps class, draws shape and density, chains, and refuses to shrink;
+    under validation; ``expand`` to new batch axes keeps class, draws shape and density, chains, and refuses to shrink;
     deepcopy and pickle give the same density; ``rsample`` carries gradients; and the identities of Stein,
     :math:`E[\partial_j \log p] = 0`, :math:`E[x_j \partial_j \log p] = -1` for every coordinate j, hold within Monte
     Carlo error, which a density that lost its Jacobian or its scale does not satisfy.

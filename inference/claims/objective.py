@@ -76,8 +76,7 @@ def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_
 
     The bound is on the gradient as one vector. The largest error of a single site is reported beside it without a
     bound: the derivative of a tiny eigenvalue of a large matrix, which the spectral penalty asks for after a fit that
-        ran away, loses digits
-    in proportion to that ratio, in any implementation.
+    ran away, loses digits in proportion to that ratio, in any implementation.
 
     Args:
         subject: the fitted model, whose real text and whose fitted values are used.

@@ -72,6 +72,8 @@ class TestDeterminants:
         assert torch.equal(inverse[2], torch.eye(4).double())
 
     def test_every_derivative(self, monkeypatch):
+        assert logabsdet(torch.zeros(2, 2))[1].shape == ()
+        assert logabsdet(torch.zeros(0, 5, 2, 2))[1].shape == (0, 5)
         matrix = (0.4 * normal(2, 3, 4, 4)).requires_grad_()
         assert torch.autograd.gradcheck(lambda k: logabsdet(k)[1], matrix, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(lambda k: logabsdet(k)[1], matrix)

@@ -1,0 +1,143 @@
+"""How the site is built: `make docs`, or `sphinx-build -W --keep-going -n -aE docs build/docs`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils.nodes import Element
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE / "_ext"))
+
+import probattn  # noqa: E402  # after the path, as the extensions are
+
+project = "probattn"
+author = "The probattn developers"
+project_copyright = "The probattn developers"
+version = release = probattn.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",  # the reader's browser fetches MathJax; without a network formulas stay as TeX
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "ledger",
+]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+nitpicky = True
+templates_path: list[str] = []
+
+# Pages. Notebooks are shown as they were executed by the tests, and not executed again.
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_heading_anchors = 4
+myst_dmath_double_inline = True
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+# Reference. Arrays are `Tensor` everywhere; other libraries' names are not looked up, as that would need their sites.
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 100
+_FOREIGN = "torch|pyro|numpy|np|scipy|matplotlib|xarray|transformers|collections|pathlib|typing|threading|http"
+# Short names of other libraries, and aliases that are spelt out where they are used.
+_SHORT = "Tensor|Module|NDArray|Figure|Axes|DataTree|Path|Any|Callable|Mapping|Sequence|Literal|Array|Form|Selection"
+nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN}|nn|dist|constraints)\..*"), ("py:.*", _SHORT)]
+
+html_theme = "furo"
+html_title = f"probattn {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
+copybutton_exclude = ".linenos, .gp, .go"
+# Internal links and anchors are checked by every build; the few external ones by `sphinx-build -b linkcheck`.
+linkcheck_anchors = False
+
+# What reStructuredText is to read as it stands: roles, literals, displayed mathematics, examples.
+_VERBATIM = re.compile(r":\w+:`[^`]*`|``[^`]*``|^( *)\.\. math::.*(?:\n(?:\1 +\S.*| *$))*|^ *(?:>>>|\.\.\.).*", re.M)
+_STAR = re.compile(r"(?<![\w*\\])\*(?=\w)(?![^*\n]*\w\*(?!\w))")  # of *batch, which begins no emphasis
+_BAR = re.compile(r"(?<!\\)\|")  # of |det J|, which is no substitution
+_NAMES = re.compile(r"^( +[a-z]\w*(?:, [a-z]\w*)+):", re.M)  # several attributes with one description
+_COLON = "\N{RATIO}"
+
+
+def read_plainly(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Let docstrings speak of ``(*batch, T, p)`` and ``|det J|``, and keep napoleon from types in a property's text."""
+    text, done, end = "\n".join(lines), [], 0
+    for kept in [*_VERBATIM.finditer(text), None]:
+        between = text[end : kept.start() if kept else len(text)]
+        done += [_BAR.sub(r"\\|", _STAR.sub(r"\*", between)), kept.group() if kept else ""]
+        end = kept.end() if kept else end
+    text = _NAMES.sub(lambda found: found[0].replace(", ", ",\u200b"), "".join(done))
+    lines[:] = (text.replace(": ", f"{_COLON} ") if what == "property" else text).split("\n")
+
+
+def restore_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Undo what kept napoleon from them."""
+    lines[:] = [line.replace(_COLON, ":") for line in lines]
+
+
+def name_factories(app: Sphinx, what: str, name: str, obj: object, options: object, *signature: Any) -> Any:
+    """Write ``...`` for a default that is made anew each time, which keeps the signature readable as Python."""
+    return tuple(part.replace("<factory>", "...") if part else part for part in signature)
+
+
+def skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Leave out the fields of a named tuple, which its docstring describes."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+
+
+def find_by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
+    """Resolve ``Fit`` or ``probattn.regime`` to the one object whose full name ends so."""
+    if node.get("refdomain") != "py":
+        return None
+    domain = env.get_domain("py")
+    wanted = node["reftarget"].removeprefix("probattn.").removeprefix("blocks.")
+    found = {entry[3:5]: entry for entry in domain.get_objects() if entry[0].endswith(f".{wanted}")}
+    if len(found) != 1:
+        return None
+    ((_, _, _, page, anchor, _),) = found.values()
+    return make_refnode(app.builder, node["refdoc"], page, anchor, content, wanted)
+
+
+def copy_notebooks(app: Sphinx) -> None:
+    """Bring ``notebooks/`` under ``docs/``, where Sphinx finds it; links to ``../docs/`` follow. None is as well."""
+    target = HERE / "notebooks"
+    found = {path.name: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    for stale in target.glob("*.ipynb"):
+        if stale.name not in found:
+            stale.unlink()
+    for name, path in found.items():
+        text = path.read_text(encoding="utf-8").replace("](../docs/", "](../")
+        copy = target / name
+        if not copy.exists() or copy.read_text(encoding="utf-8") != text:
+            copy.write_text(text, encoding="utf-8")
+
+
+def setup(app: Sphinx) -> None:
+    """Connect them."""
+    app.connect("autodoc-process-docstring", read_plainly, priority=100)
+    app.connect("autodoc-process-docstring", restore_colons, priority=900)
+    app.connect("autodoc-process-signature", name_factories)
+    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("missing-reference", find_by_short_name)
+    app.connect("builder-inited", copy_notebooks)

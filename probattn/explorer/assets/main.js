@@ -1,0 +1,290 @@
+// The page: one state, one frame, tabs, stories, history, links, theme. `window.probattn` is a read-only view of it.
+(() => {
+  const find = controls.find, VIEWS = ["line", "plane", "sequence"];
+  const calm = matchMedia("(prefers-reduced-motion: reduce)"), night = matchMedia("(prefers-color-scheme: dark)");
+  const read = states.decode(location.hash);
+  const page = { state: read.state || states.initial(), changed, commit };
+  const history_ = new states.History(page.state);
+  let waiting = false, settled = true, announced = "", story = null, animation = null, timer = 0, rest = 0;
+  const frames = [];
+
+  const views = { line: lineView(page), plane: planeView(page), sequence: sequenceView(page) };
+
+  /** Something moved: draw once in the next frame, roughly if need be. */
+  function changed() {
+    settled = false;
+    request();
+  }
+
+  /** Nothing moves any more: draw in full. */
+  function settle() {
+    settled = true;
+    request();
+  }
+
+  function request() {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(frame);
+  }
+
+  function frame() {
+    waiting = false;
+    const begin = performance.now(), news = views[page.state.view].render(settled);
+    frames.push(performance.now() - begin);
+    if (frames.length > 240) frames.shift();
+    clearTimeout(rest);
+    if (!settled) rest = setTimeout(settle, 120);
+    if (news && news !== announced) {
+      clearTimeout(timer);
+      timer = setTimeout(() => {
+        announced = news;
+        find("news").textContent = news;
+      }, 400);
+    }
+  }
+
+  /** An interaction has ended: remember it and put it into the address. */
+  function commit() {
+    if (animation) return;
+    history_.commit(page.state);
+    afterwards();
+  }
+
+  function afterwards() {
+    find("undo").disabled = !history_.past.length;
+    find("redo").disabled = !history_.future.length;
+    try {
+      history.replaceState(null, "", `#${states.encode(page.state)}`);
+    } catch {
+      // A page inside another may not change its address; the button still copies the link.
+    }
+  }
+
+  function restore(state) {
+    if (state === null) return;
+    halt();
+    page.state = states.checked(state);
+    showView();
+    changed();
+    afterwards();
+  }
+
+  function halt() {
+    animation = null;
+    views.sequence.stop();
+  }
+
+  function showView() {
+    for (const name of VIEWS) {
+      const chosen = name === page.state.view, tab = find(`tab-${name}`);
+      tab.setAttribute("aria-selected", String(chosen));
+      tab.tabIndex = chosen ? 0 : -1;
+      find(name).hidden = !chosen;
+    }
+    tellStory(story && stories[page.state.view].includes(story) ? story : null);
+  }
+
+  function go(name) {
+    halt();
+    page.state.view = name;
+    showView();
+    settle();
+    commit();
+  }
+
+  for (const [k, name] of VIEWS.entries()) {
+    const tab = find(`tab-${name}`);
+    tab.addEventListener("click", () => go(name));
+    tab.addEventListener("keydown", event => {
+      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!by) return;
+      const next = VIEWS[(k + by + VIEWS.length) % VIEWS.length];
+      go(next);
+      find(`tab-${next}`).focus();
+    });
+  }
+
+  // Stories.
+  for (const name of VIEWS) {
+    for (const told of stories[name]) {
+      const button = document.createElement("button");
+      Object.assign(button, { type: "button", textContent: told.title, id: told.id });
+      button.addEventListener("click", () => begin(name, told));
+      find(`${name}-stories`).append(button);
+    }
+  }
+
+  function tellStory(told) {
+    story = told;
+    for (const name of VIEWS) {
+      const text = find(`${name}-story`);
+      text.hidden = !(told && stories[name].includes(told));
+      if (!text.hidden) text.textContent = told.text;
+      for (const other of stories[name]) find(other.id).setAttribute("aria-pressed", String(other === told));
+    }
+  }
+
+  function begin(name, told) {
+    halt();
+    page.state.view = name;
+    page.state = states.checked({ ...page.state, [name]: structuredClone({ ...page.state[name], ...(told.from || told.to) }) });
+    showView();
+    tellStory(told);
+    if (told.play) {
+      changed();
+      commit();
+      views.sequence.start();
+    } else if (calm.matches) finish(name, told);
+    else {
+      const mine = (animation = { start: null });
+      const seconds = 3.2;
+      const step = now => {
+        if (animation !== mine) return;
+        mine.start ??= now;
+        const t = Math.min(1, (now - mine.start) / 1000 / seconds), smooth = t * t * (3 - 2 * t);
+        if (t === 1) return finish(name, told);
+        page.state[name] = between(told.from, told.to, smooth, page.state[name]);
+        changed();
+        requestAnimationFrame(step);
+      };
+      requestAnimationFrame(step);
+    }
+  }
+
+  function finish(name, told) {
+    animation = null;
+    Object.assign(page.state[name], structuredClone(told.to));
+    changed();
+    commit();
+  }
+
+  /** Numbers on the way from one state to another, whatever their depth. */
+  function between(from, to, t, rest = {}) {
+    if (typeof from === "number") return from + (to - from) * t;
+    if (Array.isArray(from)) return from.map((value, k) => between(value, to[k], t));
+    if (typeof from === "object") return { ...rest, ...Object.fromEntries(Object.keys(from).map(key => [key, between(from[key], to[key], t)])) };
+    return from;
+  }
+  // A hand on the page stops a story where it is.
+  document.addEventListener("pointerdown", event => {
+    if (animation && event.target.closest(".handle, input")) {
+      animation = null;
+      commit();
+    }
+  }, true);
+
+  // History, link, theme, size.
+  find("undo").addEventListener("click", () => restore(history_.undo()));
+  find("redo").addEventListener("click", () => restore(history_.redo()));
+  document.addEventListener("keydown", event => {
+    if (!(event.ctrlKey || event.metaKey) || event.altKey) return;
+    const letter = event.key.toLowerCase();
+    if (letter === "z") restore(event.shiftKey ? history_.redo() : history_.undo());
+    else if (letter === "y") restore(history_.redo());
+    else return;
+    event.preventDefault();
+  });
+  find("reset").addEventListener("click", () => {
+    const fresh = { ...states.initial(), view: page.state.view };
+    restore(fresh);
+    tellStory(null);
+    commit();
+  });
+  find("link").addEventListener("click", async () => {
+    const address = `${location.href.split("#")[0]}#${states.encode(page.state)}`;
+    let words = "Link copied";
+    try {
+      await navigator.clipboard.writeText(address);
+    } catch {
+      words = "Copy it from the address bar";
+      afterwards();
+    }
+    find("link").textContent = words;
+    setTimeout(() => (find("link").textContent = "Copy link"), 1800);
+  });
+  addEventListener("hashchange", () => {
+    const next = states.decode(location.hash);
+    tell(next.problem);
+    if (next.state && JSON.stringify(next.state) !== JSON.stringify(page.state)) {
+      restore(next.state);
+      commit();
+    }
+  });
+
+  function tell(problem) {
+    find("problem").hidden = problem === null;
+    find("problem-text").textContent = problem || "";
+  }
+  find("problem-close").addEventListener("click", () => tell(null));
+
+  const remembered = key => {
+    try {
+      return localStorage.getItem(`probattn-${key}`);
+    } catch {
+      return null;
+    }
+  };
+  const remember = (key, value) => {
+    try {
+      localStorage.setItem(`probattn-${key}`, value);
+    } catch {
+      // Without storage the choice lasts as long as the page.
+    }
+  };
+  let theme = remembered("theme"), large = remembered("large") === "true";
+  function dress() {
+    const root = document.documentElement, dark = theme ? theme === "dark" : night.matches;
+    root.dataset.theme = dark ? "dark" : "light";
+    root.dataset.large = String(large);
+    find("theme").textContent = dark ? "Light" : "Dark";
+    find("theme").setAttribute("aria-label", dark ? "Light colours" : "Dark colours");
+    find("large").setAttribute("aria-pressed", String(large));
+    draw.readTheme();
+    changed();
+  }
+  find("theme").addEventListener("click", () => {
+    theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+    remember("theme", theme);
+    dress();
+  });
+  find("large").addEventListener("click", () => {
+    large = !large;
+    remember("large", large);
+    dress();
+  });
+  night.addEventListener("change", dress);
+  for (const name of VIEWS) {
+    const tableOf = find(`${name}-table`);
+    if (tableOf) tableOf.addEventListener("toggle", changed);
+  }
+  new ResizeObserver(changed).observe(find("main"));
+
+  tell(read.problem);
+  showView();
+  dress();
+  find("undo").disabled = find("redo").disabled = true;
+
+  /** What is on the screen, by name: text, and the number in full. */
+  function numbers() {
+    const shown = {};
+    for (const element of document.querySelectorAll(`#${page.state.view} [data-name]`)) shown[element.dataset.name] = { text: element.textContent, value: element.dataset.value };
+    return shown;
+  }
+
+  window.probattn = Object.freeze({
+    version: states.VERSION,
+    numbers,
+    get state() { return structuredClone(page.state); },
+    setState(state) {
+      restore(structuredClone(state));
+      tellStory(null);
+      commit();
+    },
+    curve: () => views.plane.curve(),
+    witness: () => views.plane.witness(),
+    path: () => views.sequence.path(),
+    get frames() { return [...frames]; },
+    get idle() { return !waiting && settled && !animation; },
+  });
+})();

@@ -1,0 +1,192 @@
+"""The pages of the site: their code runs, their links lead somewhere, their numbers exist, and nothing is left out."""
+
+import doctest
+import importlib.util
+import json
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import probattn
+import probattn.inference
+import probattn.models
+from probattn.errors import SeveralSolutionsWarning
+from probattn.inference.claims import CLAIMS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LEDGER = DOCS / "results" / "ledger" / "claims.json"
+
+
+def name(page):
+    return page.relative_to(DOCS).as_posix()
+
+
+def prose(page):
+    """The text without its blocks of code, whose brackets are no links."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def ledger():
+    """The extension of Sphinx that reads the committed results."""
+    pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
+    spec = importlib.util.spec_from_file_location("ledger", DOCS / "_ext" / "ledger.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if CODE.search(page.read_text(encoding="utf-8"))], ids=name)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "verify").mkdir(parents=True)
+    shutil.copy(LEDGER, tmp_path / "runs" / "verify" / "claims.json")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SeveralSolutionsWarning)
+        for code in CODE.findall(page.read_text(encoding="utf-8")):
+            exec(compile(code, name(page), "exec"), names)
+
+
+def test_pages_say_what_their_code_prints(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = CODE.findall((DOCS / "faq.md").read_text(encoding="utf-8"))
+    names = {}
+    exec(code[0], names)
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^# (.*)", code[0], re.MULTILINE)
+    with pytest.warns(SeveralSolutionsWarning):
+        exec(code[1], names)
+    assert "solutions" in names["found"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_and_images_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        if anchor:
+            text = found.read_text(encoding="utf-8")
+            assert f"({anchor})=" in text, f"{target}: no such anchor"
+
+
+def test_external_links_are_few_and_known():
+    found = {link for page in PAGES for link in re.findall(r"https?://[^)\s>]+", prose(page))}
+    known = ("https://arxiv.org/abs/", "https://pyro.ai")
+    assert not [link for link in found if not link.startswith(known)]
+
+
+def test_every_page_is_in_a_table_of_contents():
+    listed = {"index"}
+    for page in PAGES:
+        for block in re.findall(
+            r"^```\{toctree\}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            entries = [line for line in block.splitlines() if line and not line.startswith(":")]
+            if "*" in entries:  # everything beside it; notebooks as well, where there are any
+                entries = [path.stem for path in page.parent.glob("*.md") if path != page]
+            for entry in entries:
+                target = page.parent / f"{entry}.md"
+                assert target.exists(), f"{name(page)} lists {entry}"
+                listed.add(name(target).removesuffix(".md"))
+    assert {name(page).removesuffix(".md") for page in PAGES} == listed
+
+
+@pytest.mark.parametrize("claim", sorted(CLAIMS))
+def test_every_claim_has_a_page(claim):
+    text = (DOCS / "claims" / f"{claim}.md").read_text(encoding="utf-8")
+    assert f"```{{claim}} {claim}\n" in text
+    assert "## How it is measured" in text
+    assert "## Where it fails" in text
+    assert claim in (DOCS / "claims" / "index.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_measured_numbers_exist(page, ledger):
+    for target in re.findall(r"\{measured\}`([^`]+)`", page.read_text(encoding="utf-8")):
+        words = ledger.measured(" ".join(target.split()))
+        assert words
+        assert "nan" not in words
+
+
+def test_how_numbers_are_written(ledger):
+    assert doctest.testmod(ledger).failed == 0
+    assert ledger.measured("jacobian:above_diagonal") == "0"
+    assert ledger.measured("jacobian:max_abs_error:.1e") == "1.9 × 10⁻¹⁴"
+    assert ledger.measured("barrier:mean_on_text:.1f") == "−14.6"
+    assert ledger.measured("robustness:embeddings logdet 0.05 on absolute noise:+.4f") == "−0.1809 [−0.2259, −0.1359]"
+    for wrong in ("jacobian:nothing", "nothing:max_abs_error", "robustness:plain on nothing"):
+        with pytest.raises((KeyError, ValueError)):
+            ledger.measured(wrong)
+
+
+def test_the_study_of_robustness_takes_the_place_of_the_claim_that_was_not_run(ledger):
+    assert {name: claim["verdict"] for name, claim in ledger.claims().items()}.keys() == CLAIMS.keys()
+    assert ledger.claims()["robustness"]["verdict"] == "not_supported"
+    page = (DOCS / "results" / "robustness.md").read_text(encoding="utf-8")
+    for words in ledger.claims()["robustness"]["words"].values():
+        assert words.split("(")[0].split("; ")[0][1:] in page.replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("page", "source", "quoted"),
+    [
+        ("claims/robustness.md", "results/robustness.md", ("125 runs", "17 barrier arms", "1 % of")),
+        ("theory.md", "results/robustness.md", ("125 runs",)),
+        ("relative-to-the-paper.md", "results/robustness.md", ("125 runs",)),
+        ("claims/stationarity.md", "results/ledger.md", ("120°",)),
+    ],
+)
+def test_numbers_in_words_stand_in_the_results(page, source, quoted):
+    for words in quoted:
+        assert words in (DOCS / page).read_text(encoding="utf-8")
+        assert words in (DOCS / source).read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_module_and_every_public_name():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    documented = set(re.findall(r"^\.\. automodule:: (\S+)", text, re.MULTILINE))
+    modules = {"probattn.models", "probattn.inference"}
+    for package in (probattn, probattn.models, probattn.inference):
+        modules |= {found.name for found in pkgutil.walk_packages(package.__path__, package.__name__ + ".")}
+    hidden = {module for module in modules if any(part.startswith("_") for part in module.split("."))}
+    assert modules - hidden - documented == set()
+    assert documented - modules == set()
+    index = (DOCS / "api" / "index.md").read_text(encoding="utf-8")
+    for public in probattn.__all__:
+        assert f"`probattn.{public} <" in index
+
+
+def test_what_is_read_exists():
+    content = json.loads(LEDGER.read_text(encoding="utf-8"))
+    assert content["schema"] == 1
+    assert {claim["id"] for claim in content["claims"]} == set(CLAIMS)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    for needed in ("sphinx", "myst_nb", "furo", "sphinx_copybutton"):
+        pytest.importorskip(needed, reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-d", str(tmp_path / "doctrees")]
+    result = subprocess.run(
+        [*command, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True, timeout=600, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    for page in PAGES:
+        assert (tmp_path / "html" / name(page)).with_suffix(".html").exists()
+    html = (tmp_path / "html" / "claims" / "jacobian.html").read_text(encoding="utf-8")
+    assert 'class="verdict verdict-supported"' in html
+    assert "{measured}" not in html
