@@ -35,7 +35,7 @@ _WORTH = 1 << 14  # numbers below which a second thread costs more than it saves
 
 
 def _load() -> ctypes.CDLL | None:
-    built = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    built = sorted(Path(__file__).parent.glob("kernels/_compiled*.so"))
     if not built or os.environ.get("PROBATTN_NATIVE") == "0":
         return None
     try:

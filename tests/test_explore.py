@@ -87,7 +87,7 @@ def test_serving_and_stopping(running, taken):
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C stops it\)", lines[-1])[1])
     assert port > taken
     assert lines[0] == f"port {taken} is taken; using {port}.\n"
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/")
     answer = connection.getresponse()
     assert answer.status == 200
@@ -99,7 +99,7 @@ def test_serving_and_stopping(running, taken):
     answer.read()
     connection.close()
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=20)
+    out, error = process.communicate(timeout=120)
     assert (process.returncode, out, error) == (0, "stopped.\n", "")
 
 
@@ -113,7 +113,7 @@ def test_the_browser_is_given_the_address(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(webbrowser, "open", lambda address: opened.put(address) or True)
     monkeypatch.setattr(
-        "http.server.ThreadingHTTPServer.serve_forever", lambda self: seen.append(opened.get(timeout=20))
+        "http.server.ThreadingHTTPServer.serve_forever", lambda self: seen.append(opened.get(timeout=120))
     )
     assert command("--port", "0") == 0
     assert capsys.readouterr().out == f"explorer: {seen[0]} (Ctrl-C stops it)\n"
