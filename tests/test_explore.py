@@ -46,6 +46,8 @@ def running():
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | environment,
+            # A test run in the background inherits "ignore".
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         started.append(process)
         lines = []

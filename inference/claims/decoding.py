@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from probattn import plotting
 from probattn.attention import CausalAttention
 from probattn.barrier import MarginKind, stability_margin
 from probattn.errors import InputError
@@ -35,7 +36,6 @@ _CONTROL = 0.8  # the exact local sensitivity must correlate at least so well wi
 _PERMUTED = 20  # margins permuted across steps; of their 95 % intervals a few may miss zero by chance
 _HOLDING = 0.75  # the smallest share that may hold zero: below it lies 0.03 % of Binomial(20, 0.95)
 _CHUNK = 1024  # sequences in one pass of the decoder
-_BLUE, _RED, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 
 
 class Size(NamedTuple):
@@ -384,9 +384,6 @@ def _condition(measured: Mapping[str, float], own: str, rivals: list[str], decis
 
 
 def _figure(measured: Mapping[str, float], decoded: Decoded, margin: Tensor) -> Figure:
-    """Correlations with their intervals, and the decisive pair itself, split by entropy."""
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     names = {
         "singular_value_margin": "− singular-value margin",
         "spectral_margin": "− spectral margin",
@@ -397,31 +394,22 @@ def _figure(measured: Mapping[str, float], decoded: Decoded, margin: Tensor) -> 
         "position": "position",
         "local_sensitivity": "exact local sensitivity\n(control)",
     }
-    rows = np.arange(len(names))[::-1]
     towards = {"all": "all embeddings", "last": "last embedding"}
-    styles = zip(decoded.sensitivity, ((_BLUE, "o"), (_GREEN, "s"), (_RED, "^"), (_ORANGE, "D")), strict=True)
-    for k, ((form, level), (colour, marker)) in enumerate(styles):
-        found = [f"rho_{name}_{_label(form, level)}" for name in names]
-        centre = np.array([measured[name] for name in found])
-        ends = np.array([[measured[f"{name}_low"], measured[f"{name}_high"]] for name in found])
-        height = rows + 0.27 - 0.18 * k
-        left.hlines(height, ends[:, 0], ends[:, 1], color=colour, linewidth=1.4)
-        left.plot(centre, height, marker, color=colour, markersize=4, label=f"{towards[form]}, {level:g} of rms")
-    left.axvline(0, color="black", linewidth=0.8, linestyle="--")
-    left.set_yticks(rows, list(names.values()))
-    left.set_xlim(-1.05, 1.05)
-    left.set_xlabel("Spearman's ρ with sensitivity (bars: 95 %, windows resampled)")
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside upper center")
 
-    sensitivity = decoded.sensitivity["all", LEVELS[0]]
-    sharp = decoded.entropy < decoded.entropy.median()
-    for chosen, colour, marker, label in ((sharp, _BLUE, "o", "below"), (~sharp, _RED, "^", "above")):
-        points = margin[chosen].numpy(), sensitivity[chosen].clamp(min=1e-12).numpy()
-        right.plot(*points, marker, color=colour, markersize=3, alpha=0.6, label=f"entropy {label} its median")
-    right.set_yscale("log")
-    right.set_xlabel("singular-value margin σ_min(J_i)")
-    right.set_ylabel("sensitivity: KL (nats), noise on all embeddings")
-    right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
-    return figure
+    def column(form: Form, level: float, end: str) -> Array:
+        return np.array([measured[f"rho_{name}_{_label(form, level)}{end}"] for name in names])
+
+    return plotting.plot_sensitivity(
+        list(names.values()),
+        {
+            f"{towards[form]}, {level:g} of rms": (
+                column(form, level, ""),
+                column(form, level, "_low"),
+                column(form, level, "_high"),
+            )
+            for form, level in decoded.sensitivity
+        },
+        margin.numpy(),
+        decoded.sensitivity["all", LEVELS[0]].numpy(),
+        decoded.entropy.numpy(),
+    )

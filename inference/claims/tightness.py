@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from probattn import plotting
 from probattn.errors import InputError
 from probattn.inference.claims.claim import Claim, Settings, Subject, judge
 from probattn.models.discrete import NextTokenModel, OwnModel
@@ -31,7 +31,6 @@ ERROR = 0.01
 TOLERATED = 0.05
 _COUNT = 10  # fewest strings expected on either side of a length that is tested, for the normal approximation
 _NORM, _READOUT = "decoder.layers.norm", "decoder.readout"
-_BLUE, _RED, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 
 
 class Survival(NamedTuple):
@@ -359,36 +358,11 @@ def _require_run(model: NextTokenModel, end: int, paths: int, length: int) -> No
 
 
 def _figure(survival: Survival, lengths: Tensor, floor: float, control: Survival) -> Figure:
-    """Survival by both estimators beside the control, and the probabilities of the end above their floor."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = np.arange(1, survival.weights.shape[1] + 1)
-    mean, error = survival.mean().numpy(), survival.error().numpy()
-    direct = (lengths[:, None] >= torch.as_tensor(steps)).double().mean(0).numpy()
-    spread = np.sqrt(direct * (1 - direct) / len(lengths))
-    lowest = max(float(mean[-1]), 1e-12) / 3
-    left.fill_between(steps, np.maximum(mean - 2 * error, lowest), mean + 2 * error, color=_BLUE, alpha=0.25)
-    left.plot(steps, mean, color=_BLUE, label="the end integrated out, ± 2 standard errors")
-    drawn = direct > 0
-    bars: dict[str, Any] = {"color": _RED, "fmt": "o", "markersize": 3, "linewidth": 0.8}
-    low = np.minimum(2 * spread, 0.9 * direct)
-    left.errorbar(
-        steps[drawn], direct[drawn], yerr=(low[drawn], 2 * spread[drawn]), label="strings drawn directly", **bars
+    return plotting.plot_survival(
+        survival.mean().numpy(),
+        survival.error().numpy(),
+        lengths.numpy(),
+        control.mean().numpy(),
+        survival.end.numpy(),
+        floor,
     )
-    left.plot(steps, control.mean().numpy(), color=_GREEN, linestyle="--", label="control: end with 1/(t + 1)²")
-    left.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    left.set_yscale("log")
-    left.set_ylim(bottom=lowest)
-    left.set_xlabel("characters n")
-    left.set_ylabel("probability that a string reaches n")
-    seen = survival.end.clamp(min=1e-300).log10().flatten().numpy()
-    right.hist(seen, bins=60, color=_BLUE, alpha=0.7, label="seen along the paths")
-    if math.isfinite(floor):
-        right.axvline(floor / math.log(10), color=_ORANGE, linewidth=2, label="proved floor δ, in every context")
-    right.set_yscale("log")
-    right.set_xlabel("log₁₀ of the probability of the end")
-    right.set_ylabel("positions")
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
-    return figure

@@ -11,6 +11,7 @@ from probattn.plotting.inference import (
     plot_recovery,
     plot_training,
 )
+from probattn.plotting.language import plot_sensitivity, plot_survival
 from probattn.plotting.process import plot_boundary, plot_excess, plot_growth, plot_rotation
 from probattn.plotting.robustness import plot_arm_differences, plot_loss_curves, plot_norms_and_margins
 
@@ -35,5 +36,7 @@ __all__ = [
     "plot_rank_bands",
     "plot_recovery",
     "plot_rotation",
+    "plot_sensitivity",
+    "plot_survival",
     "plot_training",
 ]

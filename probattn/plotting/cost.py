@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probattn.plotting.style import COLOURS
+from probattn.plotting.style import COLOURS, panels
 
 __all__ = ["plot_cost"]
 
 
-def plot_cost(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def plot_cost(curves: Mapping[str, Mapping[str, Sequence[float]]], *, axes: Sequence[Axes] | None = None) -> Figure:
     """Seconds of competitors along several axes, both scales logarithmic.
 
     Args:
         curves: by axis: ``at`` (where it was measured), and the seconds of each competitor by name.
+        axes: one panel an axis, from left to right.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: no curve, or a wrong number of axes.
+
+    Example:
+        >>> figure = plot_cost({"length T": {"at": [64, 128], "torch": [0.1, 0.3]}})
+        >>> figure.axes[0].get_yscale()
+        'log'
     """
-    figure = Figure(figsize=(3.8 * len(curves), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    for panel, (name, curve) in zip(panels, curves.items(), strict=True):
+    figure, drawn = panels(axes, len(curves), (3.8 * len(curves), 3.6), columns=max(len(curves), 1), sharey=True)
+    for axis, (name, curve) in zip(drawn, curves.items(), strict=True):
         others = [competitor for competitor in curve if competitor != "at"]
-        for competitor, colour, marker in zip(others, COLOURS, "osD^v", strict=False):
-            panel.plot(curve["at"], curve[competitor], color=colour, marker=marker, markersize=4, label=competitor)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks(list(curve["at"]), [f"{value:g}" for value in curve["at"]])
-        panel.set_xlabel(name)
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel("seconds, forward and backward")
-    panels[0].legend(fontsize=8)
+        for competitor, colour, marker in zip(others, cycle(COLOURS), cycle("osD^v"), strict=False):
+            axis.plot(curve["at"], curve[competitor], color=colour, marker=marker, markersize=4, label=competitor)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(list(curve["at"]), [f"{value:g}" for value in curve["at"]])
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.25)
+    drawn[0].set_ylabel("seconds, forward and backward")
+    drawn[0].legend(fontsize=8)
     return figure

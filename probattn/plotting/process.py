@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probattn.plotting.style import COLOURS, Array
+from probattn.plotting.style import COLOURS, Array, panel, panels
 
 __all__ = ["plot_boundary", "plot_excess", "plot_growth", "plot_rotation"]
 
@@ -18,6 +20,8 @@ def plot_boundary(
     curves: Mapping[int, Array],
     critical: Mapping[str, tuple[Array, Array, Array]],
     expected: float,
+    *,
+    axes: Sequence[Axes] | None = None,
 ) -> Figure:
     """The noise that keeps a spread, against the spread, and the largest of it against the length of the past.
 
@@ -25,13 +29,27 @@ def plot_boundary(
         spreads: V, (S,).
         curves: measured sigma^2(V) by length n, (S,) each.
         critical: for each case the lengths, the largest noise and its standard error, (L,) each.
-        expected: the boundary of mean field.
+        expected: the boundary of mean field, 4/27.
+        axes: for the noise against the spread, and for the largest noise.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: a wrong number of axes.
+
+    Example:
+        >>> spreads = np.array([0.1, 0.3, 0.5])
+        >>> measured = {50: spreads * (1 - spreads) ** 2}
+        >>> largest = {"free": (np.array([50]), np.array([0.15]), np.array([0.01]))}
+        >>> figure = plot_boundary(spreads, measured, largest, 4 / 27)
+        >>> [axis.get_xlabel() for axis in figure.axes]
+        ['spread of the past, aV', '1 / n']
     """
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(axes, 2, (10.5, 4.2), columns=2)
     fine = np.linspace(0, max(0.6, float(spreads[-1])), 200)
     left.plot(fine, fine * (1 - fine) ** 2, color="black", linewidth=1, label="mean field, V (1 − aV)²")
-    for colour, (length, values) in zip(COLOURS, curves.items(), strict=False):
+    for colour, (length, values) in zip(cycle(COLOURS), curves.items(), strict=False):
         left.plot(spreads, values, "o", markersize=4, color=colour, label=f"n = {length}")
     left.axhline(expected, color="grey", linestyle="--", linewidth=1)
     left.annotate("4/27", (0.01, expected), xytext=(0, 3), textcoords="offset points", fontsize=9)
@@ -39,8 +57,11 @@ def plot_boundary(
     left.set_ylabel("noise that keeps it, aσ²")
     left.legend(fontsize=8)
     bars: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4, "capsize": 2}
-    for k, (label, (lengths, values, error)) in enumerate(critical.items()):
-        right.errorbar(1 / lengths + 0.0004 * k, values, 1.96 * error, color=COLOURS[k], label=label, **bars)
+    for k, (colour, (label, (lengths, values, error))) in enumerate(
+        zip(cycle(COLOURS), critical.items(), strict=False)
+    ):
+        # Set apart a little, so that the bars do not hide each other.
+        right.errorbar(1 / lengths + 0.0004 * k, values, 1.96 * error, color=colour, label=label, **bars)
     right.axhline(expected, color="grey", linestyle="--", linewidth=1, label="mean field, 4/27")
     right.set_xlabel("1 / n")
     right.set_ylabel("largest noise with a stationary spread, aσ²")
@@ -50,37 +71,74 @@ def plot_boundary(
     return figure
 
 
-def plot_excess(slopes: Array, excess: Array, boundary: float) -> Figure:
+def plot_excess(
+    slopes: Array,
+    excess: Array,
+    boundary: float,
+    *,
+    title: str = "Attraction always folds somewhere: how much it costs",
+    ax: Axes | None = None,
+) -> Figure:
     """By how much three tokens have more mass than two, against the strength of the attention.
 
     Args:
         slopes: a sigma^2, (K,).
-        excess: E[Z] - 1, (K,).
-        boundary: of stationarity, marked.
+        excess: E[Z] - 1, (K,); what is not positive leaves a gap.
+        boundary: of stationarity, 4/27, marked.
+        title: over the panel.
+        ax: where to draw; None for a figure of its own.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> figure = plot_excess(np.array([0.1, 0.5, 1.0]), np.array([0.0, 1e-4, 5e-3]), 4 / 27)
+        >>> figure.axes[0].get_yscale()
+        'log'
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = panel(ax, (6.4, 4.2))
     axis.loglog(slopes, np.where(excess > 0, excess, np.nan), color=COLOURS[0])
     axis.axvline(boundary, color="grey", linestyle="--", linewidth=1)
     axis.annotate("4/27", (boundary, axis.get_ylim()[0]), xytext=(3, 6), textcoords="offset points", fontsize=9)
     axis.set_xlabel("strength of the attention, aσ²")
     axis.set_ylabel("excess mass of three tokens, E[Z] − 1")
-    axis.set_title("Attraction always folds somewhere: how much it costs", fontsize=10)
+    axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.25)
     return figure
 
 
-def plot_growth(lengths: Array, slopes: Sequence[float], panels: Mapping[str, tuple[Array, Array]]) -> Figure:
+def plot_growth(
+    lengths: Array,
+    slopes: Sequence[float],
+    cases: Mapping[str, tuple[Array, Array]],
+    *,
+    axes: Sequence[Axes] | None = None,
+) -> Figure:
     """Median spread of long runs against their length, with the mean-field flow dashed.
 
     Args:
         lengths: n, (K,).
         slopes: a sigma^2, one a curve.
-        panels: by title, the measured and the predicted medians, (slopes, K) each; inf where escaped.
+        cases: by title, the measured and the predicted medians, (slopes, K) each; inf where escaped, which ends a
+            curve and is written beside it.
+        axes: one panel a case, from left to right.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: no case, or a wrong number of axes.
+
+    Example:
+        >>> medians = np.array([[0.1, 0.12, np.inf]])
+        >>> figure = plot_growth(np.array([10, 100, 1000]), [0.2], {"free": (medians, medians)})
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['1/3', 'escapes']
     """
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, (measured, predicted)) in zip(axes, panels.items(), strict=True):
+    figure, drawn = panels(axes, len(cases), (10.5, 4.2), columns=max(len(cases), 1), sharey=True)
+    for axis, (title, (measured, predicted)) in zip(drawn, cases.items(), strict=True):
+        axis.axhline(1 / 3, color="grey", linewidth=1, linestyle=":")
+        axis.annotate("1/3", (lengths[0], 1 / 3), xytext=(0, 3), textcoords="offset points", fontsize=9)
         for k, slope in enumerate(slopes):
             colour = COLOURS[k % len(COLOURS)]
             for values, style in ((measured[k], "o-"), (predicted[k], "--")):
@@ -97,27 +155,36 @@ def plot_growth(lengths: Array, slopes: Sequence[float], panels: Mapping[str, tu
                     fontsize=8,
                     color=colour,
                 )
-        axis.axhline(1 / 3, color="grey", linewidth=1, linestyle=":")
         axis.set_xscale("log")
         axis.set_xlabel("tokens n")
         axis.set_title(f"mean of the past {title}" if title == "free" else title, fontsize=10)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("median spread aV (dashed: mean-field flow)")
-    axes[-1].legend(fontsize=8)
+    drawn[0].set_ylabel("median spread aV (dashed: mean-field flow)")
+    drawn[-1].legend(fontsize=8)
     return figure
 
 
-def plot_rotation(angles: Array, exact: Array, measured_angles: Array, measured: Array) -> Figure:
+def plot_rotation(
+    angles: Array, exact: Array, measured_angles: Array, measured: Array, *, ax: Axes | None = None
+) -> Figure:
     """The boundary of a rotating attention in the plane against its angle.
 
     Args:
         angles: theta in degrees, (K,).
         exact: |lambda| sigma^2 at the boundary, (K,).
         measured_angles: (M,).
-        measured: the end of the stable branch, found by continuation, (M,); inf where it has none.
+        measured: the end of the stable branch, found by continuation, (M,); inf where it has none: not drawn.
+        ax: where to draw; None for a figure of its own.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> figure = plot_rotation(np.array([0.0, 60.0]), np.array([4 / 27, 0.375]), np.array([60]), np.array([0.37]))
+        >>> figure.axes[0].get_xlim()
+        (np.float64(0.0), np.float64(180.0))
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = panel(ax, (6.4, 4.2))
     axis.plot(angles, exact, color=COLOURS[0], label="2 (1 + cos θ) / (1 + 2 cos θ)³")
     ends = np.isfinite(measured)
     axis.plot(measured_angles[ends], measured[ends], "o", color=COLOURS[1], label="end of the branch, by continuation")
