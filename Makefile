@@ -35,7 +35,7 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export EXECUTE
 
-# Beside what one would use otherwise; half an hour on two cores that do nothing else.
+# Beside what one would use otherwise; ten minutes on two cores that do nothing else.
 bench: .venv/bench
 	$(BIN)/probattn bench
 

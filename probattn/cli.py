@@ -52,7 +52,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(short_help="Fit a model, measure every claim, write a report.")
 def verify(
     corpus: Annotated[
         str, typer.Option(help="python-docs, a path to a UTF-8 text, or hf:NAME[:CONFIG].")
@@ -119,7 +119,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Infer attention parameters behind hidden states.")
 def fit(
     data: Annotated[
         Path | None, typer.Option(help="Hidden states (sequences, T, p): .npy, .npz or .safetensors.")
@@ -237,10 +237,10 @@ def fit(
         typer.echo(f"results: {out / 'fit.nc'}, {out / 'diagnosis.json'}, {out / 'summary.csv'}, {out / 'figures'}")
 
 
-app.command()(train)
-app.command()(support)
-app.command()(explore)
-app.command()(bench)
+app.command(short_help="Train a language model with the log-barrier.")(train)
+app.command(short_help="Show the tokens of a text nearest to the boundary.")(support)
+app.command(short_help="See it in the browser; begin here.")(explore)
+app.command(short_help="Measure costs as ratios (ten minutes).")(bench)
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -136,7 +136,7 @@ def _(info: Any, axes: tuple[int, None], matrix: Tensor, inverse: bool) -> tuple
 
 
 class _LogAbsDet(torch.autograd.Function):
-    """Sign, log|det J| and J^-1 of J = I - K; the inverse is an output so that derivatives can be taken again."""
+    """Sign, log|det J| and J^-T of J = I - K; the last is an output so that derivatives can be taken again."""
 
     generate_vmap_rule = True
 
@@ -154,11 +154,11 @@ class _LogAbsDet(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Any, on_value: Tensor | None, on_inverse: Tensor | None) -> Tensor | None:
-        (inverse,) = ctx.saved_tensors
-        result = None if on_value is None else -on_value[..., None, None] * inverse.mT
+        (inverse,) = ctx.saved_tensors  # J^-T
+        result = None if on_value is None else -on_value[..., None, None] * inverse
         if on_inverse is None:
             return result
-        through: Tensor = inverse.mT @ on_inverse @ inverse.mT  # d J^-1 = J^-1 dK J^-1
+        through: Tensor = inverse @ on_inverse.mT @ inverse  # d J^-T = J^-T dK^T J^-T
         return through if result is None else result + through
 
 
@@ -168,8 +168,7 @@ class _LogAbsDetForward(_LogAbsDet):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[None, Tensor, Tensor]:
         (inverse,) = ctx.saved_tensors
-        change = inverse @ tangent
-        return None, -change.diagonal(dim1=-2, dim2=-1).sum(-1), change @ inverse
+        return None, -(inverse * tangent).sum((-2, -1)), inverse @ tangent.mT @ inverse
 
 
 def smallest_singular_value(matrix: Tensor) -> Tensor:

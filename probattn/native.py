@@ -76,14 +76,14 @@ def _share(run: Callable[[int, int], int | None], units: int, size: int) -> None
 
 
 def determinants(matrix: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sign and log|det(I - K)|, and (I - K)^-1 where it is wanted.
+    """Sign and log|det(I - K)|, and where it is wanted (I - K)^-T, by which the logarithm is differentiated.
 
     Args:
         matrix: K, (N, m, m), m <= LARGEST, float32 or float64 on the CPU.
         inverse: whether to compute it.
 
     Returns:
-        (N,), (N,) and (N, m, m) or None. Where the matrix is singular: 0, -inf, and an inverse that is not finite.
+        (N,), (N,) and (N, m, m) or None. Where the matrix is singular: 0, -inf, and NaN.
     """
     matrix = matrix.contiguous()
     count, size = matrix.shape[0], matrix.shape[-1]

@@ -165,8 +165,11 @@ def attention_penalty(
         if mask.dtype != torch.bool:  # libraries write "never" as the lowest number, which is another one when widened
             mask = mask.to(wide).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
         mask = shown(mask, 2)
+    value = (
+        value.to(wide) if joint else scale * value.to(wide)
+    )  # the covariance is linear in the values, which are fewer
     cov = past_covariance(
-        rows.to(wide), key.to(wide), value.to(wide), first, limit, mask=mask, scale=scale, softcap=softcap
+        rows.to(wide), key.to(wide), value, first, limit, mask=mask, scale=scale, softcap=softcap
     )  # (batch, K, P, g, dv, r)
     cov = cov.movedim(3, 2).flatten(1, 2)  # (batch, H, P, dv, r)
     with torch.autocast(query.device.type, enabled=False):
@@ -180,7 +183,7 @@ def attention_penalty(
                 "query_map to take the heads jointly."
             )
         else:
-            matrix, size = scale * cov, rank
+            matrix, size = cov, rank
         values, margins = penalty_and_margin(matrix, size, kind, sharpness)
     if padding is None:
         valid = torch.ones(len(query), len(chosen), dtype=torch.bool, device=query.device)
