@@ -19,6 +19,13 @@ STORIES = {
     "plane": ("plane-boundary", "plane-fold", "plane-two-folds", "plane-runaway"),
     "sequence": ("sequence-below", "sequence-above", "sequence-drift", "sequence-repulsion"),
 }
+LEGENDS = {
+    "line": {
+        *("area: attention weight", "noise ε and its roots", "folded", "no attention, e = u"),
+        *("N(e) |J|", "N(e) alone"),
+    },
+    "sequence": {"mean so far", "mean ± 2√V", "mean field V", "a σ²", "aV of the sample"},
+}
 BROKEN = re.compile(r"NaN|Infinity|undefined|null|\[object")
 pytestmark = pytest.mark.xdist_group("explorer")
 
@@ -360,6 +367,70 @@ def test_small_screens_and_both_themes(open_page, settle, scheme):
     settle(page)
     assert overflow(page) <= 0
     assert page.evaluate("parseFloat(getComputedStyle(document.documentElement).fontSize)") > 20
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("width", [360, 420, 1280])
+def test_legends_are_whole_at_every_width(open_page, settle, width, large):
+    page = open_page(viewport={"width": width, "height": 740})
+    page.evaluate(
+        """() => {
+          window.words = {};
+          const write = CanvasRenderingContext2D.prototype.fillText;
+          CanvasRenderingContext2D.prototype.fillText = function (words, x, y, ...most) {
+            const wide = this.measureText(words).width, part = { left: 0, center: 0.5, right: 1 }[this.textAlign];
+            const left = x - part * wide;
+            window.words[words] = { left, right: left + wide, y, width: this.canvas.clientWidth };
+            return write.call(this, words, x, y, ...most);
+          };
+        }"""
+    )
+    if large:
+        page.click("#large")
+    for view, legend in LEGENDS.items():
+        page.evaluate("() => { window.words = {} }")
+        page.click(f"#tab-{view}")
+        settle(page)
+        seen = page.evaluate("words")
+        assert legend <= set(seen)
+        for words in legend:
+            assert 0 <= seen[words]["left"] < seen[words]["right"] <= seen[words]["width"]
+            for other in legend - {words}:
+                apart = (
+                    seen[other]["right"] < seen[words]["left"]
+                    or seen[words]["right"] < seen[other]["left"]
+                    or abs(seen[other]["y"] - seen[words]["y"]) > 10
+                )
+                assert apart, (words, other)
+
+
+def test_what_a_new_user_sees_first(open_page, settle, until):
+    page = open_page()
+    shown = numbers(page)
+    assert shown["line.noise"]["value"] == shown["line.e"]["value"]
+    roots = [float(root) for root in shown["line.roots"]["value"].split()]
+    assert min(abs(root - float(shown["line.u"]["value"])) for root in roots) < 1e-12
+    page.click("#tab-sequence")
+    until(page, "probattn.path().tokens.length === 100")
+    settle(page)
+    assert numbers(page)["sequence.n"]["text"] == "100"
+    page.click("#sequence-play")
+    until(page, "probattn.path().tokens.length > 120")
+
+
+def test_reasons_begin_with_a_word(open_page, settle):
+    page = open_page()
+    for view, stories in STORIES.items():
+        if view == "sequence":
+            continue
+        for story in stories:
+            page.click(f"#tab-{view}")
+            page.click(f"#{story}")
+            settle(page)
+            assert re.match(r"(The|A real|No|Within) \w", page.inner_text(f"[data-name='{view}.reason']")), story
+    change(page, settle, "line", tokens=[-1, 1, 0], a=-10)
+    reason = page.inner_text("[data-name='line.reason']")
+    assert reason.startswith("The largest a·Var over every next token is below one")
 
 
 def test_the_matrix_is_edited_by_its_singular_vectors(open_page, settle):

@@ -137,7 +137,7 @@ const controls = (() => {
     folded: "folded: some noise has several solutions",
   };
 
-  /** The regime as a badge with its reason; returns what to announce. */
+  /** The regime as a badge with its reason, which begins with a word, never with a letter that is a symbol; returns what to announce. */
   function showRegime(view, { name, proved, reason }) {
     const badge = spot(`${view}.regime`);
     show(`${view}.regime`, name);

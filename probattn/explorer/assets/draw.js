@@ -45,7 +45,7 @@ const draw = (() => {
     pen.font = `${style} ${(ink.size * factor).toFixed(1)}px system-ui, sans-serif`;
   }
 
-  function text(pen, words, x, y, { colour = ink.muted, align = "left", base = "alphabetic", factor = 0.8, halo = false, style = "" } = {}) {
+  function text(pen, words, x, y, { colour = ink.muted, align = "left", base = "alphabetic", factor = 0.8, halo = false, style = "", most } = {}) {
     font(pen, factor, style);
     [pen.textAlign, pen.textBaseline] = [align, base];
     if (halo) {
@@ -53,7 +53,7 @@ const draw = (() => {
       pen.strokeText(words, x, y);
     }
     pen.fillStyle = colour;
-    pen.fillText(words, x, y);
+    pen.fillText(words, x, y, most);
   }
 
   /** Grid lines with numbers, below (x) or to the left (y). */
@@ -111,21 +111,39 @@ const draw = (() => {
     pen.stroke();
   }
 
-  /** A title above a plot, and to its right as much of a legend as there is room for. */
-  function heading(pen, x, top, title, legend = []) {
-    const base = top - ink.size * 0.4;
-    text(pen, title, x.from, base, { colour: ink.ink, style: "600" });
-    const taken = x.from + pen.measureText(title).width + ink.size * 0.6;
-    let right = x.to;
-    for (const [colour, words] of [...legend].reverse()) {
-      font(pen);
-      const wide = pen.measureText(words).width + ink.size * 1.1;
-      if (right - wide < taken) break;
-      text(pen, words, right, base, { align: "right" });
-      pen.fillStyle = colour;
-      pen.fillRect(right - wide, base - ink.size * 0.5, ink.size * 0.7, ink.size * 0.4);
-      right -= wide + ink.size * 0.7;
+  /** A title and its legend, beside it where all of it fits, else in lines below it: `more` is their height beyond one line, `paint` sets them above a plot. */
+  function heading(pen, wide, title, legend = []) {
+    const gap = ink.size * 0.7, tall = ink.size * 1.15, mark = ink.size * 1.1;
+    font(pen, 0.8, "600");
+    const taken = pen.measureText(title).width + gap;
+    font(pen);
+    const entries = legend.map(([colour, words]) => ({ colour, words, wide: pen.measureText(words).width + mark + gap }));
+    const all = entries.reduce((sum, entry) => sum + entry.wide, -gap), beside = taken + all <= wide;
+    const lines = [[]];
+    let at = beside ? wide - all : 0;
+    for (const entry of entries) {
+      if (!beside && (lines.length === 1 || at + entry.wide - gap > wide)) {
+        lines.push([]);
+        at = 0;
+      }
+      lines.at(-1).push({ ...entry, at });
+      at += entry.wide;
     }
+    const more = (lines.length - 1) * tall;
+    return {
+      more,
+      paint(left, top) {
+        lines.forEach((line, k) => {
+          const base = top - ink.size * 0.4 - more + k * tall;
+          if (k === 0) text(pen, title, left, base, { colour: ink.ink, style: "600", most: wide });
+          for (const entry of line) {
+            pen.fillStyle = entry.colour;
+            pen.fillRect(left + entry.at, base - ink.size * 0.5, ink.size * 0.7, ink.size * 0.4);
+            text(pen, entry.words, left + entry.at + mark, base);
+          }
+        });
+      },
+    };
   }
 
   const rgb = hex => [1, 3, 5].map(k => parseInt(hex.slice(k, k + 2), 16));

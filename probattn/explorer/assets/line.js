@@ -50,21 +50,24 @@ const lineView = page => {
 
   const subscript = n => String(n).replace(/\d/g, d => "₀₁₂₃₄₅₆₇₈₉"[d]);
 
-  function layout(width, height) {
-    const left = ink.size * 3, right = width - ink.size * 0.8, strip = ink.size * 5, foot = ink.size * 2;
-    const rest = height - strip - foot, middle = strip + rest * 0.57;
+  function layout(pen, width, height) {
+    const left = ink.size * 3, right = width - ink.size * 0.8, wide = right - left;
+    const strip = draw.heading(pen, wide, "tokens", [[ink.blue, "area: attention weight"]]);
+    const map = draw.heading(pen, wide, "residual map e(u) = u − μ(u)", [[ink.green, "noise ε and its roots"], [ink.orange, "folded"], [ink.muted, "no attention, e = u"]]);
+    const density = draw.heading(pen, wide, "density of the next token", [[ink.blue, "N(e) |J|"], [ink.pink, "N(e) alone"]]);
+    const top = ink.size * 5 + strip.more + map.more, bottom = height - ink.size * 2, middle = top + (bottom - top - density.more) * 0.57;
     x = draw.scale(-REACH, REACH, left, right);
     bands = {
-      strip: strip * 0.53,
-      map: draw.scale(-REACH, REACH, middle - ink.size * 0.6, strip),
-      density: [height - foot, middle + ink.size * 1.6],
+      strip: ink.size * 2.65 + strip.more,
+      map: draw.scale(-REACH, REACH, middle - ink.size * 0.6, top),
+      density: [bottom, middle + density.more + ink.size * 1.6],
     };
+    return { strip, map, density };
   }
 
   function paint() {
     const { pen, width, height } = draw.surface(canvas), { a, sigma, noise, tokens } = state(), s = seen;
-    layout(width, height);
-    const y = bands.map, points = [], folded = [];
+    const heads = layout(pen, width, height), y = bands.map, points = [], folded = [];
     for (let k = 0; k < SAMPLES; k++) {
       const u = -REACH + (2 * REACH * k) / (SAMPLES - 1), here = M.look(s.past, a, u);
       points.push({ u, e: u - here.mean, J: 1 - a * here.variance });
@@ -84,7 +87,7 @@ const lineView = page => {
     pen.globalAlpha = 1;
 
     // The strip of tokens: areas are attention weights.
-    draw.heading(pen, x, ink.size * 1.3, "tokens", [[ink.blue, "area: attention weight"]]);
+    heads.strip.paint(x.from, ink.size * 1.3 + heads.strip.more);
     draw.curve(pen, [[x.from, bands.strip], [x.to, bands.strip]], ink.rule, 1.5);
     s.past.forEach((token, i) => {
       pen.beginPath();
@@ -97,7 +100,7 @@ const lineView = page => {
     // The residual map.
     draw.axes(pen, x, y, { xNumbers: false });
     draw.clip(pen, x, y, () => {
-      draw.curve(pen, [[x(-REACH), y(-REACH)], [x(REACH), y(REACH)]], ink.rule, 1.5, [2, 5]);
+      draw.curve(pen, [[x(-REACH), y(-REACH)], [x(REACH), y(REACH)]], ink.muted, 1.5, [2, 5]);
       draw.curve(pen, [[x.from, y(noise)], [x.to, y(noise)]], ink.green, 1.5, [7, 5]);
       for (let k = 0; k + 1 < points.length; ) {
         const back = (points[k].J + points[k + 1].J) / 2 < 0, run = [[x(points[k].u), y(points[k].e)]];
@@ -113,7 +116,7 @@ const lineView = page => {
       pen.fillStyle = ink.ink;
       pen.fill();
     });
-    draw.heading(pen, x, y.to, "residual map e(u) = u − μ(u)", [[ink.green, "noise ε and its roots"], ...(folded.length ? [[ink.orange, "folded"]] : [])]);
+    heads.map.paint(x.from, y.to);
 
     // Both densities of the next token.
     const exact = points.map(p => M.normal(p.e, sigma) * Math.abs(p.J)), naive = points.map(p => M.normal(p.e, sigma));
@@ -131,7 +134,7 @@ const lineView = page => {
       draw.curve(pen, points.map((p, k) => [x(p.u), z(naive[k])]), ink.pink, 2, [6, 4]);
       draw.curve(pen, [[x(s.u), z(0)], [x(s.u), z(s.density)]], ink.ink, 1, [2, 4]);
     });
-    draw.heading(pen, x, z.to, "density of the next token", [[ink.blue, "N(e) |J|"], [ink.pink, "N(e) alone"]]);
+    heads.density.paint(x.from, z.to);
     handles.update(tokens.length);
   }
 

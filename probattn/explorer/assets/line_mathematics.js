@@ -232,7 +232,7 @@ const lineMathematics = (() => {
     let position = J.findIndex(value => value < 0);
     if (position >= 0) {
       // Among several negative ones the library names the first.
-      return { name: "folded", proved: true, position, reason: `det J is negative at ${position === tokens.length - 1 ? "the query" : `token ${position + 1}`}: some noise has several solutions` };
+      return { name: "folded", proved: true, position, reason: `the slope J is negative at ${position === tokens.length - 1 ? "the query" : `token ${position + 1}`}: some noise has several solutions` };
     }
     const size = tokens.reduce((most, token) => Math.max(most, Math.abs(token)), 0), unit = 16 * Number.EPSILON;
     let largest = 0;
@@ -251,16 +251,16 @@ const lineMathematics = (() => {
       const rounding = bracket.upper > 0 ? Math.min(1, 1e-12 + slack / gap) : 0;
       if (bracket.lower > 1 + rounding) {
         return { name: "folded", proved: true, position: i, witness: bracket.at,
-          reason: `det J is negative for a next token near ${bracket.at.toFixed(3).replace("-", "−")} after ${i} tokens: some noise has several solutions` };
+          reason: `the slope J is negative for a next token near ${bracket.at.toFixed(3).replace("-", "−")} after ${i} tokens: some noise has several solutions` };
       }
       undecided = undecided || bracket.upper * (1 + rounding) >= 1;
     }
     if (!undecided) {
-      return { name: "certified", proved: true, position: null, reason: "a Var stays below one for every next token (enclosed): one to one" };
+      return { name: "certified", proved: true, position: null, reason: "the largest a·Var over every next token is below one (enclosed): one to one" };
     }
     J.forEach((value, i) => { if (position < 0 || value < J[position]) position = i; });
     if (J[position] <= 0) {
-      return { name: "folded", proved: false, position, reason: "J is zero at a token: on the boundary, a fold is suspected, not proved" };
+      return { name: "folded", proved: false, position, reason: "the slope J is zero at a token: on the boundary, a fold is suspected, not proved" };
     }
     return { name: "regular", proved: false, position, reason: "within rounding of the boundary: no fold seen, none excluded" };
   }

@@ -1,5 +1,5 @@
-// The editor of A = s_1 u_1 v_1^T + s_2 u_2 v_2^T: the unit circle, its image under A, and three handles. The outer dial
-// turns v_1; the two arrows end at A v_1 = s_1 u_1 and A v_2 = s_2 u_2.
+// The editor of A = s_1 l_1 r_1^T + s_2 l_2 r_2^T: the unit circle, its image under A, and three handles. The outer dial
+// turns r_1; the two arrows end at A r_1 = s_1 l_1 and A r_2 = s_2 l_2.
 const matrixEditor = page => {
   const { ink } = draw, canvas = controls.find("matrix-canvas"), layer = controls.find("matrix-handles");
   // The circle shown: it follows the arrows, but not while one of them is held.
@@ -44,7 +44,7 @@ const matrixEditor = page => {
     });
   }
 
-  const NAMES = ["right singular vector v₁, turn", "s₁ u₁, length and direction", "s₂ u₂, length and sign"];
+  const NAMES = ["right singular vector r₁, turn", "s₁ l₁, length and direction", "s₂ l₂, length and sign"];
   const wrap = angle => Math.round(Math.atan2(Math.sin(angle), Math.cos(angle)) * 1000) / 1000;
   const handles = new controls.Handles(layer, {
     label: k => NAMES[k],

@@ -1,5 +1,5 @@
 // Two dimensions. Logits u_s^T A u, weights alpha, Sigma their covariance, J = I - Sigma A; matrices are [a, b, c, d] by
-// rows. A = s_1 u_1 v_1^T + s_2 u_2 v_2^T with the singular vectors given by two angles; s_2 carries the sign of det A.
+// rows. A = s_1 l_1 r_1^T + s_2 l_2 r_2^T with the singular vectors given by two angles; s_2 carries the sign of det A.
 const planeMathematics = (() => {
   function matrix({ left, right, s1, s2 }) {
     const [c, s, C, S] = [Math.cos(left), Math.sin(left), Math.cos(right), Math.sin(right)];
@@ -267,7 +267,7 @@ const planeMathematics = (() => {
     const blocks = tokens.map((u, i) => look(tokens.slice(0, i), A, u).J), det = blocks.map(determinant);
     const negative = det.findIndex(value => value < 0), name = i => (i === tokens.length - 1 ? "the query" : `token ${i + 1}`);
     if (negative >= 0) {
-      return { name: "folded", proved: true, position: negative, reason: `det J is negative at ${name(negative)}: some noise has several solutions` };
+      return { name: "folded", proved: true, position: negative, reason: `the determinant of J is negative at ${name(negative)}: some noise has several solutions` };
     }
     const bound = tokens.reduce((most, _, i) => Math.max(most, contractionBound(tokens.slice(0, i), A)), 0);
     if (bound < 1) {
@@ -277,7 +277,7 @@ const planeMathematics = (() => {
     const lowest = values.reduce((best, value, i) => (value < values[best] ? i : best), 0);
     if (fold) {
       const where = fold.at.map(x => x.toFixed(2).replace("-", "−")).join(", ");
-      return { name: "folded", proved: true, position: fold.position, witness: fold.at, reason: `det J is negative at u = (${where}) after ${fold.position} tokens, found by search` };
+      return { name: "folded", proved: true, position: fold.position, witness: fold.at, reason: `the determinant of J is negative at u = (${where}) after ${fold.position} tokens, found by search` };
     }
     if (values[lowest] <= 0) {
       return { name: "folded", proved: false, position: lowest, reason: `a real eigenvalue of J is not positive at ${name(lowest)}: a fold is suspected, not proved` };

@@ -59,13 +59,19 @@ const sequenceView = page => {
 
   function paint({ field, level }) {
     const { pen, width, height } = draw.surface(canvas), { a } = state(), n = path.length, size = ink.size;
-    const left = size * 3.4, right = width - size * 0.8, gap = size * 3.4, rest = height - size * 3.8 - 2 * gap;
-    const heights = [0.42, 0.29, 0.29].map(part => part * rest);
+    const left = size * 3.4, right = width - size * 0.8, gap = size * 3.4;
+    const spread = path.spread.slice(1), high = Math.max(field ? 2 * field.V : 1, 1.1 * Math.max(0, ...tail(spread))), log = high > 30;
+    const heads = [
+      ["path u\u2099", [[ink.orange, "mean so far"], ...(field ? [[ink.green, "mean ± 2√V"]] : [])]],
+      [log ? "log₁₀ of the sample variance" : "sample variance so far", field ? [[ink.green, "mean field V"]] : []],
+      ["aV (1 − aV)² against aV", [[ink.orange, "a σ²"], [ink.blue, "aV of the sample"]]],
+    ].map(([title, legend]) => draw.heading(pen, right - left, title, legend));
+    const rest = height - size * 3.8 - 2 * gap - heads.reduce((sum, head) => sum + head.more, 0);
     let top = size * 1.8;
-    const bands = heights.map(tall => {
-      const band = [top + tall, top];
-      top += tall + gap;
-      return band;
+    const bands = [0.42, 0.29, 0.29].map((part, k) => {
+      const from = top + heads[k].more, to = from + part * rest;
+      top = to + gap;
+      return [to, from];
     });
     const x = draw.scale(0, Math.max(100, n * 1.04), left, right);
 
@@ -86,18 +92,17 @@ const sequenceView = page => {
       draw.curve(pen, thinned(path.tokens, width).map(([i, u]) => [x(i), y(u)]), ink.blue, n > 400 ? 0.8 : 1.3);
       draw.curve(pen, centre.map(([i, u]) => [x(i), y(u)]), ink.orange, 2.5);
     });
-    draw.heading(pen, x, y.to, "path u\u2099", [[ink.orange, "mean so far"], ...(field ? [[ink.green, "mean ± 2√V"]] : [])]);
+    heads[0].paint(left, y.to);
 
     // The spread, on a logarithmic scale once it grows.
-    const spread = path.spread.slice(1), high = Math.max(field ? 2 * field.V : 1, 1.1 * Math.max(0, ...tail(spread)));
-    const log = high > 30, floor = 0.05, z = log ? draw.scale(Math.log10(floor), Math.log10(high), ...bands[1]) : draw.scale(0, high, ...bands[1]);
+    const floor = 0.05, z = log ? draw.scale(Math.log10(floor), Math.log10(high), ...bands[1]) : draw.scale(0, high, ...bands[1]);
     const level_ = value => z(log ? Math.log10(Math.max(floor, value)) : value);
     draw.axes(pen, x, z, { yMost: 3 });
     draw.clip(pen, x, z, () => {
       draw.curve(pen, thinned(spread, width).map(([i, v]) => [x(i + 1), level_(v)]), ink.blue, 2.5);
       if (field) draw.curve(pen, [[x.from, level_(field.V)], [x.to, level_(field.V)]], ink.green, 2, [7, 5]);
     });
-    draw.heading(pen, x, z.to, log ? "log₁₀ of the sample variance" : "sample variance so far", field ? [[ink.green, "mean field V"]] : []);
+    heads[1].paint(left, z.to);
 
     // a sigma^2 against a V: the curve and where it ends.
     const far = a > 0 ? 1 : -1, v = draw.scale(Math.min(0, far), Math.max(0, far), left, right);
@@ -111,7 +116,7 @@ const sequenceView = page => {
       if (n > 1) draw.curve(pen, [[v(a * path.spread[n - 1]), w.from], [v(a * path.spread[n - 1]), w.to]], ink.blue, 2);
       if (field) draw.diamond(pen, v(a * field.V), w(level), 7, ink.green);
     });
-    draw.heading(pen, v, w.to, "aV (1 − aV)² against aV", [[ink.orange, "a σ²"], [ink.blue, "aV of the sample"]]);
+    heads[2].paint(left, w.to);
   }
 
   const tail = list => (list.length > 20 ? list.slice(10) : list);

@@ -5,12 +5,13 @@ const states = (() => {
 
   const initial = () => ({
     view: "line",
-    line: { tokens: [-1, 1, 0.35], a: 1.8, sigma: 0.5, noise: 0.1 },
+    // The noise of the query itself, so that the query is one of the roots.
+    line: { tokens: [-1, 1, 0.35], a: 1.8, sigma: 0.5, noise: lineMathematics.residual([-1, 1], 1.8, 0.35) },
     plane: {
       tokens: [[-1.6, -0.9], [-0.9, 0.8], [0.9, -1.5], [0.2, 1.7], [1.7, -0.4], [0.7, 0.5]],
       left: 0.5, right: 0.2, s1: 1, s2: 0.3, kind: "determinant", support: 2,
     },
-    sequence: { a: 1, sigma: 0.31, seed: 1, n: 0, speed: 4 },
+    sequence: { a: 1, sigma: 0.31, seed: 1, n: 100, speed: 4 },
   });
 
   const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
