@@ -62,7 +62,7 @@ def test_the_competitors_compute_the_same():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_is_measured_and_linear():
-    (row,) = memory((1024, 2048))  # each in a process of its own
+    (row,) = memory((4096, 8192))  # each in a process of its own; shorter ones are lost in what a process has spare
     assert 1.1 < row.ratio < 2.6
     assert row.notes["below 2 GiB"]
 
