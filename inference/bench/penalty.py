@@ -50,9 +50,8 @@ def against_others(device: torch.device, rounds: int) -> list[Row]:
         def dense(own: list[Tensor] = parts) -> None:
             _backward(dense_penalty(*own).sum(), own)
 
-        seconds = race(
-            {"exact": exact, "dense": dense, "products": _products(batch, length, dim, device)}, rounds=rounds
-        )
+        competitors = {"exact": exact, "dense": dense, "products": _products(batch, length, dim, device)}
+        seconds = race(competitors, rounds=8 * rounds, warmup=3)  # of some milliseconds each: a few are not enough
         size = f"{batch} x {length} x {dim}"
         ours = seconds["exact"].least
         rows.append(
