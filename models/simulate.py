@@ -14,7 +14,8 @@ from probattn.errors import InputError, NoSolutionError
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.scalar import ScalarModel
 from probattn.regimes import Regime, regime
-from probattn.solve import Selection, find_sequence
+from probattn.search import Selection
+from probattn.solve import find_sequence
 
 __all__ = ["Simulation", "draw_data_sets", "simulate"]
 

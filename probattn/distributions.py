@@ -11,7 +11,7 @@ from torch.distributions import Distribution, constraints
 
 from probattn.attention import CausalAttention
 from probattn.errors import InputError
-from probattn.solve import Selection
+from probattn.search import Selection
 from probattn.transforms import AttentionTransform
 
 __all__ = ["LatentAttention", "ResidualNoise", "expanded_shape", "noise_distribution"]
@@ -113,8 +113,9 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
         InputError: a noise scale that is not positive or of a wrong shape, a length below 1.
         SeveralSolutionsError, NoSolutionError: while sampling, see :func:`probattn.solve.solve_sequence`.
 
-    Cost: ``log_prob`` one evaluation of the attention and T reduced determinants; ``rsample`` is sequential in T, with
-    exact pathwise gradients by the implicit-function theorem. Source: derived here (theory, section 2).
+    Cost: ``log_prob`` one evaluation of the attention and T reduced determinants; ``rsample`` solves for
+    many tokens at once where each has one solution, else for one after the other, with exact pathwise gradients by the
+    implicit-function theorem, sequential in T. Source: derived here (theory, section 2).
 
     Example:
         >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))

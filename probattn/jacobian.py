@@ -116,23 +116,22 @@ def logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("probattn::determinants", mutates_args=())
-def _determinants(matrix: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    sign, value, inverted = native.determinants(matrix.reshape(-1, *matrix.shape[-2:]), inverse=inverse)
+def _determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sign, value, inverse = native.determinants(matrix.reshape(-1, *matrix.shape[-2:]))
     batch = matrix.shape[:-2]
-    inverted = matrix.new_empty(0) if inverted is None else inverted.view(matrix.shape)
-    return sign.view(batch), value.view(batch), inverted
+    return sign.view(batch), value.view(batch), inverse.view(matrix.shape)
 
 
 @_determinants.register_fake
-def _(matrix: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch = matrix.shape[:-2]
-    return matrix.new_empty(batch), matrix.new_empty(batch), matrix.new_empty(matrix.shape if inverse else 0)
+    return matrix.new_empty(batch), matrix.new_empty(batch), matrix.new_empty(matrix.shape)
 
 
 @_determinants.register_vmap
-def _(info: Any, axes: tuple[int, None], matrix: Tensor, inverse: bool) -> tuple[tuple[Tensor, ...], Any]:
-    results = _determinants(matrix.movedim(axes[0], 0), inverse)
-    return results, (0, 0, 0 if inverse else None)
+def _(info: Any, axes: tuple[int], matrix: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    results = _determinants(matrix.movedim(axes[0], 0))
+    return results, (0, 0, 0)
 
 
 class _LogAbsDet(torch.autograd.Function):
@@ -142,7 +141,7 @@ class _LogAbsDet(torch.autograd.Function):
 
     @staticmethod
     def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        results: tuple[Tensor, Tensor, Tensor] = _determinants(matrix, True)
+        results: tuple[Tensor, Tensor, Tensor] = _determinants(matrix)
         return results
 
     @staticmethod

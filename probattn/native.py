@@ -75,20 +75,19 @@ def _share(run: Callable[[int, int], int | None], units: int, size: int) -> None
         raise MemoryError("the covariance of the past found no memory for its weights.")
 
 
-def determinants(matrix: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sign and log|det(I - K)|, and where it is wanted (I - K)^-T, by which the logarithm is differentiated.
+def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sign and log|det(I - K)|, and (I - K)^-T, by which the logarithm is differentiated.
 
     Args:
         matrix: K, (N, m, m), m <= LARGEST, float32 or float64 on the CPU.
-        inverse: whether to compute it.
 
     Returns:
-        (N,), (N,) and (N, m, m) or None. Where the matrix is singular: 0, -inf, and NaN.
+        (N,), (N,) and (N, m, m). Where the matrix is singular: 0, -inf, and NaN.
     """
     matrix = matrix.contiguous()
     count, size = matrix.shape[0], matrix.shape[-1]
     sign, logabs = matrix.new_empty(count), matrix.new_empty(count)
-    inverted = torch.empty_like(matrix) if inverse else None
+    inverted = torch.empty_like(matrix)
     function, item = _function("determinants", matrix.dtype), matrix.element_size()
 
     def run(begin: int, end: int) -> None:
@@ -106,13 +105,33 @@ def determinants(matrix: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor, Tens
 
 
 class _Problem(ctypes.Structure):
-    """``problem`` of covariance.inc, which names its fields."""
+    """``problem`` of covariance.inc, which names its fields; it keeps the tensors alive that it points into."""
 
     _fields_ = [
         *((name, ctypes.c_long) for name in ("heads", "pieces", "rows", "group", "tokens", "rank", "value")),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "first", "limit")),
         ("scale", ctypes.c_double),
     ]
+    held: tuple[Tensor, ...]
+
+    @classmethod
+    def build(
+        cls, query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float, pieces: int
+    ) -> _Problem:
+        """From the arguments of :func:`covariance`; in so many pieces at least, where the rows are enough."""
+        batch, heads, positions, group, rank = query.shape
+        held = (
+            *(part.contiguous() for part in (query, key, value)),
+            *(part.to(torch.int64).contiguous() for part in (first, limit)),
+        )
+        rows = positions * group
+        units = batch * heads
+        # Where there are fewer heads than threads can share, the rows of each are cut up.
+        cut = 1 if units >= pieces else max(1, min(pieces // units, rows // 64))
+        sizes = (units, cut, rows, group, key.shape[2], rank, value.shape[-1])
+        problem = cls(*sizes, *(part.data_ptr() for part in held), scale)
+        problem.held = held
+        return problem
 
 
 def takes_matrices(matrix: Tensor) -> bool:
@@ -128,27 +147,34 @@ def takes_covariance(query: Tensor, value: Tensor, mask: Tensor | None, softcap:
 
 
 def covariance(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float) -> Tensor:
-    """C as in :func:`probattn.covariance.past_covariance`, same arguments and shapes."""
+    """C as in :func:`probattn.covariance.past_covariance`, same arguments and shapes.
+
+    Raises:
+        MemoryError: no room for the weights of a block of rows.
+    """
     result = query.new_empty(*query.shape[:-1], value.shape[-1], query.shape[-1])
-    threads = torch.get_num_threads()
-    problem, held = _problem(query, key, value, first, limit, scale, _SHARES * threads)
+    problem = _Problem.build(query, key, value, first, limit, scale, _SHARES * torch.get_num_threads())
     function = partial(_function("covariance", query.dtype), ctypes.byref(problem))
 
     def run(begin: int, end: int) -> int:
         return function(ctypes.c_long(begin), ctypes.c_long(end), _pointer(result))
 
     _share(run, problem.heads * problem.pieces, result.numel())
-    del held
     return result
 
 
 def covariance_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of C; rows of one head are shared by threads where heads are few."""
+    """Gradients of query, key and value from that of C, (B, K, P, g, dv, r); shaped as these.
+
+    Raises:
+        MemoryError: no room for the weights of a block of rows.
+    """
     gradient = gradient.contiguous()
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    problem, held = _problem(query, key, value, first, limit, scale, 2 * torch.get_num_threads())
+    # Every piece has gradients of key and value of its own: half as many as there are shares.
+    problem = _Problem.build(query, key, value, first, limit, scale, _SHARES // 2 * torch.get_num_threads())
     to_key, to_value = (query.new_zeros(problem.pieces, *part.shape) for part in (key, value))
     function = partial(_function("covariance_backward", query.dtype), ctypes.byref(problem))
 
@@ -157,26 +183,8 @@ def covariance_backward(
         return function(ctypes.c_long(begin), ctypes.c_long(end), *outputs)
 
     _share(run, problem.heads * problem.pieces, gradient.numel())
-    del held
     return to_query, to_key.sum(0), to_value.sum(0)
 
 
-def _problem(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float, pieces: int
-) -> tuple[_Problem, tuple[Tensor, ...]]:
-    """The struct, and the tensors that its pointers need alive."""
-    batch, heads, positions, group, rank = query.shape
-    held = (
-        *(part.contiguous() for part in (query, key, value)),
-        *(part.to(torch.int64).contiguous() for part in (first, limit)),
-    )
-    rows = positions * group
-    units = batch * heads
-    # Where there are fewer heads than threads can share, the rows of each are cut up.
-    cut = 1 if units >= pieces else max(1, min(pieces // units, rows // 64))
-    sizes = (units, cut, rows, group, key.shape[2], rank, value.shape[-1])
-    return _Problem(*sizes, *(part.data_ptr() for part in held), scale), held
-
-
-def _pointer(tensor: Tensor | None, offset: int = 0) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + offset)
+def _pointer(tensor: Tensor, offset: int = 0) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() + offset)

@@ -14,7 +14,7 @@ from probattn.branches import Branches
 from probattn.conditional import Past
 from probattn.distributions import expanded_shape, noise_distribution
 from probattn.errors import InputError
-from probattn.solve import Selection, find_roots, hull_points, require_selection, solve_token
+from probattn.search import Selection, find_roots, hull_points, require_selection, solve_token
 
 __all__ = ["Mass", "NextToken"]
 

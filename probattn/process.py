@@ -10,7 +10,7 @@ from probattn.conditional import Past
 from probattn.distributions import LatentAttention, noise_distribution
 from probattn.errors import InputError
 from probattn.next_token import NextToken
-from probattn.solve import Selection, solve_token
+from probattn.search import Selection, solve_token
 
 __all__ = ["AttentionProcess", "Path"]
 

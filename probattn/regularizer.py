@@ -165,9 +165,8 @@ def attention_penalty(
         if mask.dtype != torch.bool:  # libraries write "never" as the lowest number, which is another one when widened
             mask = mask.to(wide).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
         mask = shown(mask, 2)
-    value = (
-        value.to(wide) if joint else scale * value.to(wide)
-    )  # the covariance is linear in the values, which are fewer
+    # A head's own block is c Cov, which is linear in the values: there are fewer of these to multiply.
+    value = value.to(wide) if joint else scale * value.to(wide)
     cov = past_covariance(
         rows.to(wide), key.to(wide), value, first, limit, mask=mask, scale=scale, softcap=softcap
     )  # (batch, K, P, g, dv, r)

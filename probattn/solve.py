@@ -20,19 +20,15 @@ from probattn.conditional import Past
 from probattn.errors import InputError, SeveralSolutionsWarning, require_finite
 from probattn.moments import attention_weights
 from probattn.once import first_order_only
-from probattn.search import Selection, find_roots, hull_points, require_selection, solve_token
+from probattn.rows import Tokens
+from probattn.search import Selection, require_selection, solve_token
 from probattn.sweeps import unique_prefix
 
 __all__ = [
     "Method",
-    "Selection",
     "faster_method",
-    "find_roots",
     "find_sequence",
-    "hull_points",
-    "require_selection",
     "solve_sequence",
-    "solve_token",
 ]
 
 Method = Literal["auto", "sequential", "parallel"]
@@ -186,12 +182,11 @@ def _mean(attention: CausalAttention, u: Tensor) -> Tensor:
 
 def _later_rows(attention: CausalAttention, u: Tensor, begin: int, end: int) -> Tensor:
     """Rows begin..end-1 of the mean, begin >= 1."""
-    tokens = u[..., :end, :].unsqueeze(-3)
+    seen = u[..., :end, :]
+    tokens = seen.unsqueeze(-3)
     diagonal = begin - 1 if attention.mask == "strict" else begin
     visible = torch.ones(end - begin, end, dtype=torch.bool, device=u.device).tril(diagonal)
-    query = tokens[..., begin:, :] @ attention.scaled_query.mT
-    weights = attention_weights(query, tokens @ attention.key.mT, visible)
-    return (weights @ (tokens @ attention.value.mT) @ attention.output.mT).sum(-3)
+    return Tokens(tokens @ attention.transport.mT, tokens @ attention.bilinear).mean(seen[..., begin:, :], visible)
 
 
 class _ImplicitSolution(torch.autograd.Function):

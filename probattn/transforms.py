@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from probattn.attention import CausalAttention
-from probattn.solve import Selection, require_selection, solve_sequence
+from probattn.search import Selection, require_selection
+from probattn.solve import solve_sequence
 
 __all__ = ["AttentionTransform"]
 

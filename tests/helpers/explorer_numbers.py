@@ -11,7 +11,7 @@ from probattn.branches import Branches
 from probattn.conditional import Past
 from probattn.fold import largest_sensitivity, turning_points
 from probattn.mass import next_token_density, scalar_mass
-from probattn.solve import find_roots
+from probattn.search import find_roots
 
 TOLERANCE = 1e-6
 

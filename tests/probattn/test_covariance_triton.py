@@ -14,6 +14,7 @@ from probattn.covariance import past_covariance
 triton = pytest.importorskip("triton", reason="needs Triton, which has no wheels for this system")
 
 from probattn import covariance_triton as kernels  # noqa: E402
+from probattn import triton_kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported: hence the process
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -278,7 +279,7 @@ class TestWhatTheKernelsCover:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert not kernels.supports(part, part, part, None, None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-        monkeypatch.setattr(kernels, "triton", None)
+        monkeypatch.setattr(triton_kernels, "AVAILABLE", False)
         assert not kernels.supports(part, part, part, None, None)
 
 
@@ -313,7 +314,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("precision", ["ieee", "tf32"])
     def test_the_forward_pass(self, precision):
-        result = self.compiled(kernels._covariance, 16, precision, plain=False)
+        result = self.compiled(triton_kernels.covariance, 16, precision, plain=False)
         assert "cubin" in result.asm
         assert ("wgmma" in result.asm["ptx"]) == (precision == "tf32")
 
@@ -324,10 +325,10 @@ class TestCompiled:
         sizes = [
             self.compiled(kernel, kernels.LARGEST, precision, plain, capability).metadata.shared
             for kernel, shapes in (
-                (kernels._summary, [True]),
-                (kernels._covariance, [False]),
-                (kernels._to_rows, [False, True]),
-                (kernels._to_tokens, [False, True]),
+                (triton_kernels.summary, [True]),
+                (triton_kernels.covariance, [False]),
+                (triton_kernels.to_rows, [False, True]),
+                (triton_kernels.to_tokens, [False, True]),
             )
             for plain in shapes
         ]

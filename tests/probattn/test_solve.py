@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from probattn import CausalAttention, LatentAttention
 from probattn.conditional import Past
 from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
-from probattn.solve import solve_sequence, solve_token
+from probattn.search import solve_token
+from probattn.solve import solve_sequence
 from support import attention_like, tokens
 
 
