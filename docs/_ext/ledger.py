@@ -186,7 +186,8 @@ class MeasuredRole(SphinxRole):
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Look it up."""
-        self.env.note_dependency(str(LEDGER))
+        for source in (LEDGER, STUDY, BENCH):
+            self.env.note_dependency(str(source))
         return [nodes.Text(measured(self.text))], []
 
 
