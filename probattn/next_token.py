@@ -173,7 +173,7 @@ class NextToken(dist.TorchDistribution):
 
         Returns:
             In one dimension all of them in increasing order, (K,), proved; in several those that many starts found,
-            (K, p), see :func:`probattn.solve.find_roots`.
+            (K, p), see :func:`probattn.search.find_roots`.
 
         Raises:
             InputError: a batch, or an inclusive mask in one dimension.
