@@ -5,6 +5,7 @@ r"""Train a causal language model with the log-barrier, from scratch or from a l
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -208,8 +209,14 @@ def train(options: TrainOptions, report: Callable[[str], None] = lambda line: No
     if trainer.is_world_process_zero():
         model.save_pretrained(options.out / "model")
         tokeniser.save(options.out / "model")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    # What wraps the model for several processes must go before the group of processes. Were it the last to hold the
+    # group, the group's threads would be waited for by one that keeps them from ending, and now and then for ever.
+    del trainer
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
     return result
 
 

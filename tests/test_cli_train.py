@@ -115,6 +115,34 @@ def test_two_processes_train_as_one(folder, launcher):
     )
 
 
+WATCHED = """
+import gc
+import accelerate
+from torch.nn.parallel import DistributedDataParallel
+from probattn.cli import main
+
+def end_training(self, ended=accelerate.Accelerator.end_training):
+    found = [part for part in gc.get_objects() if type(part) is DistributedDataParallel]
+    print("wrappers:", len(found), flush=True)
+    ended(self)
+
+accelerate.Accelerator.end_training = end_training
+main()
+"""
+
+
+@pytest.mark.xdist_group("train")
+def test_the_wrapper_of_the_model_ends_before_the_group_of_processes(folder):
+    # The other way round, the end of the group waits now and then for ever for threads that wait for Python's lock.
+    (folder / "watched.py").write_text(WATCHED, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "watched.py", "train"]
+    options = ["--corpus", "text.txt", "--steps", "1", "--save-every", "0", "--out", "watched"]
+    command = [sys.executable, *launcher, *SIZES, *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrappers: 0") == 2, result.stdout
+
+
 def test_a_yaml_file_gives_what_the_flags_do_not(folder):
     settings = "steps: 2\nlearning-rate: 1e-3\nsave_every: 0\ncorpus: text.txt\nweight: 1\n"
     (folder / "settings.yaml").write_text(settings, encoding="utf-8")

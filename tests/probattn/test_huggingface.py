@@ -438,7 +438,7 @@ class TestCompile:
 
 
 TWO_PROCESSES = """
-    import sys, torch, torch.distributed as dist
+    import gc, sys, torch, torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from transformers import GPT2Config, GPT2LMHeadModel
     from probattn.huggingface import attach_barrier
@@ -467,6 +467,8 @@ TWO_PROCESSES = """
             expected = torch.cat([part.grad.flatten() for part in model.parameters()])
             if rank == 0:
                 print(placement, weight, float((found - expected).norm() / expected.norm()))
+    del wrapped  # the last to hold the group may wait for its threads for ever
+    gc.collect()
     dist.destroy_process_group()
 """
 
