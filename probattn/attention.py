@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from probattn import jacobian as blocks
+from probattn.covariance import past_moments
 from probattn.errors import InputError, require_finite
-from probattn.moments import SUPPORTED, attention_weights, norm_bound, weighted_covariance
+from probattn.moments import SUPPORTED, attention_weights, norm_bound, refined
 
 __all__ = ["CausalAttention", "Evaluation", "Mask", "require_mask"]
 
@@ -42,12 +43,10 @@ class Evaluation(NamedTuple):
     """What one pass over a sequence yields.
 
     Attributes:
-        weights: alpha, (*batch, H, T, T).
         mean: mu, (*batch, T, p).
         factors: M_i = I - J_i in factors.
     """
 
-    weights: Tensor
     mean: Tensor
     factors: blocks.Sensitivity
 
@@ -264,42 +263,52 @@ class CausalAttention:
         )
 
     def evaluate(self, u: Tensor) -> Evaluation:
-        """Weights, mean and the factored blocks in one pass over the sequence.
+        """Mean and the factored blocks in one pass over the sequence.
 
         Args:
             u: tokens, (*batch, T, p).
 
         Returns:
-            An :class:`Evaluation`. Time O(H T^2 (r + dv + r dv)), memory O(H T (T + r dv)).
+            An :class:`Evaluation`. Time O(H T^2 r dv), memory O(H T r dv) forward and backward: weights exist for a
+            block of rows at a time, but in derivatives beyond the first.
 
         Raises:
             InputError: if the axes, the dtype or the device of u do not fit.
         """
         self._require_tokens(u)
-        query, key, value, visible = self._project(u)
-        weights = attention_weights(query, key, visible)
-        average = weights @ value  # (*batch, H, T, dv)
+        query, key, value = self._project(u)
+        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        query, key, value = (part.expand(*batch, *part.shape[-2:]) for part in (query, key, value))
+        q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))  # (B, H, T, r or dv)
+        rows = q.unsqueeze(-2)  # (B, H, T, 1, r): no head shares its keys
+        place = torch.arange(u.shape[-2], device=u.device)
+        first, limit = torch.zeros_like(place), place + (self.mask == "inclusive")
+        gain = norm_bound(self.output.detach()) * norm_bound(self.scaled_query.detach())
+        gain = gain.expand(batch).reshape(-1, self.heads)
+        cov, mean, log_sum = past_moments(rows, k, v, first, limit)
+        cov = refined(cov, mean, rows, k, v, first, limit, gain)
+        cov = cov.view(*batch, *cov.shape[2:]).squeeze(-3)  # (*batch, H, T, dv, r)
+        average = mean[..., : v.shape[-1]].reshape(value.shape)
         own = None
         if self.mask == "inclusive":
             pull = query @ self.key  # c W_K^T q_i, (*batch, H, T, p)
             own = self.value.unsqueeze(-3) + (value - average).unsqueeze(-1) * pull.unsqueeze(-2)
-            own = weights.diagonal(dim1=-2, dim2=-1)[..., None, None] * own  # (*batch, H, T, dv, p)
-        gain = norm_bound(self.output.detach()) * norm_bound(self.scaled_query.detach())  # (*batch, H)
-        cov = weighted_covariance(weights, value, key, gain.unsqueeze(-1))
+            weight = ((query * key).sum(-1) - log_sum.reshape(*batch, -1)).exp()  # alpha_ii, (*batch, H, T)
+            own = weight[..., None, None] * own  # (*batch, H, T, dv, p)
         factors = blocks.Sensitivity(cov, self.scaled_query, self.output, own)
-        return Evaluation(weights, self._assemble_mean(average), factors)
+        return Evaluation(self._assemble_mean(average), factors)
 
     def weights(self, u: Tensor) -> Tensor:
         """Attention weights alpha, (*batch, H, T, T); a row sums to one, but for row 1 of a strict mask."""
         self._require_tokens(u)
-        query, key, _, visible = self._project(u)
-        return attention_weights(query, key, visible)
+        query, key, _ = self._project(u)
+        return attention_weights(query, key, self._visible(u))
 
     def mean(self, u: Tensor) -> Tensor:
         """Attention mean mu, (*batch, T, p); u_i enters mu_i through its own query."""
         self._require_tokens(u)
-        query, key, value, visible = self._project(u)
-        return self._assemble_mean(attention_weights(query, key, visible) @ value)
+        query, key, value = self._project(u)
+        return self._assemble_mean(attention_weights(query, key, self._visible(u)) @ value)
 
     def residual(self, u: Tensor) -> Tensor:
         """The residual map e = u - mu(u), (*batch, T, p)."""
@@ -341,15 +350,17 @@ class CausalAttention:
         evaluation = self.evaluate(u)
         return u - evaluation.mean, blocks.logabsdet(blocks.reduced(evaluation.factors))[1]
 
-    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
         query = tokens @ self.scaled_query.mT  # (*batch, H, T, r)
         key = tokens @ self.key.mT  # (*batch, H, T, r)
         value = tokens @ self.value.mT  # (*batch, H, T, dv)
+        return query, key, value
+
+    def _visible(self, u: Tensor) -> Tensor:
         length = u.shape[-2]
         diagonal = -1 if self.mask == "strict" else 0
-        visible = torch.ones(length, length, dtype=torch.bool, device=u.device).tril(diagonal)
-        return query, key, value, visible
+        return torch.ones(length, length, dtype=torch.bool, device=u.device).tril(diagonal)
 
     def _assemble_mean(self, average: Tensor) -> Tensor:
         mean = (average @ self.output.mT).sum(-3)  # (*batch, T, p)

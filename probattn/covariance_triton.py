@@ -1,4 +1,4 @@
-r"""Covariances of the past on CUDA: the sums of :mod:`probattn.covariance` as kernels in Triton.
+r"""Moments of the past on CUDA: the sums of :mod:`probattn.covariance` as kernels in Triton.
 
 Everything is an average, under the weights, of wide rows that exist for one block of tokens at a time,
 
@@ -7,11 +7,12 @@ Everything is an average, under the weights, of wide rows that exist for one blo
     \sum_s \alpha_{is} z_s = [\, M_i \;|\; \bar v_i \;|\; \bar k_i \,], \quad C_i = M_i - \bar v_i \bar k_i^T .
 
 With :math:`G_i = \partial L / \partial C_i` the gradient of that average is
-:math:`W_i = [\, G_i \;|\; -G_i \bar k_i \;|\; -G_i^T \bar v_i \,]`, and the rest is the backward pass of any attention,
+:math:`W_i = [\, G_i \;|\; h_i - G_i \bar k_i \;|\; g_i - G_i^T \bar v_i \,]`, and the rest is the backward pass of any
+attention,
 
 .. math::
     x_{is} = \langle W_i, z_s \rangle, \quad D_i = \sum_s \alpha_{is} x_{is}, \quad
-    \frac{\partial L}{\partial l_{is}} = \alpha_{is} (x_{is} - D_i), \quad
+    \frac{\partial L}{\partial l_{is}} = \alpha_{is} (x_{is} - D_i + w_i), \quad
     \frac{\partial L}{\partial z_s} = \sum_i \alpha_{is} W_i .
 
 A row of :math:`r d_v` numbers fits in no register file, so a program owns a block of rows (or of tokens) and one tile
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from probattn import triton_kernels as kernels
 
-__all__ = ["LARGEST", "Statistics", "backward", "forward", "supports"]
+__all__ = ["LARGEST", "backward", "forward", "supports"]
 
 LARGEST = 64  # r and dv
 _OWN, _COLUMNS = 64, 128  # rows or tokens of a program, and columns of a tile
@@ -45,8 +46,8 @@ _REAL = (torch.float16, torch.bfloat16, torch.float32)
 _SHAPE = {"ieee": (16, 8), "tf32": (32, 4)}
 
 
-class Statistics(NamedTuple):
-    """What the forward pass leaves for the backward pass.
+class _Statistics(NamedTuple):
+    """Means and log-sums, of tokens less the first one.
 
     Attributes:
         tokens: [v_s | k_s] less those of the first token, which changes no covariance, (B K, S, dv + r), float32.
@@ -60,7 +61,7 @@ class Statistics(NamedTuple):
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softcap: float | None) -> bool:
-    """Whether the kernels cover a covariance of the past; where they do not, compute it with torch.
+    """Whether the kernels cover moments of the past; where they do not, compute it with torch.
 
     They want Triton, an NVIDIA GPU with compute capability 8.0 or more, one dtype among float32, bfloat16 and float16,
     r and dv up to LARGEST, no mask beside first and limit, and no cap on the logits.
@@ -69,7 +70,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sof
         query: q, (B, K, P, g, r).
         key: k, (B, K, S, r).
         value: v, (B, K, S, dv).
-        mask: as in :func:`probattn.covariance.past_covariance`.
+        mask: as in :func:`probattn.covariance.past_moments`.
         softcap: likewise; None or 0 for none.
 
     Example:
@@ -86,8 +87,8 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sof
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float
-) -> tuple[Tensor, Statistics]:
-    """C as in :func:`probattn.covariance.past_covariance`, same arguments and shapes, and what `backward` can reuse.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors of :func:`probattn.covariance.past_moments`, same arguments and shapes.
 
     Args:
         query: q, (B, K, P, g, r), any strides, of one dtype with key and value.
@@ -98,48 +99,52 @@ def forward(
         scale: c.
 
     Returns:
-        C, (B, K, P, g, dv, r), summed in float32, in the dtype of query; and the statistics.
+        C, (B, K, P, g, dv, r), the means and the log-sums, summed in float32, in the dtype of query.
 
     Example:
-        >>> covariance, statistics = forward(query, key, value, first, limit, 0.125)  # doctest: +SKIP
+        >>> covariance, mean, log_sum = forward(query, key, value, first, limit, 0.125)  # doctest: +SKIP
     """
     problem = _Problem.build(query, key, value, first, limit, scale)
     covariance = query.new_empty(*query.shape[:-1], value.shape[-1], query.shape[-1])
     statistics = problem.statistics()
     problem.launch(kernels.covariance, problem.tiles, *statistics, covariance)
-    return covariance, statistics
+    offset, some = problem.offset(), problem.some()
+    mean = statistics.mean + torch.where(some, offset, 0.0)
+    shift = scale * (problem.query.float() * offset[..., value.shape[-1] :]).sum(-1)
+    log_sum = torch.where(some.squeeze(-1), statistics.log_sum + shift, -torch.inf)
+    shape = query.shape[:-1]
+    return covariance, mean.view(*shape, mean.shape[-1]).to(query.dtype), log_sum.view(shape).to(query.dtype)
 
 
 def backward(
-    gradient: Tensor,
+    gradients: tuple[Tensor, Tensor | None, Tensor | None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     first: Tensor,
     limit: Tensor,
     scale: float,
-    statistics: Statistics | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of C.
+    """Gradients of query, key and value from those of the three.
 
     Args:
-        gradient: G, (B, K, P, g, dv, r), any strides.
+        gradients: G, (B, K, P, g, dv, r), any strides, [h | g], (B, K, P, g, dv + r), and w, (B, K, P, g); None: zero.
         query: this and the next five as in `forward`.
         key: k.
         value: v.
         first: (P,).
         limit: (P,).
         scale: c.
-        statistics: of `forward`; None: computed again, which costs little beside the rest.
 
     Returns:
         As query, key and value, contiguous.
 
     Example:
-        >>> to_query, to_key, to_value = backward(gradient, query, key, value, first, limit, 0.125)  # doctest: +SKIP
+        >>> to_query, to_key, to_value = backward((g, None, None), q, k, v, first, limit, 0.125)  # doctest: +SKIP
     """
+    gradient, direct, on_log = gradients
     problem = _Problem.build(query, key, value, first, limit, scale)
-    tokens, mean, log_sum = statistics or problem.statistics()
+    tokens, mean, log_sum = problem.statistics()  # again, which costs little beside the rest
     heads, rows, rank = problem.query.shape
     size, tiles = value.shape[-1], problem.tiles
     mean_value, mean_key = mean.split([size, rank], -1)
@@ -148,23 +153,30 @@ def backward(
         wide = upstream.float()
         on_value, on_key = wide @ mean_key.unsqueeze(-1), mean_value.unsqueeze(-2) @ wide
     on_mean = -torch.cat([on_value.squeeze(-1), on_key.squeeze(-2)], -1)
+    if direct is not None:
+        on_mean += direct.reshape(heads, rows, size + rank)
     del wide
 
     # One share a tile, and one for the plain tile.
     weighed, total = mean.new_empty(tiles + 1, heads, rows, rank), mean.new_empty(tiles + 1, heads, rows)
     problem.launch(kernels.to_rows, tiles, tokens, log_sum, upstream, weighed, total)
     problem.launch(kernels.to_rows, 0, tokens, log_sum, on_mean, weighed[tiles:], total[tiles:])
-    inner = total.sum(0)  # D
-    to_query = scale * (weighed.sum(0) - inner.unsqueeze(-1) * mean_key)
+    inner, to_query, some = total.sum(0).unsqueeze(-1), weighed.sum(0), problem.some()
+    if on_log is not None:
+        on_log = on_log.reshape(heads, rows, 1).float()
+        inner -= on_log
+        to_query += on_log * problem.offset()[..., size:]
+    inner = torch.where(some, inner, 0.0)  # D - w
+    to_query = scale * torch.where(some, to_query - inner * mean_key, 0.0)
 
     spans = problem.spans()
     to_key = mean.new_empty(tiles + 1, *problem.key.shape)
-    to_value, direct = mean.new_empty(problem.value.shape), torch.empty_like(tokens)
+    to_value, plain = mean.new_empty(problem.value.shape), torch.empty_like(tokens)
     problem.launch(kernels.to_tokens, tiles, tokens, log_sum, upstream, inner, spans, to_key, to_value)
-    problem.launch(kernels.to_tokens, 0, tokens, log_sum, on_mean, inner, spans, to_key[tiles:], direct)
-    to_value += direct[..., :size]
-    gradients = to_query, to_key.sum(0).add_(direct[..., size:]), to_value
-    return tuple(part.view_as(like).to(like.dtype) for part, like in zip(gradients, (query, key, value), strict=True))
+    problem.launch(kernels.to_tokens, 0, tokens, log_sum, on_mean, inner, spans, to_key[tiles:], plain)
+    to_value += plain[..., :size]
+    results = to_query, to_key.sum(0).add_(plain[..., size:]), to_value
+    return tuple(part.view_as(like).to(like.dtype) for part, like in zip(results, (query, key, value), strict=True))  # type: ignore[return-value]
 
 
 class _Problem(NamedTuple):
@@ -208,14 +220,23 @@ class _Problem(NamedTuple):
         """How many make the r dv columns."""
         return -(-self.value.shape[-1] // self.dims)
 
-    def statistics(self) -> Statistics:
+    def some(self) -> Tensor:
+        """Whether a row sees any token, (P g, 1)."""
+        return (self.first < self.limit).repeat_interleave(self.group).unsqueeze(-1)
+
+    def offset(self) -> Tensor:
+        """The first token, [v_1 | k_1], (B K, 1, dv + r); zero where there is none."""
+        first = torch.cat([self.value, self.key], -1).float()[:, :1]
+        return first if self.key.shape[1] else first.new_zeros(len(first), 1, first.shape[-1])
+
+    def statistics(self) -> _Statistics:
         """Tokens, means and log-sum-exps."""
         tokens = torch.cat([self.value, self.key], -1).float()
         tokens = tokens - tokens[:, :1]
         mean = tokens.new_empty(*self.query.shape[:2], tokens.shape[-1])
         log_sum = tokens.new_empty(self.query.shape[:2])
         self.launch(kernels.summary, 0, tokens, mean, log_sum)
-        return Statistics(tokens, mean, log_sum)
+        return _Statistics(tokens, torch.where(self.some(), mean, 0.0), log_sum)
 
     def spans(self) -> Tensor:
         """For each block of tokens the first row that may see any of it, and one more than the last, (blocks, 2)."""

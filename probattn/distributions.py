@@ -113,7 +113,8 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
         InputError: a noise scale that is not positive or of a wrong shape, a length below 1.
         SeveralSolutionsError, NoSolutionError: while sampling, see :func:`probattn.solve.solve_sequence`.
 
-    Cost: ``log_prob`` one evaluation of the attention and T reduced determinants; ``rsample`` solves for
+    Cost: ``log_prob`` one evaluation of the attention, O(H T^2 r dv), and T reduced determinants, in memory linear in T
+    with its gradient too; ``rsample`` solves for
     many tokens at once where each has one solution, else for one after the other, with exact pathwise gradients by the
     implicit-function theorem, sequential in T. Source: derived here (theory, section 2).
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probattn import native
-from probattn.once import first_order_only
+from probattn.derivatives import first_order_only
 
 __all__ = ["Sensitivity", "largest_real_eigenvalue", "logabsdet", "reduced", "sensitivity", "smallest_singular_value"]
 

@@ -1,11 +1,11 @@
-"""Attention weights and the covariances of the past under them: pure functions of tensors, stable in the corners."""
+"""Attention weights and moments of the past under them, written out: pure functions, stable in the corners."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["SUPPORTED", "attention_weights", "norm_bound", "weighted_covariance"]
+__all__ = ["SUPPORTED", "attention_weights", "dense_moments", "norm_bound", "past_weights", "refined"]
 
 
 def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -31,32 +31,77 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None)
     return torch.softmax(logits, dim=-1).masked_fill(~visible, 0.0)
 
 
-def weighted_covariance(weights: Tensor, value: Tensor, key: Tensor, gain: float | Tensor = 1.0) -> Tensor:
-    r"""Cov_i(v, k) = sum_s alpha_is v_s k_s^T - vbar_i kbar_i^T, for all i in one product with the v_s k_s^T.
+def past_weights(logits: Tensor, first: Tensor, limit: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax weights of rows that see the tokens first_i <= s < limit_i which the mask allows.
 
     Args:
-        weights: alpha, (*batch, Q, S).
-        value: v, (*batch, S, dv).
-        key: k, (*batch, S, r).
-        gain: what the covariance will be multiplied by, (*batch, 1); says how much rounding matters.
+        logits: (b, K, P g, S), rows of a position together.
+        first: (P,), as in :func:`probattn.covariance.past_moments`.
+        limit: (P,).
+        mask: (b or 1, K g or 1, P, S).
 
     Returns:
-        (*batch, Q, dv, r); zero for a row without a past. Time O(Q S r dv), memory O((Q + S) r dv). Rows whose mean
-        lies so far from the first token that the difference of the two products would cancel are computed again about
-        their own mean, except under ``torch.func.vmap``.
+        alpha, (b, K, P g, S), and the logarithm of the sum of a row's exponentials, (b, K, P g); 0 and -inf where a row
+        sees nothing.
     """
-    # A covariance does not change when a constant is subtracted, but the difference of two large products loses digits
-    # when the tokens share a large offset. The first token is such a constant and, unlike the mean, keeps the result
-    # causal to the bit.
-    value = value - value[..., :1, :].detach()
-    key = key - key[..., :1, :].detach()
-    products = (value.unsqueeze(-1) * key.unsqueeze(-2)).flatten(-2)  # (*batch, S, dv r)
-    second: Tensor = (weights @ products).unflatten(-1, (value.shape[-1], key.shape[-1]))  # (*batch, Q, dv, r)
-    mean_value, mean_key = weights @ value, weights @ key
-    result = second - mean_value.unsqueeze(-1) * mean_key.unsqueeze(-2)
-    size = mean_value.detach().norm(dim=-1) * mean_key.detach().norm(dim=-1) * gain  # (*batch, Q)
-    lost = size > _CANCELLATION[weights.dtype]
-    return _recomputed(result, lost, weights, value, key) if _anywhere(lost) else result
+    group = logits.shape[-2] // max(1, len(first))
+    token = torch.arange(logits.shape[-1], device=logits.device)
+    visible = (token < limit[:, None]) & (token >= first[:, None])  # (P, S)
+    visible = visible.repeat_interleave(group, dim=0)  # (P g, S)
+    if mask is not None:
+        if mask.shape[1] > 1:
+            mask = mask.unflatten(1, (logits.shape[1], group)).movedim(2, 3).flatten(2, 3)  # (b, K, P g, S)
+        else:
+            mask = mask.repeat_interleave(group, dim=2)  # (b, 1, P g, S)
+        if mask.dtype == torch.bool:
+            visible = visible & mask
+        else:
+            logits = logits + mask
+            visible = visible & (mask > torch.finfo(mask.dtype).min / 2)  # libraries write "never" as the lowest
+    some = visible.any(-1, keepdim=True)
+    # The lowest finite number instead of -inf: a row that sees nothing stays free of NaN, in its derivatives too.
+    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    alpha = torch.softmax(logits, dim=-1)
+    log_sum = torch.logsumexp(logits, dim=-1).masked_fill(~some.squeeze(-1), -torch.inf)
+    # Only in a row that sees nothing is the weight of what is not visible not zero yet.
+    return alpha.masked_fill(~some, 0.0), log_sum
+
+
+def dense_moments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    limit: Tensor,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`probattn.covariance.past_moments` returns, written out: any derivative of it is one of torch's.
+
+    Time and memory O(B K g P S) and more: for derivatives beyond the first, and to compare with.
+    """
+    value_0, key_0 = value[:, :, :1].detach(), key[:, :, :1].detach()
+    value = value - value_0  # changes no covariance, and keeps digits
+    rows = scale * query.flatten(2, 3)  # (B, K, P g, r)
+    if softcap:  # bends the logits: the keys cannot be moved
+        bent = torch.tanh(rows @ key.mT / softcap)
+        alpha, log_sum = past_weights(softcap * bent, first, limit, mask)
+        weights, key_0 = alpha * (1 - bent.square()), torch.zeros_like(key_0)
+    else:
+        key = key - key_0
+        weights, log_sum = past_weights(rows @ key.mT, first, limit, mask)
+        alpha = weights
+    products = (value.unsqueeze(-1) * key.unsqueeze(-2)).flatten(-2)  # (B, K, S, dv r)
+    second = (weights @ products).unflatten(-1, (value.shape[-1], key.shape[-1]))  # (B, K, P g, dv, r)
+    mean_value, mean_key = alpha @ value, weights @ key
+    seen = ~log_sum.detach().isneginf()
+    covariance = second - mean_value.unsqueeze(-1) * mean_key.unsqueeze(-2)
+    mean = torch.cat([mean_value, mean_key], -1) + torch.cat([value_0, key_0], -1)
+    covariance, mean = covariance.where(seen[..., None, None], 0.0), mean.where(seen.unsqueeze(-1), 0.0)
+    log_sum = log_sum + (rows @ key_0.mT).squeeze(-1).where(seen, 0.0)
+    covariance, mean, log_sum = (part.unflatten(2, query.shape[2:4]) for part in (covariance, mean, log_sum))
+    return covariance, mean, log_sum
 
 
 # What |vbar| |kbar| ||W_O|| ||c W_Q|| may be, after the shift, before a block loses more digits than it can spare: with
@@ -81,13 +126,47 @@ def _anywhere(mask: Tensor) -> bool:
         return False
 
 
-def _recomputed(result: Tensor, rows: Tensor, weights: Tensor, value: Tensor, key: Tensor) -> Tensor:
-    """The covariances of some rows again, about their own means: two passes, O(S (r + dv)) memory a row."""
-    index = rows.nonzero(as_tuple=True)  # batch axes, then the row
-    value, key = (part.expand(*rows.shape[:-1], *part.shape[-2:]) for part in (value, key))
+def refined(
+    covariance: Tensor,
+    mean: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    limit: Tensor,
+    gain: Tensor,
+) -> Tensor:
+    """Covariances of the past, those that lost digits computed again about their own means.
+
+    A covariance is the difference of two products about the first token, which is causal to the bit, as a mean is not.
+    Where a row's mean lies far from that token, the difference cancels.
+
+    Args:
+        covariance: C, (B, K, P, g, dv, r), of :func:`probattn.covariance.past_moments` without mask and cap.
+        mean: [vbar | kbar] of the same.
+        query: c q, already scaled, (B, K, P, g, r).
+        key: k, (B, K, S, r).
+        value: v, (B, K, S, dv).
+        first: (P,).
+        limit: (P,).
+        gain: what C will be multiplied by, (B, K); says how much rounding matters.
+
+    Returns:
+        C; under ``torch.func.vmap`` as it was. O(S (r + dv)) memory a row, for those rows only.
+    """
+    away = mean.detach() - torch.cat([value, key], -1)[:, :, :1, None].detach()  # (B, K, P, g, dv + r)
+    sizes = [part.norm(dim=-1) for part in away.split([value.shape[-1], key.shape[-1]], -1)]
+    seen = (limit > first)[:, None]  # a row that sees nothing has no mean
+    lost = (sizes[0] * sizes[1] * gain[..., None, None] > _CANCELLATION[mean.dtype]) & seen  # (B, K, P, g)
+    if not _anywhere(lost):
+        return covariance
+    token = torch.arange(key.shape[-2], device=key.device)
+    index = lost.nonzero(as_tuple=True)
     fresh = []
     for chunk in zip(*(axis.split(_ROWS) for axis in index), strict=True):
-        alpha = weights[chunk].unsqueeze(-2)  # (R, 1, S)
-        v, k = value[chunk[:-1]], key[chunk[:-1]]  # (R, S, dv), (R, S, r)
+        v, k = value[chunk[:2]], key[chunk[:2]]  # (R, S, dv), (R, S, r)
+        logits = query[chunk].unsqueeze(-2) @ (k - k[:, :1]).mT  # (R, 1, S)
+        visible = (token >= first[chunk[2], None]) & (token < limit[chunk[2], None])  # (R, S)
+        alpha = logits.masked_fill(~visible.unsqueeze(-2), -torch.inf).softmax(-1)
         fresh.append((alpha.mT * (v - alpha @ v)).mT @ (k - alpha @ k))
-    return result.index_put(index, torch.cat(fresh))
+    return covariance.index_put(index, torch.cat(fresh))

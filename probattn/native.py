@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +21,19 @@ __all__ = [
     "AVAILABLE",
     "LARGEST",
     "WIDEST",
-    "covariance",
-    "covariance_backward",
     "determinants",
-    "takes_covariance",
+    "moments",
+    "moments_backward",
     "takes_matrices",
+    "takes_moments",
 ]
 
 LARGEST = 32  # size of the matrices; kernels.c has the same number
 WIDEST = 64  # r and dv of a head
 _REAL = {torch.float32: "float", torch.float64: "double"}
-_SHARES = 4  # parts a thread, so that none waits long for the last
-_WORTH = 1 << 14  # numbers below which a second thread costs more than it saves
+_LANES = 16  # matrices together, at most
+_SHARES = 4  # pieces a thread, so that none waits long for the last
+_WORTH = 1e6  # multiplications below which a further thread costs more than it saves
 
 
 def _load() -> ctypes.CDLL | None:
@@ -49,11 +51,6 @@ AVAILABLE = _LIBRARY is not None
 """Whether the kernels were built and loaded; the environment variable ``PROBATTN_NATIVE=0`` leaves them out."""
 
 
-def _function(name: str, dtype: torch.dtype) -> Callable[..., int]:
-    function: Callable[..., int] = getattr(_LIBRARY, f"{name}_{_REAL[dtype]}")
-    return function
-
-
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="probattn")
@@ -62,15 +59,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def _share(run: Callable[[int, int], int | None], units: int, size: int) -> None:
-    """Run over 0..units in parts, on several threads where the work of ``size`` numbers is worth it."""
-    threads = min(torch.get_num_threads(), units) if size > _WORTH else 1
-    if threads <= 1:
-        codes = [run(0, units)]
-    else:
-        parts = min(units, _SHARES * threads)
-        ends = [units * part // parts for part in range(parts + 1)]
-        codes = list(_pool(threads).map(run, ends[:-1], ends[1:]))
+def _share(name: str, dtype: torch.dtype, pieces: int, work: float, *arguments: Any) -> None:
+    """Run a kernel on several threads, where its work, in multiplications, is worth it; they take piece after piece."""
+    function: Callable[..., int] = getattr(_LIBRARY, f"{name}_{_REAL[dtype]}")
+    threads = min(torch.get_num_threads(), pieces, 1 + int(work / _WORTH))
+    run = partial(function, ctypes.byref(ctypes.c_long(0)), *arguments)
+    others = [_pool(threads - 1).submit(run) for _ in range(threads - 1)]
+    codes = [run(), *(other.result() for other in others if not other.cancel())]  # who has not begun is not needed
     if 0 in codes:
         raise MemoryError("the covariance of the past found no memory for its weights.")
 
@@ -86,22 +81,11 @@ def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     matrix = matrix.contiguous()
     count, size = matrix.shape[0], matrix.shape[-1]
-    sign, logabs = matrix.new_empty(count), matrix.new_empty(count)
-    inverted = torch.empty_like(matrix)
-    function, item = _function("determinants", matrix.dtype), matrix.element_size()
-
-    def run(begin: int, end: int) -> None:
-        function(
-            ctypes.c_long(end - begin),
-            ctypes.c_long(size),
-            _pointer(matrix, begin * size * size * item),
-            _pointer(sign, begin * item),
-            _pointer(logabs, begin * item),
-            _pointer(inverted, begin * size * size * item),
-        )
-
-    _share(run, count, matrix.numel())
-    return sign, logabs, inverted
+    results = matrix.new_empty(count), matrix.new_empty(count), torch.empty_like(matrix)
+    sizes = ctypes.c_long(count), ctypes.c_long(size)
+    pointers = map(_pointer, (matrix, *results))
+    _share("determinants", matrix.dtype, count // _LANES, count * size**3, *sizes, *pointers)
+    return results
 
 
 class _Problem(ctypes.Structure):
@@ -118,7 +102,7 @@ class _Problem(ctypes.Structure):
     def build(
         cls, query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float, pieces: int
     ) -> _Problem:
-        """From the arguments of :func:`covariance`; in so many pieces at least, where the rows are enough."""
+        """From the arguments of :func:`moments`; in so many pieces at least, where the rows are enough."""
         batch, heads, positions, group, rank = query.shape
         held = (
             *(part.contiguous() for part in (query, key, value)),
@@ -133,58 +117,63 @@ class _Problem(ctypes.Structure):
         problem.held = held
         return problem
 
+    def share(self, name: str, dtype: torch.dtype, *tensors: Tensor | None) -> None:
+        """Run a kernel on it."""
+        work = self.heads * self.rows * self.tokens * self.rank * self.value / 2
+        pointers = map(_pointer, tensors)
+        _share(name, dtype, self.heads * self.pieces, work, ctypes.byref(self), *pointers)
+
 
 def takes_matrices(matrix: Tensor) -> bool:
     """Whether :func:`determinants` covers them; a single number a matrix needs no elimination."""
     return AVAILABLE and 1 < matrix.shape[-1] <= LARGEST and matrix.device.type == "cpu" and matrix.dtype in _REAL
 
 
-def takes_covariance(query: Tensor, value: Tensor, mask: Tensor | None, softcap: float) -> bool:
-    """Whether the kernels cover a covariance of the past: on the CPU, without mask and cap, r and dv up to WIDEST."""
+def takes_moments(query: Tensor, value: Tensor, mask: Tensor | None, softcap: float) -> bool:
+    """Whether the kernels cover moments of the past: on the CPU, without mask and cap, r and dv up to WIDEST."""
     small = max(query.shape[-1], value.shape[-1]) <= WIDEST and query.numel() * value.numel() > 0
     plain = mask is None and not softcap and query.device.type == "cpu" and query.dtype in _REAL
     return plain and small and AVAILABLE
 
 
-def covariance(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float) -> Tensor:
-    """C as in :func:`probattn.covariance.past_covariance`, same arguments and shapes.
-
-    Raises:
-        MemoryError: no room for the weights of a block of rows.
-    """
-    result = query.new_empty(*query.shape[:-1], value.shape[-1], query.shape[-1])
-    problem = _Problem.build(query, key, value, first, limit, scale, _SHARES * torch.get_num_threads())
-    function = partial(_function("covariance", query.dtype), ctypes.byref(problem))
-
-    def run(begin: int, end: int) -> int:
-        return function(ctypes.c_long(begin), ctypes.c_long(end), _pointer(result))
-
-    _share(run, problem.heads * problem.pieces, result.numel())
-    return result
-
-
-def covariance_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float
+def moments(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of C, (B, K, P, g, dv, r); shaped as these.
+    """The three tensors of :func:`probattn.covariance.past_moments`, same arguments and shapes.
 
     Raises:
         MemoryError: no room for the weights of a block of rows.
     """
-    gradient = gradient.contiguous()
+    size, rank = value.shape[-1], query.shape[-1]
+    shape = query.shape[:-1]
+    results = query.new_empty(*shape, size, rank), query.new_empty(*shape, size + rank), query.new_empty(shape)
+    problem = _Problem.build(query, key, value, first, limit, scale, _SHARES * torch.get_num_threads())
+    problem.share("covariance", query.dtype, *results)
+    return results
+
+
+def moments_backward(
+    gradients: tuple[Tensor, Tensor | None, Tensor | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    limit: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from those of the three, None for zero; shaped as these.
+
+    Raises:
+        MemoryError: no room for the weights of a block of rows.
+    """
+    given = [None if part is None else part.contiguous() for part in gradients]
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     # Every piece has gradients of key and value of its own: half as many as there are shares.
     problem = _Problem.build(query, key, value, first, limit, scale, _SHARES // 2 * torch.get_num_threads())
     to_key, to_value = (query.new_zeros(problem.pieces, *part.shape) for part in (key, value))
-    function = partial(_function("covariance_backward", query.dtype), ctypes.byref(problem))
-
-    def run(begin: int, end: int) -> int:
-        outputs = (_pointer(gradient), _pointer(to_query), _pointer(to_key), _pointer(to_value))
-        return function(ctypes.c_long(begin), ctypes.c_long(end), *outputs)
-
-    _share(run, problem.heads * problem.pieces, gradient.numel())
+    problem.share("covariance_backward", query.dtype, *given, to_query, to_key, to_value)
     return to_query, to_key.sum(0), to_value.sum(0)
 
 
-def _pointer(tensor: Tensor, offset: int = 0) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr() + offset)
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -130,9 +130,9 @@ def attention_penalty(
         sharpness: of the ``smooth`` kind.
 
     Returns:
-        A :class:`Penalty`. Differentiable once. Float32 where the inputs have less precision. Time O(P S r dv) for each
-        head and, for each position and head, a determinant of size r (jointly, of the smaller of p, H r and H dv);
-        memory linear in T. No T x T matrix is kept.
+        A :class:`Penalty`, as often differentiable as its kind. Float32 where the inputs have less precision. Time
+        O(P S r dv) for each head and, for each position and head, a determinant of size r (jointly, of the smaller of
+        p, H r and H dv). Memory linear in T; derivatives beyond the first take O(P S).
 
     Raises:
         InputError: axes that do not fit, named; an unknown kind or mask; a batch of padding only; no square block,

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from probattn.attention import CausalAttention
 from probattn.conditional import Past
+from probattn.derivatives import first_order_only
 from probattn.errors import InputError, SeveralSolutionsWarning, require_finite
 from probattn.moments import attention_weights
-from probattn.once import first_order_only
 from probattn.rows import Tokens
 from probattn.search import Selection, require_selection, solve_token
 from probattn.sweeps import unique_prefix

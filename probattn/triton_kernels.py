@@ -145,6 +145,7 @@ def covariance(
     mean += head * rows * (DV + R)
     mean_key = _load(mean, row, here, DV, DV + R, DV + R, RANK)
     moment -= _wide(mean, mean_key, row, here, tile, DV, R, WIDTH, PLAIN)
+    moment = tl.where((begin < end)[:, None], moment, 0.0)  # where the first token is NaN and nothing is seen
     place, exists = _columns(tile, DV, R, RANK, WIDTH)
     where = (head * rows + row)[:, None] * (DV * R) + place[None, :]
     tl.store(out + where, moment.to(out.dtype.element_ty), mask=here[:, None] & exists[None, :])

@@ -43,7 +43,7 @@ def growth(device: torch.device, rounds: int = 3) -> dict[str, dict[str, list[fl
             def dense(own: Any = parts) -> None:
                 torch.autograd.grad(dense_penalty(*own).sum(), own)
 
-            seconds = race({"exact": exact, "dense": dense}, rounds=rounds)
+            seconds = race({"exact": exact, "dense": dense}, rounds=rounds, turn=0.02)
             curve["at"].append(float(shape[_VARIED[axis]]))
             for name in ("exact", "dense"):
                 curve[name].append(seconds[name].least)

@@ -19,18 +19,18 @@ class Timing:
     """Seconds of one competitor.
 
     Attributes:
-        least: minimum over the rounds, the figure that other work on the machine disturbs least.
-        median: of the rounds.
-        rounds: how many.
+        least: minimum over the calls, the figure that other work on the machine disturbs least.
+        median: of the calls.
+        calls: how many.
     """
 
     least: float
     median: float
-    rounds: int
+    calls: int
 
     def as_dict(self) -> dict[str, float]:
         """Plain JSON values."""
-        return {"min": self.least, "median": self.median, "rounds": self.rounds}
+        return {"min": self.least, "median": self.median, "calls": self.calls}
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,21 @@ class Row:
 
 
 def race(
-    competitors: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1, budget: float = 60.0
+    competitors: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    warmup: int = 1,
+    turn: float = 0.0,
+    budget: float = 60.0,
 ) -> dict[str, Timing]:
     """Time functions in turns, so that a disturbance meets all of them.
 
     Args:
         competitors: functions without arguments, by name.
-        rounds: how often each is timed.
+        rounds: how many turns each has.
         warmup: how often each is run before.
+        turn: seconds for which a function is called again and again in its turn; right after another's work one of
+            milliseconds finds neither its memory in the caches nor its threads awake. Each call is timed.
         budget: seconds after which no further round is begun.
 
     Returns:
@@ -106,10 +113,15 @@ def race(
         for _ in range(rounds):
             for name, function in competitors.items():
                 _settle()
-                start = time.perf_counter()
-                function()
-                _settle()
-                seconds[name].append(time.perf_counter() - start)
+                turn_begin = start = time.perf_counter()
+                while True:
+                    function()
+                    _settle()
+                    end = time.perf_counter()
+                    seconds[name].append(end - start)
+                    if end - turn_begin >= turn:
+                        break
+                    start = end
             gc.collect()
             if time.perf_counter() - begin > budget:
                 break

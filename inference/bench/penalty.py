@@ -21,6 +21,7 @@ __all__ = ["SHAPES", "against_autograd", "against_others", "dense_penalty", "mem
 SHAPES = ((32, 256, 8, 5.0), (32, 256, 16, 4.0), (8, 512, 32, 3.0))
 _FLOOR = 2.5  # times the three matrix products
 _AUTOGRAD = 200.0
+_TURN = 0.1  # seconds: a call takes milliseconds
 _LENGTHS = (1024, 2048, 4096, 8192)
 _LINEAR = 2.4  # what doubling T may do to the memory: 2, and room for what does not grow evenly
 
@@ -51,7 +52,7 @@ def against_others(device: torch.device, rounds: int) -> list[Row]:
             _backward(dense_penalty(*own).sum(), own)
 
         competitors = {"exact": exact, "dense": dense, "products": _products(batch, length, dim, device)}
-        seconds = race(competitors, rounds=8 * rounds, warmup=3)  # of some milliseconds each: a few are not enough
+        seconds = race(competitors, rounds=rounds, warmup=3, turn=_TURN)
         size = f"{batch} x {length} x {dim}"
         ours = seconds["exact"].least
         rows.append(
@@ -99,7 +100,7 @@ def against_autograd(device: torch.device, rounds: int) -> list[Row]:
         blocks = jacobian.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (T, p, p)
         _backward(-torch.linalg.slogdet(blocks)[1].sum(), [matrix])
 
-    seconds = race({"exact": exact, "autograd": whole}, rounds=rounds)
+    seconds = race({"exact": exact, "autograd": whole}, rounds=rounds, turn=_TURN)
     ratio = seconds["autograd"].least / seconds["exact"].least
     name = f"exact penalty, forward and backward, T = {length}, p = {dim}"
     return [Row(name, "dense Jacobian by torch.func", ratio, faster=True, goal=_AUTOGRAD, seconds=seconds)]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from probattn import native
 from probattn.errors import InputError
+from probattn.inference.bench.density import density
 from probattn.inference.bench.growth import growth
 from probattn.inference.bench.harness import Row, race
 from probattn.inference.bench.penalty import against_autograd, against_others, memory
@@ -31,6 +32,7 @@ Part = Callable[[torch.device, int], list[Row]]
 PARTS: Mapping[str, Part] = {
     "penalty": against_others,
     "autograd": against_autograd,
+    "density": density,
     "memory": lambda device, rounds: memory(),
     "sampling": sequences,
     "nuts": lambda device, rounds: nuts(rounds),
@@ -158,7 +160,7 @@ def _on_gpu(rounds: int) -> list[Row]:
     def attention() -> None:
         torch.autograd.grad(F.scaled_dot_product_attention(query, key, value, is_causal=True).sum(), parts)
 
-    seconds = race({"exact": exact, "attention": attention}, rounds=rounds, warmup=3)
+    seconds = race({"exact": exact, "attention": attention}, rounds=rounds, warmup=3, turn=0.1)
     ratio = seconds["exact"].least / seconds["attention"].least
     # Three products of 2 T^2 d^2 for each of 32 heads, half of them needed.
     flops = 3 * 2 * 32 * 1024**2 * 64**2 / 2

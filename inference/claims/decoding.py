@@ -126,7 +126,7 @@ def decode_windows(subject: Subject, size: Size = QUICK, *, prompt: int = PROMPT
     u = model.embed(values, tokens)
     positions = torch.linspace(prompt, length - 1, min(size.steps, length - prompt)).round().long()
     logits = model.decode(values, u)[:, positions]  # (N, S, V)
-    weights = model.stage(values).evaluate(u).weights[:, :, positions]  # (N, H, S, T)
+    weights = model.stage(values).weights(u)[:, :, positions]  # (N, H, S, T)
     spread = float(u.square().mean().sqrt())
     options = {"generator": generator, "dtype": u.dtype}
     last = torch.randn(size.draws, u.shape[-1], **options)  # type: ignore[call-overload]

@@ -23,6 +23,10 @@ static void *scratch(size_t bytes) {
     return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
 }
 
+/* The first of the next so many pieces of work, which threads share by a common counter: each takes what is left when it
+   is done with the last, so that one that comes late is not waited for. */
+INLINE long taken(long *next, long pieces) { return __atomic_fetch_add(next, pieces, __ATOMIC_RELAXED); }
+
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
 

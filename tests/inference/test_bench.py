@@ -9,6 +9,7 @@ import torch
 
 from probattn import CausalAttention, native
 from probattn.errors import InputError
+from probattn.inference.bench.density import dense_log_density, log_density
 from probattn.inference.bench.harness import Row, Timing, race
 from probattn.inference.bench.penalty import dense_penalty, memory
 from probattn.inference.bench.run import as_table, bench, broken_gates
@@ -29,11 +30,17 @@ def test_a_race_takes_turns_and_keeps_the_least():
     assert order == ["fast", "slow"] * 4
     assert found["slow"].least >= 0.02 > found["fast"].least
     assert found["slow"].median >= found["slow"].least
-    assert found["slow"].rounds == 3
+    assert found["slow"].calls == 3
+
+
+def test_a_turn_lasts_as_long_as_it_is_told():
+    found = race({"fast": lambda: None, "slow": lambda: time.sleep(0.02)}, rounds=2, turn=0.03)
+    assert found["slow"].calls == 4
+    assert found["fast"].calls > 100
 
 
 def test_a_race_stops_at_its_budget():
-    assert race({"slow": lambda: time.sleep(0.03)}, rounds=50, warmup=0, budget=0.05)["slow"].rounds < 10
+    assert race({"slow": lambda: time.sleep(0.03)}, rounds=50, warmup=0, budget=0.05)["slow"].calls < 10
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,10 @@ def test_the_competitors_compute_the_same():
     stacked = [part.unsqueeze(0) for part in parts]
     exact = attention_penalty(*stacked, kind="logdet").values[0]
     torch.testing.assert_close(exact, dense_penalty(*parts), rtol=1e-10, atol=1e-10)
+
+    matrix, u = 0.3 * torch.randn(1, 4, 4, dtype=torch.float64), torch.randn(3, 20, 4, dtype=torch.float64)
+    torch.testing.assert_close(log_density(matrix, u), dense_log_density(matrix, u), rtol=1e-10, atol=1e-10)
+    assert (log_density(matrix.mT, u) - dense_log_density(matrix, u)).abs().min() > 1e-3
 
     attention = CausalAttention.from_bilinear(0.2 * torch.eye(2, dtype=torch.float64))
     e = 0.5 * torch.randn(2, 8, 2, dtype=torch.float64)

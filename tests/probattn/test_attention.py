@@ -3,7 +3,6 @@ import torch
 
 from probattn import CausalAttention, regime
 from probattn.errors import InputError
-from probattn.moments import weighted_covariance
 from support import attention_like, loop_mean, tokens
 
 
@@ -113,11 +112,12 @@ def test_recomputed_rows_agree_and_carry_gradients(heads):
 
 
 def test_covariance_keeps_its_digits_under_a_large_offset():
+    points = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64) + 1e8
     weights = torch.full((1, 4), 0.25, dtype=torch.float64)
-    points = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64)
-    far = weighted_covariance(weights, points + 1e8, points + 1e8)
-    assert abs(float(far) - 1) < 1e-12
-    plain = (weights @ (points + 1e8) ** 2) - (weights @ (points + 1e8)) ** 2  # what this would give without the shift
+    attention = CausalAttention.from_bilinear(torch.ones(1, 1, dtype=torch.float64))
+    at_zero = torch.cat([points, torch.zeros(1, 1, dtype=torch.float64)])  # where the weights are uniform
+    assert abs(float(attention.jacobian(at_zero)[-1])) < 1e-12  # 1 - Var, the variance of -1 and 1
+    plain = (weights @ points**2) - (weights @ points) ** 2  # what the variance would be without the shift
     assert abs(float(plain) - 1) > 1e-3
 
 
@@ -205,3 +205,20 @@ def test_cuda_agrees_with_cpu():
     u = tokens(9, 2, 8, 3)
     there = attention.to("cuda").jacobian(u.cuda())
     torch.testing.assert_close(there.cpu(), attention.jacobian(u))
+
+
+@pytest.mark.parametrize("mask", ["strict", "inclusive"])
+def test_the_log_density_is_twice_differentiable_and_in_forward_mode(mask):
+    attention = attention_like(12, heads=2, rank=2, dim=3, value_dim=2, mask=mask)
+    names = ("query", "key", "value", "output")
+    parts = [getattr(attention, name).detach().requires_grad_() for name in names]
+    u = tokens(12, 2, 4, 3).requires_grad_()
+
+    def terms(u, *parts):
+        own = CausalAttention(*parts, mask=mask, start=attention.start)
+        residual, logabsdet = own.residual_and_logabsdet(u)
+        torch.testing.assert_close(residual, own.residual(u))
+        return residual, logabsdet
+
+    assert torch.autograd.gradcheck(terms, (u, *parts), check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(terms, (u, *parts), check_fwd_over_rev=True, fast_mode=True)

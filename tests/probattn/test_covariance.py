@@ -1,4 +1,4 @@
-"""The covariances of the past: dense sums and autograd as references; blocks, transforms, memory."""
+"""Moments of the past: dense sums and autograd as references; derivatives, blocks, transforms, memory."""
 
 import math
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from probattn import covariance as module
+from probattn import covariance_blocks as module
 from probattn import native
-from probattn.covariance import past_covariance
+from probattn.attention import CausalAttention
+from probattn.covariance import past_covariance, past_moments
 
 BATCH, GROUPS, LENGTH, SHARED, RANK, DIM = 2, 2, 7, 3, 2, 3  # B, K, P = S, g, r, dv
 
@@ -57,8 +58,13 @@ def mask_like(form, batch=BATCH, heads=GROUPS * SHARED, length=LENGTH):
 FORMS = [None, "boolean", "additive", "per head", "additive per head"]
 
 
-def dense(query, key, value, first, limit, *, mask=None, scale=1.0, softcap=None):
-    r"""(1/c) d/dq_i of sum_s alpha_is v_s by the chain rule through an S x S Jacobian of the softmax."""
+def dense(*arguments, **options):
+    """The covariance alone of the three."""
+    return dense_moments(*arguments, **options)[0]
+
+
+def dense_moments(query, key, value, first, limit, *, mask=None, scale=1.0, softcap=None):
+    r"""(1/c) d/dq_i of sum_s alpha_is v_s by the chain rule through a Jacobian of the softmax; means; log-sums."""
     logits = scale * torch.einsum("bkpgr,bksr->bkpgs", query, key)
     slope = torch.ones_like(logits)
     if softcap:
@@ -71,9 +77,17 @@ def dense(query, key, value, first, limit, *, mask=None, scale=1.0, softcap=None
         mask = mask.unflatten(1, (query.shape[1], query.shape[3])).movedim(2, 3)  # (B, K, P, g, S)
         seen = seen & (mask if mask.dtype == torch.bool else ~mask.isinf())
         logits = logits if mask.dtype == torch.bool else logits + mask
-    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).where(seen, 0.0)
+    logits = logits.masked_fill(~seen, -torch.inf)
+    weights = logits.softmax(-1).where(seen, 0.0)
     change = torch.diag_embed(weights) - weights.unsqueeze(-1) * weights.unsqueeze(-2)  # d alpha_s / d l_t
-    return torch.einsum("bksd,bkpgst,bkpgt,bktr->bkpgdr", value, change, slope, key)
+    covariance = torch.einsum("bksd,bkpgst,bkpgt,bktr->bkpgdr", value, change, slope, key)
+    means = (torch.einsum("bkpgs,bksd->bkpgd", own, part) for own, part in ((weights, value), (weights * slope, key)))
+    return covariance, torch.cat([*means], -1), logits.logsumexp(-1)
+
+
+def finite(parts):
+    """Of the moments, what an upstream gradient may multiply: the log-sum of a row that sees nothing is not."""
+    return [part.where(part.isfinite(), 0.0) for part in parts]
 
 
 class TestValues:
@@ -82,10 +96,13 @@ class TestValues:
     @pytest.mark.parametrize("window", [None, 3])
     def test_equal_the_dense_sum(self, form, window, softcap):
         parts, where, mask = inputs(), span(window=window), mask_like(form)
-        found = past_covariance(*parts, *where, mask=mask, scale=0.7, softcap=softcap)
+        moments = past_moments(*parts, *where, mask=mask, scale=0.7, softcap=softcap)
         expected = dense(*parts, *where, mask=mask, scale=0.7, softcap=softcap)
         assert expected.abs().max() > 0.3
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        for mine, other in zip(
+            moments, dense_moments(*parts, *where, mask=mask, scale=0.7, softcap=softcap), strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
         # The reference can tell: another window, mask, scale or cap gives something else.
         for change in ({"scale": 0.71}, {"softcap": 1.6}, {"mask": mask_like("boolean").flip(-1)}):
             other = past_covariance(*parts, *where, **({"mask": mask, "scale": 0.7, "softcap": softcap} | change))
@@ -112,8 +129,9 @@ class TestValues:
 
     def test_rows_that_see_nothing_or_one_token_are_zero(self):
         parts, (first, limit) = inputs(), span()
-        found = past_covariance(*parts, first, limit, mask=mask_like("boolean"))
-        assert (found[:, :, [0, 3]] == 0).all()
+        moments = past_moments(*parts, first, limit, mask=mask_like("boolean"))
+        assert all((part[:, :, [0, 3]] == 0).all() for part in moments[:2])
+        assert moments.log_sum[:, :, [0, 3]].isneginf().all()
         assert past_covariance(*parts, first, limit)[:, :, 1].abs().max() < 1e-15
         assert past_covariance(*parts, first, limit)[:, :, 2:].abs().amax((-1, -2)).min() > 1e-4
 
@@ -182,7 +200,8 @@ class TestGradients:
         mask = mask_like(form, heads=2, length=5)
 
         def function(query, key, value):
-            return past_covariance(query, key, value, *span(5, window=window), mask=mask, scale=0.7, softcap=softcap)
+            where = span(5, window=window)
+            return (*finite(past_moments(query, key, value, *where, mask=mask, scale=0.7, softcap=softcap)),)
 
         assert torch.autograd.gradcheck(function, parts, fast_mode=True)
 
@@ -209,11 +228,46 @@ class TestGradients:
         assert torch.equal(parts[wanted].grad, expected)
         assert all(part.grad is None for place, part in enumerate(parts) if place != wanted)
 
-    def test_a_second_derivative_raises(self):
-        parts = [part.requires_grad_() for part in inputs()]
-        slope = torch.autograd.grad(past_covariance(*parts, *span()).sum(), parts, create_graph=True)[0]
-        with pytest.raises(RuntimeError, match="past_covariance is differentiable once"):
-            slope.square().sum().backward()
+    @pytest.mark.parametrize("used", [(0, 1, 2), (1,), (2,)])
+    def test_of_means_and_log_sums_equal_those_of_the_dense_sums(self, used):
+        parts, where = [part.requires_grad_() for part in inputs()], span()
+
+        def gradients(function, scale):
+            moments = finite(function(*parts, *where, mask=mask_like("per head"), scale=scale))
+            return torch.autograd.grad(
+                sum((moments[n] * normal(*moments[n].shape, seed=n)).sum() for n in used), parts, allow_unused=True
+            )
+
+        found, expected, other = (
+            gradients(*of) for of in ((past_moments, 0.7), (dense_moments, 0.7), (dense_moments, 0.71))
+        )
+        for mine, right, wrong in zip(found, expected, other, strict=True):
+            if right is None:  # log-sums do not depend on the values
+                assert (mine == 0).all()
+                continue
+            torch.testing.assert_close(mine, right, rtol=0, atol=1e-12)
+            assert (mine - wrong).abs().max() > 1e-4
+
+    @pytest.mark.parametrize(("form", "softcap"), [(None, None), ("additive per head", 1.5)])
+    def test_every_derivative(self, form, softcap):
+        parts = [part.requires_grad_() for part in inputs(batch=2, groups=1, length=4, shared=2)]
+        options = {"mask": mask_like(form, heads=2, length=4), "scale": 0.7, "softcap": softcap}
+
+        def function(query, key, value):
+            return (*finite(past_moments(query, key, value, *span(4), **options)),)
+
+        assert torch.autograd.gradcheck(function, parts, check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, parts, check_fwd_over_rev=True, fast_mode=True)
+
+        def total(moments, query):
+            found = finite(moments(query, *(part.detach() for part in parts[1:]), *span(4), **options))
+            return sum(part.sin().sum() for part in found)
+
+        query = parts[0].detach()
+        for transform in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.hessian(f))):
+            found, expected = (transform(lambda q, m=m: total(m, q))(query) for m in (past_moments, dense_moments))
+            assert expected.abs().max() > 0.01
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 class TestBlocks:
@@ -237,10 +291,15 @@ class TestBlocks:
 
 
 def largest_allocation(function, length, batch=1, rank=4):
-    """In numbers, of a forward and a backward pass, also inside of operators, where a dispatch mode sees nothing."""
+    """In numbers, of a forward and a backward pass of a function of q, k, v."""
     parts = [part.requires_grad_() for part in inputs(batch, 1, length, 2, rank, rank, torch.float32)]
+    return largest_of(lambda: function(*parts, *span(length)).sum().backward())
+
+
+def largest_of(call):
+    """In numbers of single precision, also inside of operators, where a dispatch mode sees nothing."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function(*parts, *span(length)).sum().backward()
+        call()
     return max(event.self_cpu_memory_usage for event in profile.events()) / 4
 
 
@@ -249,6 +308,20 @@ class TestMemory:
         length = 2048
         size = largest_allocation(past_covariance, length)
         assert size < length**2 / 4
+
+    @pytest.mark.parametrize("mask", ["strict", "inclusive"])
+    def test_nor_in_the_log_density_and_its_gradient(self, mask):
+        length = 2048
+        parameters = [(0.3 * normal(2, 3, 3, seed=n, dtype=torch.float32)).requires_grad_() for n in range(2)]
+        attention = CausalAttention(*parameters, mask=mask)
+        u = normal(length, 3, dtype=torch.float32)
+
+        def density():
+            residual, logabsdet = attention.residual_and_logabsdet(u)
+            (logabsdet.sum() - residual.square().sum()).backward()
+
+        assert largest_of(density) < length**2 / 4
+        assert largest_of(lambda: attention.weights(u)) >= length**2
 
     def test_the_weights_of_one_block_of_rows_are_seen(self, monkeypatch):
         monkeypatch.setattr(native, "AVAILABLE", False)
@@ -278,10 +351,10 @@ class TestTransforms:
                 parts[place] = torch.stack([parts[place] * (1 + 0.1 * n) for n in range(count)], dim=axis)
 
         def function(query, key, value):
-            return past_covariance(query, key, value, *where, mask=mask, softcap=3.0)
+            return (*finite(past_moments(query, key, value, *where, mask=mask, softcap=3.0)),)
 
         def loss(query, key, value):
-            return function(query, key, value).square().sum()
+            return sum(part.square().sum() for part in function(query, key, value))
 
         for call in (function, torch.func.grad(loss, argnums=(0, 1, 2))):
             found = torch.vmap(call, in_dims=mapped)(*parts)
@@ -304,7 +377,9 @@ class TestTransforms:
         where, mask = span(), mask_like(form)
 
         def function(query, key, value):
-            return past_covariance(query, key, value, *where, mask=mask, softcap=2.0).square().sum()
+            return sum(
+                part.square().sum() for part in finite(past_moments(query, key, value, *where, mask=mask, softcap=2.0))
+            )
 
         parts = [part.requires_grad_() for part in inputs()]
         expected = torch.autograd.grad(function(*parts), parts)
@@ -319,8 +394,11 @@ class TestTransforms:
         turned = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
         for given in (parts, turned):
             arguments = (*given, *where, mask_like("boolean"), 0.7, 2.0)
-            torch.library.opcheck(torch.ops.probattn.past_covariance, arguments, test_utils=checks)
-            torch.library.opcheck(torch.ops.probattn.past_covariance_backward, (up, *arguments), test_utils=checks)
+            torch.library.opcheck(torch.ops.probattn.past_moments, arguments, test_utils=checks)
+            for others in ((None, None), (normal(*up.shape[:4], DIM + RANK), normal(*up.shape[:4]))):
+                torch.library.opcheck(
+                    torch.ops.probattn.past_moments_backward, (up, *others, *arguments), test_utils=checks
+                )
 
     def test_autocast_leaves_the_precision_as_it_is(self):
         parts, where = inputs(dtype=torch.float32), span()

@@ -1,5 +1,6 @@
 """The kernels for CUDA: on a GPU where there is one, and everywhere in Triton's interpreter, in its own process."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from probattn.covariance import past_covariance
+from probattn.covariance import past_moments
 
 triton = pytest.importorskip("triton", reason="needs Triton, which has no wheels for this system")
 
@@ -59,22 +60,40 @@ def problem(batch, heads, positions, group, rank, dim, tokens=None, *, window=No
     return *(part.to(DEVICE) for part in parts), rank**-0.5
 
 
-def reference(query, key, value, first, limit, scale, gradient=None):
-    """C and, from G, the three gradients, in float64 on the CPU."""
+def reference(ups, *arguments):
+    """C, [vbar | kbar], Lambda and, from gradients of them, the three of the inputs, in float64 on the CPU."""
+    query, key, value, first, limit, scale = arguments
     parts = [part.detach().cpu().double().requires_grad_() for part in (query, key, value)]
-    covariance = past_covariance(*parts, first.cpu(), limit.cpu(), scale=scale)
-    if gradient is None:
-        return covariance.detach()
-    return covariance.detach(), *torch.autograd.grad(covariance, parts, gradient.cpu().double())
+    moments = past_moments(*parts, first.cpu(), limit.cpu(), scale=scale)
+    given = [(part, up.cpu().double()) for part, up in zip(moments, ups, strict=True) if up is not None]
+    outputs, coming = zip(*given, strict=True)
+    return *(part.detach() for part in moments), *torch.autograd.grad(outputs, parts, coming)
+
+
+def computed(ups, *arguments):
+    """The same six of the kernels."""
+    moments = kernels.forward(*arguments)
+    gradient = torch.zeros_like(moments[0]) if ups[0] is None else ups[0]
+    return *moments, *kernels.backward((gradient, *ups[1:]), *arguments)
 
 
 def upstream(query, value):
-    return normal(*query.shape[:-1], value.shape[-1], query.shape[-1], seed=4).to(query.dtype).to(DEVICE)
+    """Gradients of the three outputs."""
+    size, rank = value.shape[-1], query.shape[-1]
+    shapes = (size, rank), (size + rank,), ()
+    parts = (normal(*query.shape[:-1], *last, seed=4 + place) for place, last in enumerate(shapes))
+    return tuple(part.to(query.dtype).to(DEVICE) for part in parts)
+
+
+def apart(found, expected):
+    """Differences, none where both are the same infinity."""
+    found = found.cpu().double()
+    return torch.where(found == expected, 0.0, found - expected).abs()
 
 
 def error(found, expected):
     """Largest difference over the largest number, or over one."""
-    return ((found.cpu().double() - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    return (apart(found, expected).max() / expected.nan_to_num(neginf=0.0).abs().max().clamp(min=1)).item()
 
 
 # B, K, P, g, r, dv: several blocks of rows (64) and tokens (64, 32 or 16), tiles of v (8, 4 or 2) and padded sizes.
@@ -97,73 +116,94 @@ class TestSinglePrecision:
     def test_value_and_gradients_equal_the_reference(self, name):
         sizes, options = SHAPES[name]
         *arguments, scale = problem(*sizes, **options)
-        gradient = upstream(arguments[0], arguments[2])
-        expected = reference(*arguments, scale, gradient)
-        found, statistics = kernels.forward(*arguments, scale)
-        assert found.dtype == torch.float32
-        assert found.shape == expected[0].shape
-        assert error(found, expected[0]) < 1e-5
-        kept = kernels.backward(gradient, *arguments, scale, statistics)
-        for mine, other in zip(kept, expected[1:], strict=True):
+        ups = upstream(arguments[0], arguments[2])
+        found, expected = computed(ups, *arguments, scale), reference(ups, *arguments, scale)
+        for mine, other in zip(found, expected, strict=True):
+            assert mine.dtype == torch.float32
             assert mine.shape == other.shape
             assert mine.is_contiguous()
             assert error(mine, other) < 1e-5
-        again = kernels.backward(gradient, *arguments, scale)
-        assert all(torch.equal(mine, other) for mine, other in zip(kept, again, strict=True))
+        again = computed(ups, *arguments, scale)
+        assert all(torch.equal(mine, other) for mine, other in zip(found, again, strict=True))
         # The bound can tell: it notices a scale that is off by one in a thousand.
-        changed = reference(*arguments, 1.001 * scale, gradient)
-        assert all(error(mine, other) > 2e-5 for mine, other in zip((found, *kept), changed, strict=True))
+        changed = reference(ups, *arguments, 1.001 * scale)
+        assert all(error(mine, other) > 2e-5 for mine, other in zip(found, changed, strict=True))
 
-    def test_the_statistics_are_those_of_a_softmax(self):
+    @pytest.mark.parametrize("there", [there for there in itertools.product((False, True), repeat=3) if any(there)])
+    def test_gradients_of_some_of_the_three(self, there):
+        arguments = problem(1, 2, 9, 2, 3, 4, window=6)
+        whole = upstream(arguments[0], arguments[2])
+        ups = [up if used else None for up, used in zip(whole, there, strict=True)]
+        found, expected = computed(ups, *arguments)[3:], reference(ups, *arguments)[3:]
+        assert all(error(mine, other) < 1e-5 for mine, other in zip(found, expected, strict=True))
+        # Each of the three counts: the query's and the key's gradients are others without it.
+        others = reference(whole, *arguments)[3:5]
+        assert all((error(mine, other) > 0.01) == (not all(there)) for mine, other in zip(found, others, strict=False))
+
+    def test_means_and_log_sums_are_those_of_a_softmax(self):
         query, key, value, first, limit, scale = problem(2, 1, 5, 2, 3, 4, strict=False)
-        _, (tokens, mean, log_sum) = kernels.forward(query, key, value, first, limit, scale)
-        shifted = torch.cat([value, key], -1) - torch.cat([value, key], -1)[:, :, :1]
-        assert torch.equal(tokens, shifted.flatten(0, 1))
+        _, mean, log_sum = kernels.forward(query, key, value, first, limit, scale)
+        tokens = torch.cat([value, key], -1)
         for position in range(5):
-            seen = tokens[:, : position + 1]
-            logits = scale * query.flatten(0, 1)[:, position] @ seen[..., 4:].mT
-            rows = slice(2 * position, 2 * position + 2)
-            torch.testing.assert_close(log_sum[:, rows], logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(mean[:, rows], logits.softmax(-1) @ seen, rtol=1e-5, atol=1e-5)
+            seen = tokens[:, :, : position + 1]
+            logits = scale * query[:, :, position] @ seen[..., 4:].mT
+            torch.testing.assert_close(log_sum[:, :, position], logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mean[:, :, position], logits.softmax(-1) @ seen, rtol=1e-5, atol=1e-5)
 
-    def test_rows_that_see_nothing_or_one_token_are_zero(self):
+    def test_rows_that_see_nothing_or_one_token(self):
         query, key, value, _, _, scale = problem(1, 2, 4, 2, 3, 3)
         first, limit = torch.tensor([[0, 2, 3, 0], [0, 2, 4, 4]], dtype=torch.int64, device=DEVICE)
-        found, statistics = kernels.forward(query, key, value, first, limit, scale)
-        assert (found[:, :, :2] == 0).all()  # see no token
-        assert (statistics.log_sum.unflatten(1, (4, 2))[:, :2] == 0).all()
-        assert found[:, :, 2].abs().max() < 1e-6  # sees the last token alone
-        assert found[:, :, 3].abs().amax((-1, -2)).min() > 1e-3
-        gradients = kernels.backward(upstream(query, value), query, key, value, first, limit, scale, statistics)
-        assert (gradients[0][:, :, :2] == 0).all()
-        assert all(torch.isfinite(part).all() for part in gradients)
+        ups = upstream(query, value)
+        arguments = query, key, value, first, limit, scale
+        found = computed(ups, *arguments)
+        covariance, mean, log_sum, to_query, *_ = found
+        assert all((part[:, :, :2] == 0).all() for part in (covariance, mean, to_query))  # see no token
+        assert log_sum[:, :, :2].isneginf().all()
+        assert covariance[:, :, 2].abs().max() < 1e-6  # sees the last token alone
+        last = torch.cat([value, key], -1)[:, :, 3:]
+        torch.testing.assert_close(mean[:, :, 2], last.expand(-1, -1, 2, -1))
+        torch.testing.assert_close(log_sum[:, :, 2], scale * (query[:, :, 2] * last[..., 3:]).sum(-1))
+        assert covariance[:, :, 3].abs().amax((-1, -2)).min() > 1e-3
+        for mine, other in zip(found, reference(ups, *arguments), strict=True):
+            assert error(mine, other) < 1e-5
+        # Where nothing is seen, the gradient of a log-sum of -inf is often NaN, and does not enter.
+        ups[2][:, :, :2] = math.nan
+        for mine, other in zip(computed(ups, *arguments), found, strict=True):
+            assert torch.equal(mine, other)
+
+    @pytest.mark.parametrize("part", [1, 2])
+    def test_a_nan_in_the_first_token_does_not_enter_where_nothing_is_seen(self, part):
+        arguments = problem(1, 1, 4, 2, 3, 2)
+        arguments[part][:, :, 0] = math.nan
+        _, mean, log_sum, to_query, *_ = computed(upstream(arguments[0], arguments[2]), *arguments)
+        assert (mean[:, :, 0] == 0).all()
+        assert log_sum[:, :, 0].isneginf().all()
+        assert (to_query[:, :, 0] == 0).all()
+        assert mean[:, :, 1:].isnan().any(-1).all()
 
     def test_any_order_of_first(self):
         query, key, value, _, limit, scale = problem(1, 1, 90, 1, 2, 2, tokens=150, strict=False)
         first = (limit * normal(90, seed=5).sigmoid().to(DEVICE)).long()
-        gradient = upstream(query, value)
+        ups = upstream(query, value)
         arguments = (query, key, value, first, limit, scale)
-        found = (kernels.forward(*arguments)[0], *kernels.backward(gradient, *arguments))
-        for mine, other in zip(found, reference(*arguments, gradient), strict=True):
+        for mine, other in zip(computed(ups, *arguments), reference(ups, *arguments), strict=True):
             assert error(mine, other) < 1e-5
 
     def test_inputs_that_are_not_contiguous(self):
         query, key, value, *where = problem(2, 3, 5, 2, 3, 4)
-        gradient = upstream(query, value)
-        straight = (query, key, value)
-        turned = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in straight]
-        up = gradient.transpose(-1, -2).contiguous().transpose(-1, -2)
-        assert not any(part.is_contiguous() for part in (*turned, up))
-        assert torch.equal(kernels.forward(*turned, *where)[0], kernels.forward(*straight, *where)[0])
-        found, expected = kernels.backward(up, *turned, *where), kernels.backward(gradient, *straight, *where)
+        straight = [(query, key, value), upstream(query, value)]
+        turned = [[part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts] for parts in straight]
+        turned[1][0] = straight[1][0].transpose(-1, -2).contiguous().transpose(-1, -2)
+        assert not any(part.is_contiguous() for part in itertools.chain(*turned))
+        found, expected = (computed(ups, *parts, *where) for parts, ups in (turned, straight))
         assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
 
     def test_autocast_changes_nothing(self):
-        query, key, value, *where = problem(1, 2, 9, 1, 3, 2)
-        gradient, parts = upstream(query, value), (query, key, value)
-        expected = (kernels.forward(*parts, *where)[0], *kernels.backward(gradient, *parts, *where))
+        arguments = problem(1, 2, 9, 1, 3, 2)
+        ups = upstream(arguments[0], arguments[2])
+        expected = computed(ups, *arguments)
         with torch.autocast(DEVICE, torch.bfloat16):
-            found = (kernels.forward(*parts, *where)[0], *kernels.backward(gradient, *parts, *where))
+            found = computed(ups, *arguments)
         assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
 
     @pytest.mark.parametrize("empty", ["batch", "positions", "tokens"])
@@ -176,39 +216,42 @@ class TestSinglePrecision:
         if empty == "tokens":
             key, value, limit = key[:, :, :0], value[:, :, :0], torch.zeros_like(limit)
         arguments = (query, key, value, first, limit, scale)
-        found, _ = kernels.forward(*arguments)
-        gradients = kernels.backward(torch.ones_like(found), *arguments)
-        assert found.shape == (*query.shape[:4], 2, 2)
-        assert (found == 0).all()
-        for mine, part in zip(gradients, arguments[:3], strict=True):
+        ups = upstream(query, value)
+        found = computed(ups, *arguments)
+        for mine, part in zip(found, (*ups, *arguments[:3]), strict=True):
             assert mine.shape == part.shape
-            assert (mine == 0).all()
+        assert all((part == 0).all() for part in (*found[:2], *found[3:]))
+        assert found[2].isneginf().all()
 
     @pytest.mark.parametrize("part", [1, 2])
     def test_tokens_that_share_a_large_offset_keep_their_digits(self, part):
         arguments = list(problem(1, 1, 20, 1, 3, 3))
         arguments[part] = arguments[part] + 1000
-        assert error(kernels.forward(*arguments)[0], reference(*arguments)) < 1e-5
+        ups = upstream(arguments[0], arguments[2])
+        found, expected = computed(ups, *arguments), reference(ups, *arguments)
+        assert all(error(mine, other) < 1e-5 for mine, other in zip(found, expected, strict=True))
+        # To the last digits of a thousand: weights of logits that are off by as much would move means by more.
+        assert all(apart(mine, other).max() < 2e-4 for mine, other in zip(found[1:3], expected[1:3], strict=True))
 
     def test_what_no_row_sees_does_not_enter(self):
         query, key, value, first, limit, scale = problem(1, 1, 6, 1, 2, 2, tokens=40)
         limit = limit - 10
-        gradient = upstream(query, value)
-        expected = reference(query, key, value, first, limit, scale, gradient)
+        ups = upstream(query, value)
+        expected = reference(ups, query, key, value, first, limit, scale)
         key[:, :, 30:], value[:, :, 30:] = math.nan, math.inf
-        found = kernels.forward(query, key, value, first, limit, scale)[0]
-        gradients = kernels.backward(gradient, query, key, value, first, limit, scale)
-        for mine, other in zip((found, *gradients), expected, strict=True):
+        found = computed(ups, query, key, value, first, limit, scale)
+        for mine, other in zip(found, expected, strict=True):
             assert error(mine, other) < 1e-5
-        assert (gradients[1][:, :, 30:] == 0).all()
+        assert all((part[:, :, 30:] == 0).all() for part in found[4:])
 
     def test_a_nan_stays_in_its_row(self):
         query, *rest = problem(1, 1, 6, 1, 2, 2)
+        expected = kernels.forward(query, *rest)
         query[0, 0, 4] = math.nan
-        found = kernels.forward(query, *rest)[0]
-        assert found[0, 0, 4].isnan().all()
-        found[0, 0, 4] = 0
-        assert torch.isfinite(found).all()
+        for mine, other in zip(kernels.forward(query, *rest), expected, strict=True):
+            assert mine[0, 0, 4].isnan().all()
+            mine[0, 0, 4] = other[0, 0, 4]
+            assert torch.equal(mine, other)
 
 
 @on_device
@@ -217,14 +260,13 @@ class TestHalfPrecision:
     # bfloat16 has eight digits, but the interpreter cuts off what a GPU would round.
     def test_equals_the_reference_of_the_same_inputs_to_the_rounding_of_the_result(self, dtype, digits):
         *arguments, scale = problem(1, 2, 40, 2, 6, 5, dtype=dtype)
-        gradient = upstream(arguments[0], arguments[2])
-        expected = reference(*arguments, scale, gradient)
-        found = (kernels.forward(*arguments, scale)[0], *kernels.backward(gradient, *arguments, scale))
+        ups = upstream(arguments[0], arguments[2])
+        found, expected = computed(ups, *arguments, scale), reference(ups, *arguments, scale)
         # A GPU multiplies in TF32, with eleven digits: of logits up to ten, so the weights have eight.
         room = 0.0 if INTERPRETED else 2.0**-8
         for mine, other in zip(found, expected, strict=True):
             assert mine.dtype == dtype
-            assert ((mine.cpu().double() - other).abs() <= (2.0**-digits + room) * other.abs() + room + 1e-5).all()
+            assert (apart(mine, other) <= (2.0**-digits + room) * other.abs() + room + 1e-5).all()
 
     def test_sums_are_in_single_precision(self):
         """In bfloat16 a sum of 600 shares of 1/600 stops growing at 1/2, where the half of a digit is larger."""
@@ -237,13 +279,13 @@ class TestHalfPrecision:
         sign[::2] = -1
         query = torch.zeros(1, 1, 1, 1, 1, device=DEVICE, dtype=torch.bfloat16)
         first, limit = torch.tensor([[0], [count]], device=DEVICE)
-        found, statistics = kernels.forward(query, sign[None, None], sign[None, None], first, limit, 1.0)
-        assert found.item() == 1.0
-        assert abs(statistics.log_sum.item() - math.log(count)) < 1e-5
+        arguments = query, sign[None, None], sign[None, None], first, limit, 1.0
+        covariance, mean, log_sum = kernels.forward(*arguments)
+        assert covariance.item() == 1.0
+        assert (mean == 0).all()
+        assert log_sum.item() == torch.tensor(math.log(count), dtype=torch.bfloat16).item()
         # dC/dv_s = (k_s - kbar) / 600: the same here for every token but for its sign.
-        _, _, to_value = kernels.backward(
-            torch.ones_like(found), query, sign[None, None], sign[None, None], first, limit, 1
-        )
+        _, _, to_value = kernels.backward((torch.ones_like(covariance), None, None), *arguments)
         torch.testing.assert_close(to_value[0, 0].float(), sign.float() / count, rtol=2**-8, atol=0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from probattn import native
 from probattn.barrier import penalty_and_margin
-from probattn.covariance import past_covariance
+from probattn.covariance import past_covariance, past_moments
 from probattn.jacobian import logabsdet
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="the kernels were not built: no C compiler")
@@ -133,11 +133,12 @@ class TestCovariance:
         ]
         limit = torch.arange(positions) + tokens - positions
         first = torch.zeros_like(limit) if window is None else (limit - window).clamp(min=0)
-        assert native.takes_covariance(parts[0], parts[2], None, 0.0)
+        assert native.takes_moments(parts[0], parts[2], None, 0.0)
 
         def both():
-            found = past_covariance(*parts, first, limit, scale=0.5)
-            return found, *torch.autograd.grad(found, parts, normal(*found.shape, seed=4, dtype=dtype))
+            found = past_moments(*parts, first, limit, scale=0.5)
+            ups = [normal(*part.shape, seed=4, dtype=dtype).where(part.isfinite(), 0.0) for part in found]
+            return *found, *torch.autograd.grad(found, parts, ups)
 
         # Sums over up to 200 tokens of products of a few units, each to sixteen or seven digits.
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-4}[dtype]
@@ -169,11 +170,11 @@ class TestCovariance:
 
     def test_what_it_leaves_to_torch(self):
         query, value = normal(1, 1, 4, 1, 8), normal(1, 1, 4, 8)
-        assert native.takes_covariance(query, value, None, 0.0)
-        assert not native.takes_covariance(query, value, torch.ones(1, 1, 4, 4).bool(), 0.0)
-        assert not native.takes_covariance(query, value, None, 30.0)
-        assert not native.takes_covariance(normal(1, 1, 4, 1, 65), value, None, 0.0)
-        assert not native.takes_covariance(query.bfloat16(), value, None, 0.0)
+        assert native.takes_moments(query, value, None, 0.0)
+        assert not native.takes_moments(query, value, torch.ones(1, 1, 4, 4).bool(), 0.0)
+        assert not native.takes_moments(query, value, None, 30.0)
+        assert not native.takes_moments(normal(1, 1, 4, 1, 65), value, None, 0.0)
+        assert not native.takes_moments(query.bfloat16(), value, None, 0.0)
 
 
 def test_a_forked_process_has_threads_of_its_own():
