@@ -1,4 +1,4 @@
-"""The compiled kernels of ``probattn/kernels``, called with pointers into tensors on as many threads as torch uses.
+"""The compiled kernels of ``probattn/kernels``, called with pointers into tensors on the threads that torch uses.
 
 They are built when the package is installed where there is a C compiler (checked with GCC 12 on x86-64). Without one,
 on other devices and for what they do not cover, the callers compute the same with torch.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +31,7 @@ WIDEST = 64  # r and dv of a head
 _REAL = {torch.float32: "float", torch.float64: "double"}
 _LANES = 16  # matrices together, at most
 _SHARES = 4  # pieces a thread, so that none waits long for the last
-_WORTH = 1e6  # multiplications below which a further thread costs more than it saves
+_WORTH = 3e5  # multiplications below which a further thread costs more than it saves
 
 
 def _load() -> ctypes.CDLL | None:
@@ -51,23 +49,59 @@ AVAILABLE = _LIBRARY is not None
 """Whether the kernels were built and loaded; the environment variable ``PROBATTN_NATIVE=0`` leaves them out."""
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="probattn")
+def _parallel() -> Callable[..., None] | None:
+    """GOMP_parallel(function, its argument, threads, 0) of the OpenMP that torch runs on, where there is one.
+
+    Threads of our own would compete with those of torch, which wait for the next operation without sleeping.
+    """
+    try:
+        found: Callable[..., None] = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # another OpenMP or none
+        return None
+    found.restype = None  # type: ignore[attr-defined]
+    return found
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+_PARALLEL = _parallel()
 
 
-def _share(name: str, dtype: torch.dtype, pieces: int, work: float, *arguments: Any) -> None:
-    """Run a kernel on several threads, where its work, in multiplications, is worth it; they take piece after piece."""
-    function: Callable[..., int] = getattr(_LIBRARY, f"{name}_{_REAL[dtype]}")
-    threads = min(torch.get_num_threads(), pieces, 1 + int(work / _WORTH))
-    run = partial(function, ctypes.byref(ctypes.c_long(0)), *arguments)
-    others = [_pool(threads - 1).submit(run) for _ in range(threads - 1)]
-    codes = [run(), *(other.result() for other in others if not other.cancel())]  # who has not begun is not needed
-    if 0 in codes:
-        raise MemoryError("the covariance of the past found no memory for its weights.")
+def _leave_alone() -> None:
+    global _PARALLEL
+    _PARALLEL = None  # OpenMP's threads do not survive a fork, and it waits for them
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_alone)
+
+
+class _Shared(ctypes.Structure):
+    """What kernels.c knows by the same name, and the part of a structure that the kernels' threads share."""
+
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = (("next", ctypes.c_long), ("failed", ctypes.c_long))
+    next: int
+    failed: int
+
+    def run(self, name: str, dtype: torch.dtype, pieces: int, work: float) -> None:
+        """Run a kernel on it, on several threads where its work, in multiplications, is worth it."""
+        function = getattr(_LIBRARY, f"{name}_{_REAL[dtype]}")
+        function.restype = None
+        threads = min(torch.get_num_threads(), pieces, 1 + int(work / _WORTH))
+        if threads > 1 and _PARALLEL is not None:
+            _PARALLEL(function, ctypes.byref(self), ctypes.c_uint(threads), ctypes.c_uint(0))
+        else:
+            function(ctypes.byref(self))
+        if self.failed:
+            raise MemoryError("the covariance of the past found no memory for its weights.")
+
+
+class _Matrices(_Shared):
+    """``matrices`` of determinants.inc."""
+
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = (
+        ("count", ctypes.c_long),
+        ("size", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("k", "sign", "logabs", "inverse")),
+    )
 
 
 def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,20 +116,20 @@ def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     matrix = matrix.contiguous()
     count, size = matrix.shape[0], matrix.shape[-1]
     results = matrix.new_empty(count), matrix.new_empty(count), torch.empty_like(matrix)
-    sizes = ctypes.c_long(count), ctypes.c_long(size)
-    pointers = map(_pointer, (matrix, *results))
-    _share("determinants", matrix.dtype, count // _LANES, count * size**3, *sizes, *pointers)
+    matrices = _Matrices(0, 0, count, size, *(part.data_ptr() for part in (matrix, *results)))
+    matrices.run("determinants", matrix.dtype, count // _LANES, count * size**3)
     return results
 
 
-class _Problem(ctypes.Structure):
+class _Problem(_Shared):
     """``problem`` of covariance.inc, which names its fields; it keeps the tensors alive that it points into."""
 
-    _fields_ = [
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = (
         *((name, ctypes.c_long) for name in ("heads", "pieces", "rows", "group", "tokens", "rank", "value")),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "first", "limit")),
         ("scale", ctypes.c_double),
-    ]
+        *((name, ctypes.c_void_p) for name in ("c", "mean", "log_sum", "to_query", "to_key", "to_value")),
+    )
     held: tuple[Tensor, ...]
 
     @classmethod
@@ -113,15 +147,16 @@ class _Problem(ctypes.Structure):
         # Where there are fewer heads than threads can share, the rows of each are cut up.
         cut = 1 if units >= pieces else max(1, min(pieces // units, rows // 64))
         sizes = (units, cut, rows, group, key.shape[2], rank, value.shape[-1])
-        problem = cls(*sizes, *(part.data_ptr() for part in held), scale)
+        problem = cls(0, 0, *sizes, *(part.data_ptr() for part in held), scale)
         problem.held = held
         return problem
 
-    def share(self, name: str, dtype: torch.dtype, *tensors: Tensor | None) -> None:
-        """Run a kernel on it."""
+    def give(self, name: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+        """Run a kernel with these contiguous tensors, by the names of their fields."""
+        for field, tensor in tensors.items():
+            setattr(self, field, None if tensor is None else tensor.data_ptr())
         work = self.heads * self.rows * self.tokens * self.rank * self.value / 2
-        pointers = map(_pointer, tensors)
-        _share(name, dtype, self.heads * self.pieces, work, ctypes.byref(self), *pointers)
+        self.run(name, dtype, self.heads * self.pieces, work)
 
 
 def takes_matrices(matrix: Tensor) -> bool:
@@ -146,10 +181,11 @@ def moments(
     """
     size, rank = value.shape[-1], query.shape[-1]
     shape = query.shape[:-1]
-    results = query.new_empty(*shape, size, rank), query.new_empty(*shape, size + rank), query.new_empty(shape)
+    c, mean = query.new_empty(*shape, size, rank), query.new_empty(*shape, size + rank)
+    log_sum = query.new_empty(shape)
     problem = _Problem.build(query, key, value, first, limit, scale, _SHARES * torch.get_num_threads())
-    problem.share("covariance", query.dtype, *results)
-    return results
+    problem.give("covariance", query.dtype, c=c, mean=mean, log_sum=log_sum)
+    return c, mean, log_sum
 
 
 def moments_backward(
@@ -166,14 +202,11 @@ def moments_backward(
     Raises:
         MemoryError: no room for the weights of a block of rows.
     """
-    given = [None if part is None else part.contiguous() for part in gradients]
+    c, mean, log_sum = (None if part is None else part.contiguous() for part in gradients)
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     # Every piece has gradients of key and value of its own: half as many as there are shares.
     problem = _Problem.build(query, key, value, first, limit, scale, _SHARES // 2 * torch.get_num_threads())
     to_key, to_value = (query.new_zeros(problem.pieces, *part.shape) for part in (key, value))
-    problem.share("covariance_backward", query.dtype, *given, to_query, to_key, to_value)
+    results = {"to_query": to_query, "to_key": to_key, "to_value": to_value}
+    problem.give("covariance_backward", query.dtype, c=c, mean=mean, log_sum=log_sum, **results)
     return to_query, to_key.sum(0), to_value.sum(0)
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

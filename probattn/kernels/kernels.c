@@ -1,7 +1,8 @@
 /* Small determinants and covariances of the past on a processor's vector units, in single and in double precision.
 
    Plain C with the vector types of GCC and Clang and nothing of Python's: probattn/native.py loads the library and calls
-   it with pointers, on as many threads as torch uses. Where it was not built, the same is computed with torch. */
+   it with a structure of pointers, on the threads that torch uses. Where it was not built, the same is computed with
+   torch. */
 
 #include <math.h>
 #include <stdint.h>
@@ -23,9 +24,16 @@ static void *scratch(size_t bytes) {
     return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
 }
 
-/* The first of the next so many pieces of work, which threads share by a common counter: each takes what is left when it
-   is done with the last, so that one that comes late is not waited for. */
-INLINE long taken(long *next, long pieces) { return __atomic_fetch_add(next, pieces, __ATOMIC_RELAXED); }
+/* What the threads that share a piece of work have in common, the first part of every structure. */
+struct shared {
+    long next;   /* what nobody has taken yet */
+    long failed; /* whether one found no memory */
+};
+
+/* The first of the next so many: each takes what is left when it is done with the last, so that none waits long. */
+INLINE long taken(struct shared *s, long pieces) { return __atomic_fetch_add(&s->next, pieces, __ATOMIC_RELAXED); }
+
+INLINE void fail(struct shared *s) { __atomic_store_n(&s->failed, 1, __ATOMIC_RELAXED); }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }

@@ -91,7 +91,7 @@ def test_the_table_shows_what_was_missed_and_what_was_not_measured(monkeypatch):
     assert "ours 1 s (median 1.5)" in table
     assert json.dumps([row.as_dict() for row in rows])
     monkeypatch.setattr(native, "AVAILABLE", True)
-    assert broken_gates(rows) == ["c against einsum and slogdet: 0.9 times faster, gate 1.2"]
+    assert broken_gates(rows) == ["c against einsum and slogdet: 0.9 times faster, gate 1.5"]
     assert broken_gates(rows[:2]) == []
     monkeypatch.setattr(native, "AVAILABLE", False)  # the gates are those of the compiled kernels
     assert broken_gates(rows) == []
