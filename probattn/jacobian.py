@@ -99,7 +99,7 @@ def logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         sign in {-1, 0, 1} and log|det(I - K)| (-inf where singular), (*batch,) each, differentiable any number of
-        times. Cost O(m^3) a matrix; on a processor up to m = 32 the matrices go through its vector units together.
+        times. Cost O(m^3) a matrix; on a processor up to m = 64 the matrices go through its vector units together.
 
     Example:
         >>> sign, value = logabsdet(torch.tensor([[3.0]]))  # det = 1 - 3

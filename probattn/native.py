@@ -26,7 +26,7 @@ __all__ = [
     "takes_moments",
 ]
 
-LARGEST = 32  # size of the matrices; kernels.c has the same number
+LARGEST = 64  # size of the matrices; kernels.c has the same number
 WIDEST = 64  # r and dv of a head
 _REAL = {torch.float32: "float", torch.float64: "double"}
 _LANES = 16  # matrices together, at most

@@ -17,7 +17,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-#define LARGEST 32 /* size of a matrix that determinants() takes */
+#define LARGEST 64 /* size of a matrix that determinants() takes */
 
 static void *scratch(size_t bytes) {
     void *memory = NULL;
