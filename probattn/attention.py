@@ -277,24 +277,34 @@ class CausalAttention:
         """
         self._require_tokens(u)
         query, key, value = self._project(u)
-        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        key = key - key[..., :1, :].detach()  # changes neither weights nor covariances; log-sums keep their digits
+        batch = torch.broadcast_shapes(
+            *(part.shape[:-2] for part in (query, key, value, self.output, self.scale[..., None, None]))
+        )
         query, key, value = (part.expand(*batch, *part.shape[-2:]) for part in (query, key, value))
         q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))  # (B, H, T, r or dv)
         rows = q.unsqueeze(-2)  # (B, H, T, 1, r): no head shares its keys
-        place = torch.arange(u.shape[-2], device=u.device)
-        first, limit = torch.zeros_like(place), place + (self.mask == "inclusive")
+        # What is before a token, under both masks: its own share is added in closed form, which loses no digits.
+        limit = torch.arange(u.shape[-2], device=u.device)
+        first = torch.zeros_like(limit)
         gain = norm_bound(self.output.detach()) * norm_bound(self.scaled_query.detach())
         gain = gain.expand(batch).reshape(-1, self.heads)
         cov, mean, log_sum = past_moments(rows, k, v, first, limit)
         cov = refined(cov, mean, rows, k, v, first, limit, gain)
         cov = cov.view(*batch, *cov.shape[2:]).squeeze(-3)  # (*batch, H, T, dv, r)
-        average = mean[..., : v.shape[-1]].reshape(value.shape)
+        mean = mean.view(*batch, *mean.shape[2:]).squeeze(-2)
+        average, mean_key = mean.split([value.shape[-1], key.shape[-1]], -1)
         own = None
         if self.mask == "inclusive":
+            odds = (query * key).sum(-1, keepdim=True) - log_sum.view(query.shape[:-1]).unsqueeze(-1)
+            weight = odds.sigmoid()  # alpha_ii, (*batch, H, T, 1)
+            away = (-odds).sigmoid() * (value - average)  # v_i less the mean with itself
+            average = value - away
+            through = (weight * away).unsqueeze(-1) * (key - mean_key).unsqueeze(-2)
+            cov = (-odds).sigmoid().unsqueeze(-1) * cov + through
             pull = query @ self.key  # c W_K^T q_i, (*batch, H, T, p)
-            own = self.value.unsqueeze(-3) + (value - average).unsqueeze(-1) * pull.unsqueeze(-2)
-            weight = ((query * key).sum(-1) - log_sum.reshape(*batch, -1)).exp()  # alpha_ii, (*batch, H, T)
-            own = weight[..., None, None] * own  # (*batch, H, T, dv, p)
+            own = self.value.unsqueeze(-3) + away.unsqueeze(-1) * pull.unsqueeze(-2)
+            own = weight.unsqueeze(-1) * own  # (*batch, H, T, dv, p)
         factors = blocks.Sensitivity(cov, self.scaled_query, self.output, own)
         return Evaluation(self._assemble_mean(average), factors)
 

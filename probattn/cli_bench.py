@@ -12,7 +12,9 @@ __all__ = ["bench"]
 
 
 def bench(
-    parts: Annotated[str, typer.Option(help="Only these: penalty,autograd,memory,sampling,nuts,training,gpu.")] = "",
+    parts: Annotated[
+        str, typer.Option(help="Only these: penalty,autograd,density,memory,sampling,nuts,training,gpu.")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Rounds in which the competitors take turns.")] = 5,
     gate: Annotated[bool, typer.Option("--gate", help="Exit with 1 where a ratio falls behind its gate.")] = False,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/bench"),

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from probattn import covariance_blocks, native
 from probattn.derivatives import pushforward
+from probattn.errors import InputError
 from probattn.moments import dense_moments
 
 __all__ = ["PastMoments", "past_covariance", "past_moments"]
@@ -79,12 +80,16 @@ def past_moments(
         :class:`PastMoments`, differentiable in query, key and value. Time O(B K g P S r dv), memory
         O(B K S (r + dv) + B K g P r dv); derivatives beyond the first, and forward mode, O(B K (g P + dv r) S).
 
+    Raises:
+        InputError: axes or dtypes of query, key and value, or lengths of first and limit, that do not agree.
+
     Example:
         >>> k = torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1)
         >>> moments = past_moments(torch.zeros(1, 1, 1, 1, 1), k, k, torch.tensor([0]), torch.tensor([2]))
         >>> moments.covariance.item(), moments.mean.flatten(), moments.log_sum.exp().item()
         (1.0, tensor([0., 0.]), 2.0)
     """
+    _require_fit(query, key, value, first, limit)
     function = _Moments if torch.compiler.is_compiling() else _MomentsForward
     return PastMoments(*function.apply(query, key, value, first, limit, mask, scale, softcap or 0.0))  # type: ignore[no-untyped-call]
 
@@ -111,6 +116,25 @@ def past_covariance(
         1.0
     """
     return past_moments(query, key, value, first, limit, mask=mask, scale=scale, softcap=softcap).covariance
+
+
+def _require_fit(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor) -> None:
+    """Refuse what a kernel, which reads memory by the sizes of the query, must not be given."""
+    shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+    fits = tuple(map(len, shapes)) == (5, 4, 4) and key.shape == (*query.shape[:2], key.shape[2], query.shape[-1])
+    if not fits or value.shape[:3] != key.shape[:3]:
+        raise InputError(
+            f"query, key and value have shapes {shapes}; they must be (B, K, P, g, r), (B, K, S, r) and (B, K, S, dv)."
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise InputError(
+            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; bring them together with .to(...)."
+        )
+    if not first.shape == limit.shape == query.shape[2:3]:
+        raise InputError(
+            f"first and limit have shapes {tuple(first.shape)} and {tuple(limit.shape)}; both must be "
+            f"({query.shape[2]},), one for each position of the query."
+        )
 
 
 @torch.library.custom_op("probattn::past_moments", mutates_args=())
@@ -182,8 +206,17 @@ class _Moments(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        moments: tuple[Tensor, Tensor, Tensor] = _forward(*arguments)
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        first: Tensor,
+        limit: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out: torch's compiler counts the arguments
+        moments: tuple[Tensor, Tensor, Tensor] = _forward(query, key, value, first, limit, mask, scale, softcap)
         return moments
 
     @staticmethod
@@ -235,7 +268,7 @@ class _Gradients(torch.autograd.Function):
         mask: Tensor | None,
         scale: float,
         softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out: torch's compiler counts the arguments
+    ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out, as above
         gradients: tuple[Tensor, Tensor, Tensor] = _backward(
             gradient, on_mean, on_log, query, key, value, first, limit, mask, scale, softcap
         )
@@ -293,7 +326,8 @@ def _folded(size: int, axes: tuple[int | None, ...], parts: tuple[Any, ...]) -> 
             continue
         moved = part.movedim(axis, 0) if axis is not None else part.expand(size, *part.shape)
         folded.append(moved)
-    batch = max(part.shape[1] for part in folded if isinstance(part, Tensor) and part.dim() > 4)
+    # That of the query, which is never broadcast: the first tensor with axes for vmap, B, K, P, g and r.
+    batch = next(part.shape[1] for part in folded if isinstance(part, Tensor) and part.dim() > 5)
     return [
         part.expand(size, batch, *part.shape[2:]).flatten(0, 1) if isinstance(part, Tensor) and part.dim() > 4 else part
         for part in folded

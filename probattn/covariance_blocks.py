@@ -217,4 +217,5 @@ class _Block(NamedTuple):
             weighed = on_log.unsqueeze(-1) * weights  # zero in a row that sees nothing
             to_logits, to_query = to_logits + weighed, to_query + weighed @ (self.key + self.offset[1])
         # Of the rest, the constant that was taken off the keys adds nothing: the rows of to_logits sum to zero.
+        to_query = to_query.where(~self.log_sum.isneginf().unsqueeze(-1), 0.0)
         return self.scale * to_query, to_key + to_logits.mT @ self.query, to_value

@@ -59,11 +59,10 @@ def past_weights(logits: Tensor, first: Tensor, limit: Tensor, mask: Tensor | No
             logits = logits + mask
             visible = visible & (mask > torch.finfo(mask.dtype).min / 2)  # libraries write "never" as the lowest
     some = visible.any(-1, keepdim=True)
-    # The lowest finite number instead of -inf: a row that sees nothing stays free of NaN, in its derivatives too.
-    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    # A row that sees nothing stays free of NaN, in its derivatives too.
+    logits = logits.masked_fill(~visible, -torch.inf).masked_fill(~some, 0.0)
     alpha = torch.softmax(logits, dim=-1)
     log_sum = torch.logsumexp(logits, dim=-1).masked_fill(~some.squeeze(-1), -torch.inf)
-    # Only in a row that sees nothing is the weight of what is not visible not zero yet.
     return alpha.masked_fill(~some, 0.0), log_sum
 
 

@@ -34,21 +34,6 @@ _SHARES = 4  # pieces a thread, so that none waits long for the last
 _WORTH = 3e5  # multiplications below which a further thread costs more than it saves
 
 
-def _load() -> ctypes.CDLL | None:
-    built = sorted(Path(__file__).parent.glob("kernels/_compiled*.so"))
-    if not built or os.environ.get("PROBATTN_NATIVE") == "0":
-        return None
-    try:
-        return ctypes.CDLL(str(built[0]))
-    except OSError:  # built for another machine
-        return None
-
-
-_LIBRARY = _load()
-AVAILABLE = _LIBRARY is not None
-"""Whether the kernels were built and loaded; the environment variable ``PROBATTN_NATIVE=0`` leaves them out."""
-
-
 def _parallel() -> Callable[..., None] | None:
     """GOMP_parallel(function, its argument, threads, 0) of the OpenMP that torch runs on, where there is one.
 
@@ -104,23 +89,6 @@ class _Matrices(_Shared):
     )
 
 
-def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sign and log|det(I - K)|, and (I - K)^-T, by which the logarithm is differentiated.
-
-    Args:
-        matrix: K, (N, m, m), m <= LARGEST, float32 or float64 on the CPU.
-
-    Returns:
-        (N,), (N,) and (N, m, m). Where the matrix is singular: 0, -inf, and NaN.
-    """
-    matrix = matrix.contiguous()
-    count, size = matrix.shape[0], matrix.shape[-1]
-    results = matrix.new_empty(count), matrix.new_empty(count), torch.empty_like(matrix)
-    matrices = _Matrices(0, 0, count, size, *(part.data_ptr() for part in (matrix, *results)))
-    matrices.run("determinants", matrix.dtype, count // _LANES, count * size**3)
-    return results
-
-
 class _Problem(_Shared):
     """``problem`` of covariance.inc, which names its fields; it keeps the tensors alive that it points into."""
 
@@ -157,6 +125,41 @@ class _Problem(_Shared):
             setattr(self, field, None if tensor is None else tensor.data_ptr())
         work = self.heads * self.rows * self.tokens * self.rank * self.value / 2
         self.run(name, dtype, self.heads * self.pieces, work)
+
+
+def _load() -> ctypes.CDLL | None:
+    built = sorted(Path(__file__).parent.glob("kernels/_compiled*.so"))
+    if not built or os.environ.get("PROBATTN_NATIVE") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(built[0]))
+        layout = library.layout
+    except (OSError, AttributeError):  # built for another machine, or from another version
+        return None
+    layout.restype = ctypes.c_long
+    return library if layout() == 1000 * ctypes.sizeof(_Problem) + ctypes.sizeof(_Matrices) else None
+
+
+_LIBRARY = _load()
+AVAILABLE = _LIBRARY is not None
+"""Whether the kernels were built and loaded; the environment variable ``PROBATTN_NATIVE=0`` leaves them out."""
+
+
+def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sign and log|det(I - K)|, and (I - K)^-T, by which the logarithm is differentiated.
+
+    Args:
+        matrix: K, (N, m, m), m <= LARGEST, float32 or float64 on the CPU.
+
+    Returns:
+        (N,), (N,) and (N, m, m). Where the matrix is singular: 0, -inf, and NaN.
+    """
+    matrix = matrix.contiguous()
+    count, size = matrix.shape[0], matrix.shape[-1]
+    results = matrix.new_empty(count), matrix.new_empty(count), torch.empty_like(matrix)
+    matrices = _Matrices(0, 0, count, size, *(part.data_ptr() for part in (matrix, *results)))
+    matrices.run("determinants", matrix.dtype, count // _LANES, count * size**3)
+    return results
 
 
 def takes_matrices(matrix: Tensor) -> bool:

@@ -71,3 +71,6 @@ INLINE long most(long a, long b) { return a > b ? a : b; }
 #define DEGREE 13
 #include "determinants.inc"
 #include "covariance.inc"
+
+/* Sizes of the structures, which must be those of native.py: a library of another version is not used. */
+EXPORT long layout(void) { return 1000 * sizeof(problem_float) + sizeof(matrices_float); }

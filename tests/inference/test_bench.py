@@ -1,5 +1,6 @@
 """The benchmark compares things that compute the same, and says what it found, missed goals too."""
 
+import inspect
 import json
 import time
 from pathlib import Path
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from probattn import CausalAttention, native
+from probattn.cli_bench import bench as command
 from probattn.errors import InputError
 from probattn.inference.bench.density import dense_log_density, log_density
 from probattn.inference.bench.harness import Row, Timing, race
 from probattn.inference.bench.penalty import dense_penalty, memory
-from probattn.inference.bench.run import as_table, bench, broken_gates
+from probattn.inference.bench.run import PARTS, as_table, bench, broken_gates
 from probattn.inference.bench.sampling import naive_sequence
 from probattn.inference.environment import describe
 from probattn.plotting import plot_cost
@@ -31,6 +33,10 @@ def test_a_race_takes_turns_and_keeps_the_least():
     assert found["slow"].least >= 0.02 > found["fast"].least
     assert found["slow"].median >= found["slow"].least
     assert found["slow"].calls == 3
+
+
+def test_the_command_names_every_part():
+    assert ",".join(PARTS) in str(inspect.signature(command).parameters["parts"].annotation)
 
 
 def test_a_turn_lasts_as_long_as_it_is_told():

@@ -222,3 +222,38 @@ def test_the_log_density_is_twice_differentiable_and_in_forward_mode(mask):
 
     assert torch.autograd.gradcheck(terms, (u, *parts), check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(terms, (u, *parts), check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("mask", ["strict", "inclusive"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "output", "scale", "start"])
+def test_each_parameter_may_have_a_batch_alone(name, mask):
+    single = attention_like(13, heads=2, rank=2, dim=3, value_dim=2, mask=mask)
+    factor = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
+    parameters = single._parameters()
+    whole = parameters[name] * factor.view(4, *[1] * (1 if name == "scale" else parameters[name].dim()))
+    attention = CausalAttention(**(parameters | {name: whole}), mask=mask)
+    u = tokens(13, 5, 3)
+    together, apart = attention.evaluate(u).mean, [attention.select(n).evaluate(u).mean for n in range(4)]
+    torch.testing.assert_close(together.expand(4, 5, 3), torch.stack(apart), rtol=0, atol=1e-14)
+    found = attention.jacobian(u).expand(4, 5, 3, 3)
+    torch.testing.assert_close(
+        found, torch.stack([attention.select(n).jacobian(u) for n in range(4)]), rtol=0, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("mask", ["strict", "inclusive"])
+def test_an_empty_batch(mask):
+    residual, logabsdet = attention_like(14, heads=2, mask=mask).residual_and_logabsdet(tokens(14, 0, 5, 3))
+    assert (residual.shape, logabsdet.shape) == ((0, 5, 3), (0, 5))
+
+
+@pytest.mark.parametrize("scale", [1.0, 32.0, 1024.0])
+@pytest.mark.parametrize("offset", [0.0, 1024.0])
+def test_the_own_weight_keeps_its_digits(scale, offset):
+    # Eighths and powers of two, so that single precision holds tokens, queries and keys exactly.
+    matrix = scale / 1024 * torch.tensor([[1.0, 0.5], [-0.5, 1.0]])
+    u = (8 * tokens(15, 20, 2)).round().div(8).float() + offset
+    attention = CausalAttention.from_bilinear(matrix, mask="inclusive")
+    exact = CausalAttention.from_bilinear(matrix.double(), mask="inclusive").jacobian(u.double())
+    # Logits of a thousand are rounded to 1e-4, and some rows have weights between zero and one. Weights as exp(logit - log-sum) are off by 1e-3 here.
+    assert (attention.jacobian(u).double() - exact).abs().max() < 3e-5 * exact.abs().max()

@@ -10,6 +10,7 @@ from probattn import covariance_blocks as module
 from probattn import native
 from probattn.attention import CausalAttention
 from probattn.covariance import past_covariance, past_moments
+from probattn.errors import InputError
 
 BATCH, GROUPS, LENGTH, SHARED, RANK, DIM = 2, 2, 7, 3, 2, 3  # B, K, P = S, g, r, dv
 
@@ -405,6 +406,43 @@ class TestTransforms:
         expected = past_covariance(*parts, *where)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(past_covariance(*parts, *where), expected)
+
+    # As above.
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    def test_compiles_where_nothing_is_differentiated(self):
+        parts, where = inputs(), span()
+        compiled = torch.compile(lambda *parts: past_moments(*parts, *where), fullgraph=True, backend="aot_eager")
+        for mine, other in zip(compiled(*parts), past_moments(*parts, *where), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_nan_in_the_first_token_does_not_enter_where_nothing_is_seen(part):
+    parts, where = inputs(), span()
+    parts[part][:, :, 0] = math.nan
+    parts = [tensor.requires_grad_() for tensor in parts]
+    moments = past_moments(*parts, *where)
+    assert all((found[:, :, 0] == 0).all() for found in moments[:2])
+    assert moments.log_sum[:, :, 0].isneginf().all()
+    assert moments.covariance[:, :, 2].isnan().any()  # not hidden where it is seen
+    slope = torch.autograd.grad(sum(found[:, :, 0].nan_to_num().sum() for found in moments), parts[0])[0]
+    assert (slope[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v, f, n: (q, k.float(), v, f, n), "float64, torch.float32 and torch.float64"),
+        (lambda q, k, v, f, n: (q, k[:, :1], v, f, n), "have shapes"),
+        (lambda q, k, v, f, n: (q, k, v[:, :, :-1], f, n), "have shapes"),
+        (lambda q, k, v, f, n: (q, k[..., :-1], v, f, n), "have shapes"),
+        (lambda q, k, v, f, n: (q.flatten(3), k, v, f, n), "have shapes"),
+        (lambda q, k, v, f, n: (q, k, v, f[1:], n), "one for each position"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises(InputError, match=message):
+        past_moments(*change(*inputs(), *span()))
 
 
 def test_a_nan_stays_where_it_is_seen():
