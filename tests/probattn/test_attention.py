@@ -255,5 +255,6 @@ def test_the_own_weight_keeps_its_digits(scale, offset):
     u = (8 * tokens(15, 20, 2)).round().div(8).float() + offset
     attention = CausalAttention.from_bilinear(matrix, mask="inclusive")
     exact = CausalAttention.from_bilinear(matrix.double(), mask="inclusive").jacobian(u.double())
-    # Logits of a thousand are rounded to 1e-4, and some rows have weights between zero and one. Weights as exp(logit - log-sum) are off by 1e-3 here.
+    # Logits of a thousand are rounded to 1e-4, and some rows have weights between zero and one. Taken as
+    # exp(logit - log-sum), the weights are off by 1e-3 here.
     assert (attention.jacobian(u).double() - exact).abs().max() < 3e-5 * exact.abs().max()
