@@ -278,9 +278,7 @@ class CausalAttention:
         self._require_tokens(u)
         query, key, value = self._project(u)
         key = key - key[..., :1, :].detach()  # changes neither weights nor covariances; log-sums keep their digits
-        batch = torch.broadcast_shapes(
-            *(part.shape[:-2] for part in (query, key, value, self.output, self.scale[..., None, None]))
-        )
+        batch = torch.broadcast_shapes(*(part.shape[:-2] for part in (query, key, value, self.output)))
         query, key, value = (part.expand(*batch, *part.shape[-2:]) for part in (query, key, value))
         q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))  # (B, H, T, r or dv)
         rows = q.unsqueeze(-2)  # (B, H, T, 1, r): no head shares its keys
@@ -297,11 +295,11 @@ class CausalAttention:
         own = None
         if self.mask == "inclusive":
             odds = (query * key).sum(-1, keepdim=True) - log_sum.view(query.shape[:-1]).unsqueeze(-1)
-            weight = odds.sigmoid()  # alpha_ii, (*batch, H, T, 1)
-            away = (-odds).sigmoid() * (value - average)  # v_i less the mean with itself
+            weight, rest = odds.sigmoid(), (-odds).sigmoid()  # alpha_ii and the others', (*batch, H, T, 1)
+            away = rest * (value - average)  # v_i less the mean with itself
             average = value - away
             through = (weight * away).unsqueeze(-1) * (key - mean_key).unsqueeze(-2)
-            cov = (-odds).sigmoid().unsqueeze(-1) * cov + through
+            cov = rest.unsqueeze(-1) * cov + through
             pull = query @ self.key  # c W_K^T q_i, (*batch, H, T, p)
             own = self.value.unsqueeze(-3) + away.unsqueeze(-1) * pull.unsqueeze(-2)
             own = weight.unsqueeze(-1) * own  # (*batch, H, T, dv, p)

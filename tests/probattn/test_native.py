@@ -195,6 +195,13 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 
 
+def test_a_library_with_other_structures_is_refused():
+    code = "import ctypes; size = ctypes.sizeof; ctypes.sizeof = lambda kind: size(kind) + {}; "
+    code += "from probattn import native; raise SystemExit(int(native.AVAILABLE))"
+    for more, status in ((8, 0), (0, 1)):
+        assert subprocess.run([sys.executable, "-c", code.format(more)]).returncode == status
+
+
 def test_they_can_be_left_out():
     code = "from probattn import native; raise SystemExit(int(native.AVAILABLE))"
     for value, status in (("0", 0), ("1", 1)):
