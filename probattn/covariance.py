@@ -36,7 +36,7 @@ from probattn.derivatives import pushforward
 from probattn.errors import InputError
 from probattn.moments import dense_moments
 
-__all__ = ["PastMoments", "past_covariance", "past_moments"]
+__all__ = ["PastMoments", "past_moments"]
 
 
 class PastMoments(NamedTuple):
@@ -92,30 +92,6 @@ def past_moments(
     _require_fit(query, key, value, first, limit)
     function = _Moments if torch.compiler.is_compiling() else _MomentsForward
     return PastMoments(*function.apply(query, key, value, first, limit, mask, scale, softcap or 0.0))  # type: ignore[no-untyped-call]
-
-
-def past_covariance(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    limit: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    r"""C_i alone; arguments and cost as in :func:`past_moments`.
-
-    Returns:
-        (B, K, P, g, dv, r), zero for a row that sees one token or none.
-
-    Example:
-        >>> k = torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1)
-        >>> past_covariance(torch.zeros(1, 1, 1, 1, 1), k, k, torch.tensor([0]), torch.tensor([2])).item()
-        1.0
-    """
-    return past_moments(query, key, value, first, limit, mask=mask, scale=scale, softcap=softcap).covariance
 
 
 def _require_fit(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor) -> None:

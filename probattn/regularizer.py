@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from probattn import jacobian as blocks
 from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.barrier import BarrierKind, penalty_and_margin, require_penalty
-from probattn.covariance import past_covariance
+from probattn.covariance import past_moments
 from probattn.errors import InputError
 
 __all__ = ["AttentionStage", "Penalty", "Prior", "attention_penalty", "choose_positions"]
@@ -167,10 +167,8 @@ def attention_penalty(
         mask = shown(mask, 2)
     # A head's own block is c Cov, which is linear in the values: there are fewer of these to multiply.
     value = value.to(wide) if joint else scale * value.to(wide)
-    cov = past_covariance(
-        rows.to(wide), key.to(wide), value, first, limit, mask=mask, scale=scale, softcap=softcap
-    )  # (batch, K, P, g, dv, r)
-    cov = cov.movedim(3, 2).flatten(1, 2)  # (batch, H, P, dv, r)
+    moments = past_moments(rows.to(wide), key.to(wide), value, first, limit, mask=mask, scale=scale, softcap=softcap)
+    cov = moments.covariance.movedim(3, 2).flatten(1, 2)  # (batch, H, P, dv, r)
     with torch.autocast(query.device.type, enabled=False):
         if joint:
             factors = _through_output(cov, output, query_map, scale)

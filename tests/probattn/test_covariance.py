@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from probattn import covariance_blocks as module
 from probattn import native
 from probattn.attention import CausalAttention
-from probattn.covariance import past_covariance, past_moments
+from probattn.covariance import past_moments
 from probattn.errors import InputError
 
 BATCH, GROUPS, LENGTH, SHARED, RANK, DIM = 2, 2, 7, 3, 2, 3  # B, K, P = S, g, r, dv
@@ -23,6 +23,10 @@ def way(request, monkeypatch):
     elif not native.AVAILABLE:
         pytest.skip("the kernels were not built: no C compiler")
     return request.param
+
+
+def past_covariance(*arguments, **options):
+    return past_moments(*arguments, **options).covariance
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
