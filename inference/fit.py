@@ -15,20 +15,20 @@ from torch import Tensor
 
 from probattn.attention import Mask
 from probattn.errors import InputError
-from probattn.inference.checkpoint import identify
-from probattn.inference.comparison import AS_ASKED, Compared, compare, variants
-from probattn.inference.diagnostics import Diagnosis, diagnose
-from probattn.inference.distributed import process_group, rank, world_size
-from probattn.inference.draws import Draws, feasible_start
-from probattn.inference.environment import describe
-from probattn.inference.files import prepare_folder, write_atomically, write_json, write_text
-from probattn.inference.laplace import fit_laplace
-from probattn.inference.map import MapConfig, fit_map
-from probattn.inference.mcmc import McmcConfig, fit_nuts
-from probattn.inference.posterior import assemble
-from probattn.inference.results import Fit
-from probattn.inference.svi import SviConfig, fit_svi
-from probattn.inference.target import Target
+from probattn.inference.methods.draws import Draws, feasible_start
+from probattn.inference.methods.laplace import fit_laplace
+from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.map import MapConfig, fit_map
+from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
+from probattn.inference.methods.svi import SviConfig, fit_svi
+from probattn.inference.results.comparison import AS_ASKED, Compared, compare, variants
+from probattn.inference.results.diagnosis import Diagnosis, diagnose
+from probattn.inference.results.fit_file import Fit
+from probattn.inference.results.posterior import assemble
+from probattn.inference.runtime.checkpoint import identify
+from probattn.inference.runtime.distributed import process_group, rank, world_size
+from probattn.inference.runtime.environment import describe
+from probattn.inference.runtime.files import prepare_folder, write_atomically, write_json, write_text
 from probattn.models.corpus import load_corpus
 from probattn.models.embedding import EmbeddingModel, Parameters
 from probattn.models.hidden_states import load_hidden_states

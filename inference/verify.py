@@ -17,11 +17,11 @@ from torch import Tensor
 from probattn.barrier import stability_margin
 from probattn.errors import InputError
 from probattn.inference.claims import Claim, Settings, Subject, require_claims, run_claims
-from probattn.inference.environment import describe
-from probattn.inference.files import prepare_folder, write_json, write_text
-from probattn.inference.map import MapConfig, MapResult, fit_map
-from probattn.inference.report import draw_figures, render_report, save_figures
-from probattn.inference.results import Fit
+from probattn.inference.methods.map import MapConfig, MapResult, fit_map
+from probattn.inference.reports.verify import draw_figures, render_report, save_figures
+from probattn.inference.results.fit_file import Fit
+from probattn.inference.runtime.environment import describe
+from probattn.inference.runtime.files import prepare_folder, write_json, write_text
 from probattn.models.corpus import Corpus, Windows, load_corpus
 from probattn.models.language import LanguageConfig, LanguageModel
 from probattn.plotting import plot_bounds

@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from probattn.attention import CausalAttention, Mask
 from probattn.barrier import BarrierKind, log_barrier
 from probattn.distributions import LatentAttention, noise_distribution
+from probattn.embedding_prior import Prior
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
-from probattn.regularizer import Prior
 
 __all__ = ["LanguageConfig", "LanguageModel"]
 

@@ -13,7 +13,7 @@ from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
-from probattn.search import Selection
+from probattn.solve.search import Selection
 
 __all__ = ["ScalarModel", "scalar_attention"]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.distributions import LatentAttention
 from probattn.errors import InputError, NoSolutionError
+from probattn.folds.regime import Regime, regime
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.scalar import ScalarModel
-from probattn.regimes import Regime, regime
-from probattn.search import Selection
-from probattn.solve import find_sequence
+from probattn.solve.search import Selection
+from probattn.solve.sequence import find_sequence
 
 __all__ = ["Simulation", "draw_data_sets", "simulate"]
 

@@ -3,8 +3,8 @@
 from probattn.attention import CausalAttention
 from probattn.barrier import log_barrier, stability_margin, support_tokens
 from probattn.distributions import LatentAttention
+from probattn.folds.regime import regime
 from probattn.process import AttentionProcess
-from probattn.regimes import regime
 from probattn.transforms import AttentionTransform
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 """`python -m probattn`."""
 
-from probattn.cli import main
+from probattn.cli.app import main
 
 main()

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from probattn import jacobian as blocks
-from probattn.covariance import past_moments
+from probattn import blocks
 from probattn.errors import InputError, require_finite
-from probattn.moments import SUPPORTED, attention_weights, norm_bound, refined
+from probattn.moments.dense import SUPPORTED, attention_weights, norm_bound, refined
+from probattn.moments.operators import past_moments
 
 __all__ = ["CausalAttention", "Evaluation", "Mask", "require_mask"]
 
@@ -343,7 +343,7 @@ class CausalAttention:
     def logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Sign and log|det J_i| by the cheapest exact route.
 
-        Square matrices of size min(p, H r, H dv), or min(p, H dv) under the inclusive mask; see ``jacobian.reduced``.
+        Square matrices of size min(p, H r, H dv), or min(p, H dv) under the inclusive mask; see ``blocks.reduced``.
 
         Args:
             u: tokens, (*batch, T, p).

@@ -1,4 +1,4 @@
-r"""The log-barrier b_i = -log|det J_i| and its variants, three margins, support tokens, and the contraction bound.
+r"""The log-barrier b_i = -log|det J_i| and its variants, three margins, and support tokens.
 
 The three margins answer different questions and none is a synonym of another:
 
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from probattn import jacobian as blocks
+from probattn import blocks
 from probattn.attention import CausalAttention
 from probattn.errors import InputError, require_finite
 
@@ -23,10 +23,8 @@ __all__ = [
     "BarrierKind",
     "MarginKind",
     "SupportTokens",
-    "contraction_bound",
     "log_barrier",
     "penalty_and_margin",
-    "projection_slack",
     "require_penalty",
     "stability_margin",
     "support_tokens",
@@ -191,57 +189,6 @@ def support_tokens(
         raise InputError(f"k is {k}; it must lie between 1 and the {margin.shape[-1]} tokens of the sequence.")
     ordered, positions = margin.sort(dim=-1, stable=True)
     return SupportTokens(positions[..., :k], ordered[..., :k])
-
-
-def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
-    r"""Upper bound on the norm of M_i for *every* u_i, from the diameters of the past.
-
-    .. math::
-        \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{W_O^h v_s^h : s < i\}\;
-        \mathrm{diam}\{c W_Q^{hT} k_s^h : s < i\}
-
-    since \|Cov(x, y)\| <= D_x D_y / 4. Below one, u_i -> e_i is one-to-one whatever the noise. Never larger than the
-    bound that multiplies the norms of W_O and W_Q with the diameters of values and keys, and depends on identified
-    products only.
-
-    Args:
-        attention: an attention with a strict mask; under the inclusive mask the own value is unbounded and the bound is
-            +inf.
-        u: tokens, (*batch, T, p).
-
-    Returns:
-        (*batch, T), not decreasing along the sequence. Time O(H T^2 p). Derived here.
-    """
-    if attention.mask == "inclusive":
-        batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
-        return torch.full((*batch, u.shape[-2]), torch.inf, dtype=u.dtype, device=u.device)
-    tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
-    moved = tokens @ attention.transport.mT  # W_O v_s, (*batch, H, T, p)
-    pulled = tokens @ attention.bilinear  # c W_Q^T k_s, (*batch, H, T, p)
-    largest = torch.linalg.vector_norm(tokens, dim=-1).cummax(-1).values  # (*batch, 1, T)
-    slack_moved, slack_pulled = projection_slack(attention)
-    spread_moved = _past_diameter(moved) + slack_moved.unsqueeze(-1) * largest
-    spread_pulled = _past_diameter(pulled) + slack_pulled.unsqueeze(-1) * largest
-    bound = (spread_moved * spread_pulled).sum(-2) / 4
-    return torch.where(torch.arange(u.shape[-2], device=u.device) < 2, torch.zeros_like(bound), bound)
-
-
-def projection_slack(attention: CausalAttention) -> tuple[Tensor, Tensor]:
-    """How much rounding may shorten distances of W_O v_s and c W_Q^T k_s, per unit of the largest token, (*batch, H).
-
-    Distances of tokens that share a large offset keep few digits, and a bound that proves must not be too small.
-    """
-    unit = 8 * (attention.dim + 1) * torch.finfo(attention.query.dtype).eps
-    norms = (torch.linalg.matrix_norm(attention.transport), torch.linalg.matrix_norm(attention.bilinear))
-    return unit * norms[0], unit * norms[1]
-
-
-def _past_diameter(points: Tensor) -> Tensor:
-    """Diameter of the points before each one, (*batch, T)."""
-    # Differences, not the matrix-product form of cdist: its rounding could make the bound too small.
-    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").tril()
-    upto = distance.amax(-1).cummax(-1).values  # (*batch, T), the token itself included
-    return torch.cat([torch.zeros_like(upto[..., :1]), upto[..., :-1]], dim=-1)
 
 
 def _margin(attention: CausalAttention, u: Tensor, kind: MarginKind) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributions import Distribution, constraints
 
 from probattn.attention import CausalAttention
 from probattn.errors import InputError
-from probattn.search import Selection
+from probattn.solve.search import Selection
 from probattn.transforms import AttentionTransform
 
 __all__ = ["LatentAttention", "ResidualNoise", "expanded_shape", "noise_distribution"]
@@ -111,7 +111,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
 
     Raises:
         InputError: a noise scale that is not positive or of a wrong shape, a length below 1.
-        SeveralSolutionsError, NoSolutionError: while sampling, see :func:`probattn.solve.solve_sequence`.
+        SeveralSolutionsError, NoSolutionError: while sampling, see :func:`probattn.solve.sequence.solve_sequence`.
 
     Cost: ``log_prob`` one evaluation of the attention, O(H T^2 r dv), and T reduced determinants, in memory linear in T
     with its gradient too; ``rsample`` solves for

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from probattn.branches import Branches
-from probattn.conditional import Past
 from probattn.distributions import expanded_shape, noise_distribution
 from probattn.errors import InputError
-from probattn.search import Selection, find_roots, hull_points, require_selection, solve_token
+from probattn.folds.branches import Branches
+from probattn.solve.context import Past
+from probattn.solve.search import Selection, find_roots, hull_points, require_selection, solve_token
 
 __all__ = ["Mass", "NextToken"]
 
@@ -156,7 +156,7 @@ class NextToken(dist.TorchDistribution):
         """Draw noise and solve; see ``selection``.
 
         Raises:
-            SeveralSolutionsError, NoSolutionError: see :func:`probattn.solve.solve_sequence`.
+            SeveralSolutionsError, NoSolutionError: see :func:`probattn.solve.sequence.solve_sequence`.
         """
         noise = self.noise.sample(torch.Size(sample_shape)).squeeze(-2)  # (*sample, *batch, p)
         if self._scalar and self.selection != "unique":
@@ -173,7 +173,7 @@ class NextToken(dist.TorchDistribution):
 
         Returns:
             In one dimension all of them in increasing order, (K,), proved; in several those that many starts found,
-            (K, p), see :func:`probattn.search.find_roots`.
+            (K, p), see :func:`probattn.solve.search.find_roots`.
 
         Raises:
             InputError: a batch, or an inclusive mask in one dimension.

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention
-from probattn.conditional import Past
 from probattn.distributions import LatentAttention, noise_distribution
 from probattn.errors import InputError
 from probattn.next_token import NextToken
-from probattn.search import Selection, solve_token
+from probattn.solve.context import Past
+from probattn.solve.search import Selection, solve_token
 
 __all__ = ["AttentionProcess", "Path"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from probattn.attention import CausalAttention
-from probattn.search import Selection, require_selection
-from probattn.solve import solve_sequence
+from probattn.solve.search import Selection, require_selection
+from probattn.solve.sequence import solve_sequence
 
 __all__ = ["AttentionTransform"]
 
@@ -24,7 +24,7 @@ class AttentionTransform(Transform):
 
     Args:
         attention: the attention; the transform is a light view of it, so build both anew inside a model.
-        selection: what to do with several solutions, see :func:`probattn.solve.solve_sequence`.
+        selection: what to do with several solutions, see :func:`probattn.solve.sequence.solve_sequence`.
         cache_size: 0 or 1, as in torch. A cache is stale after an in-place update of the parameters.
 
     Example:

@@ -49,7 +49,7 @@ def test_importing_changes_nothing_of_torch_or_pyro():
     program = (
         "import torch, pyro\n"
         "before = (torch.distributions.Distribution._validate_args, pyro.settings.get(), torch.get_default_dtype())\n"
-        "import probattn, probattn.models, probattn.inference.verify, probattn.cli\n"
+        "import probattn, probattn.models, probattn.inference.verify, probattn.cli.app\n"
         "after = (torch.distributions.Distribution._validate_args, pyro.settings.get(), torch.get_default_dtype())\n"
         "print(before == after)\n"
     )
@@ -102,8 +102,8 @@ def test_a_wheel_puts_one_name_into_site_packages(wheel):
         "probattn/py.typed",
         "probattn/models/corpus.py",
         "probattn/inference/claims/objective.py",
-        "probattn/inference/templates/verify.html",
-        "probattn/inference/studies/calibration.json",
+        "probattn/inference/reports/templates/verify.html",
+        "probattn/inference/studies/results/calibration.json",
     ):
         assert expected in names
     assert not [name for name in names if "test" in name.split("/")[-1] and name != "probattn/testing.py"]
@@ -126,7 +126,7 @@ def test_a_wheel_runs_from_another_folder(wheel, tmp_path, command, file):
     program = (
         "import probattn, sys\n"
         "assert probattn.__file__.startswith(sys.argv.pop(1)), probattn.__file__\n"
-        "from probattn.cli import main\n"
+        "from probattn.cli.app import main\n"
         "main()\n"
     )
     hidden = np.random.default_rng(0).normal(size=(4, 10, 2))

@@ -4,7 +4,7 @@
 - ``{verdicts}``: the table of all of them.
 - ``{measured}`NAME:KEY:FORMAT```: one number in a sentence, such as ``{measured}`jacobian:max_abs_error:.0e```.
 
-The claim ``robustness`` is a study of its own, read from ``inference/studies/robustness.json``; its keys are ``ARM on
+The claim ``robustness`` is a study of its own, read from ``inference/studies/results/robustness.json``; its keys are ``ARM on
 MEASURE`` (a difference with its interval) or ``ARM in CORRUPTION`` (a loss). ``bench:WORK against OTHER`` is a ratio of
 ``results/bench/bench.json``. A name, a key or a file that does not exist fails the build.
 """
@@ -22,11 +22,11 @@ from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from probattn.inference.robustness_summary import Summary, judge_study
+from probattn.inference.studies.robustness.summary import Summary, judge_study
 
 HERE = Path(__file__).parents[1]
 LEDGER = HERE / "results" / "ledger" / "claims.json"
-STUDY = HERE.parent / "inference" / "studies" / "robustness.json"
+STUDY = HERE.parent / "inference" / "studies" / "results" / "robustness.json"
 BENCH = HERE / "results" / "bench" / "bench.json"
 WORDS = {
     "supported": "supported",

@@ -8,7 +8,7 @@ import torch
 
 from probattn.inference.bench.harness import race
 from probattn.inference.bench.penalty import dense_penalty
-from probattn.regularizer import attention_penalty
+from probattn.penalty import attention_penalty
 
 __all__ = ["growth"]
 

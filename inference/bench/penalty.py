@@ -13,7 +13,7 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.inference.bench.harness import Row, race
-from probattn.regularizer import attention_penalty
+from probattn.penalty import attention_penalty
 
 __all__ = ["SHAPES", "against_autograd", "against_others", "dense_penalty", "memory", "peak"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.inference.bench.harness import Row, Timing
-from probattn.inference.mcmc import McmcConfig, fit_nuts
-from probattn.inference.nuts import NutsConfig
-from probattn.inference.target import Target
+from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
+from probattn.inference.methods.nuts import NutsConfig
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.simulate import simulate
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from probattn import native
 from probattn.errors import InputError
 from probattn.inference.bench.density import density
 from probattn.inference.bench.growth import growth
@@ -20,10 +19,11 @@ from probattn.inference.bench.penalty import against_autograd, against_others, m
 from probattn.inference.bench.posterior import nuts
 from probattn.inference.bench.sampling import sequences
 from probattn.inference.bench.training import character_step, gpt2_step
-from probattn.inference.environment import describe
-from probattn.inference.files import prepare_folder, write_atomically, write_json, write_text
+from probattn.inference.runtime.environment import describe
+from probattn.inference.runtime.files import prepare_folder, write_atomically, write_json, write_text
+from probattn.moments import cpu
+from probattn.penalty import attention_penalty
 from probattn.plotting import plot_cost
-from probattn.regularizer import attention_penalty
 
 __all__ = ["GATES", "PARTS", "as_table", "bench", "broken_gates"]
 
@@ -127,7 +127,7 @@ def as_table(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
 def broken_gates(rows: Sequence[Row]) -> list[str]:
     """The rows that fall behind :data:`GATES`, which are those of the compiled kernels; without them there are none."""
     broken: list[str] = []
-    if not native.AVAILABLE:
+    if not cpu.AVAILABLE:
         return broken
     for row in rows:
         gate = GATES.get(row.against)

@@ -11,7 +11,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.errors import SeveralSolutionsWarning
 from probattn.inference.bench.harness import Row, Timing, race
-from probattn.solve import Method, solve_sequence
+from probattn.solve.sequence import Method, solve_sequence
 
 __all__ = ["naive_sequence", "sequences"]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from probattn.inference.bench.harness import Row, race
 from probattn.models.gpt import CharacterGPT, GPTConfig
-from probattn.regularizer import attention_penalty
+from probattn.penalty import attention_penalty
 
 __all__ = ["character_step", "gpt2_step"]
 
@@ -21,7 +21,7 @@ def gpt2_step(device: torch.device, rounds: int, layers: int = 12) -> list[Row]:
     """GPT-2 (12 heads of size 64, 124 million parameters), one sequence of 1024 tokens, 5 % of the positions."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from probattn.huggingface import attach_barrier
+    from probattn.hf.barrier import attach_barrier
 
     torch.manual_seed(0)
     dropout: dict[str, Any] = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from probattn import plotting
-from probattn.inference.calibration import METHODS, Ranks, Study, calibrate, rank_band, simulate_study
 from probattn.inference.claims.claim import Claim, Settings, judge
-from probattn.inference.environment import describe
-from probattn.inference.files import write_json
+from probattn.inference.runtime.environment import describe
+from probattn.inference.runtime.files import write_json
+from probattn.inference.studies.calibration import METHODS, Ranks, Study, calibrate, rank_band, simulate_study
 
 __all__ = ["calibration_claim"]
 
@@ -131,7 +131,7 @@ def _export(path: Path, study: Study, ranks: Mapping[str, Ranks]) -> None:
 
 def _committed(study: Study) -> tuple[dict[str, Ranks], str]:
     """Ranks of the long study that ship with the package, where they are of the same study, and their origin."""
-    file = resources.files("probattn.inference") / "studies" / _RESULTS
+    file = resources.files("probattn.inference.studies") / "results" / _RESULTS
     if not file.is_file():
         return {}, ""
     content = json.loads(file.read_text(encoding="utf-8"))

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from probattn import plotting
 from probattn.attention import CausalAttention
-from probattn.conditional import Past
 from probattn.distributions import LatentAttention
+from probattn.folds.mass import scalar_mass
 from probattn.inference.claims.claim import Claim, Settings, Subject, judge, worst
 from probattn.inference.claims.implementation import implementation_numbers
-from probattn.inference.two_sample import TwoSample, holm, two_sample_test
-from probattn.mass import scalar_mass
+from probattn.inference.studies.two_sample import TwoSample, holm, two_sample_test
 from probattn.models.scalar import scalar_attention
 from probattn.process import AttentionProcess
-from probattn.solve import solve_sequence
+from probattn.solve.context import Past
+from probattn.solve.sequence import solve_sequence
 
 __all__ = ["consistency_claim", "three_token_excess"]
 

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from probattn import jacobian
+from probattn import blocks
 from probattn.attention import CausalAttention, Mask
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
 
@@ -77,7 +77,7 @@ def jacobian_claim(
 
 def _strict_formula(attention: CausalAttention, u: Tensor) -> Tensor:
     """The blocks without the terms of the token's own weight: right under the strict mask alone."""
-    change = jacobian.sensitivity(attention.evaluate(u).factors._replace(own=None))
+    change = blocks.sensitivity(attention.evaluate(u).factors._replace(own=None))
     return torch.eye(u.shape[-1], dtype=u.dtype) - change
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.barrier import MarginKind, stability_margin, support_tokens
-from probattn.conditional import Past
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
+from probattn.solve.context import Past
 
 __all__ = ["margin_claim"]
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from probattn import plotting
 from probattn.attention import CausalAttention
-from probattn.conditional import Past
+from probattn.folds.mass import ScalarMass, scalar_mass
 from probattn.inference.claims.claim import Claim, Settings, Subject, judge, worst
-from probattn.mass import ScalarMass, scalar_mass
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
+from probattn.solve.context import Past
 
 __all__ = ["normalisation_claim"]
 

@@ -15,9 +15,9 @@ from pyro import poutine
 from torch import Tensor
 
 from probattn.barrier import BarrierKind
+from probattn.embedding_prior import Prior
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
 from probattn.models.language import LanguageConfig, LanguageModel
-from probattn.regularizer import Prior
 
 __all__ = ["log_joint", "objective_claim", "penalised_cross_entropy"]
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from probattn import plotting
-from probattn.barrier import contraction_bound
-from probattn.inference.calibration import Ranks, Simulated, Study, calibrate
 from probattn.inference.claims.claim import Claim, Settings, judge
-from probattn.inference.isolation import isolated
+from probattn.inference.runtime.isolation import isolated
+from probattn.inference.studies.calibration import Ranks, Simulated, Study, calibrate
 from probattn.models.simulate import draw_data_sets
+from probattn.solve.bound import contraction_bound
 
 __all__ = ["recovery_claim"]
 
@@ -39,7 +39,7 @@ def recovery_claim(settings: Settings, *, study: Study = STUDY, method: str = "l
     Args:
         settings: only ``full`` runs it.
         study: replicates (a multiple of the four truths), sequences, length, and the weak prior of the posterior.
-        method: a name of :data:`~probattn.inference.calibration.METHODS` that has a form "..._without_jacobian".
+        method: a name of :data:`~probattn.inference.studies.calibration.METHODS` that has a form "..._without_jacobian".
     """
     if not settings.full:
         return _claim("not_run", condition="takes minutes: run probattn verify --full")

@@ -2,7 +2,7 @@
 
 Scale is the trap: a penalty that makes the embeddings larger makes noise of a fixed size smaller beside them. So the
 decisive noise is in proportion to the embeddings, and what is found under noise of a fixed size alone is said to be so.
-The rules are those of :func:`~probattn.inference.robustness_summary.judge_study`.
+The rules are those of :func:`~probattn.inference.studies.robustness.summary.judge_study`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from probattn.inference.claims.claim import Claim, Settings, Subject
-from probattn.inference.environment import describe, select_device
-from probattn.inference.files import write_json
-from probattn.inference.robust_training import ARMS, VARIANTS, Arm, Study
-from probattn.inference.robustness import CLEAN, FAMILIES, Record, label, run_study
-from probattn.inference.robustness_summary import (
+from probattn.inference.runtime.environment import describe, select_device
+from probattn.inference.runtime.files import write_json
+from probattn.inference.studies.robustness.study import CLEAN, FAMILIES, Record, label, run_study
+from probattn.inference.studies.robustness.summary import (
     LITERAL,
     PLAIN,
     STATEMENTS,
@@ -30,7 +29,8 @@ from probattn.inference.robustness_summary import (
     paired_difference,
     summarise,
 )
-from probattn.inference.robustness_table import draw_study, write_results
+from probattn.inference.studies.robustness.table import draw_study, write_results
+from probattn.inference.studies.robustness.training import ARMS, VARIANTS, Arm, Study
 from probattn.models.corpus import Corpus
 
 __all__ = ["STUDY", "quick_study", "robustness_claim"]
@@ -225,7 +225,7 @@ def _identity(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> dict[str, An
 
 def _committed(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> Summary | None:
     """The summary that ships with the package, where it is of the same study and text."""
-    file = resources.files("probattn.inference") / "studies" / _RESULTS
+    file = resources.files("probattn.inference.studies") / "results" / _RESULTS
     if not file.is_file():
         return None
     content = json.loads(file.read_text(encoding="utf-8"))

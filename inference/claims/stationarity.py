@@ -21,9 +21,9 @@ from torch import Tensor
 from probattn import plotting
 from probattn.attention import CausalAttention, Mask
 from probattn.inference.claims.claim import Claim, Settings, judge, worst
+from probattn.mean_field import CRITICAL, critical_noise, mean_field_flow, planar_critical
 from probattn.models.long_run import LongRun, follow_root, long_run
 from probattn.models.scalar import scalar_attention
-from probattn.stationary import CRITICAL, critical_noise, mean_field_flow, planar_critical
 
 __all__ = ["Balance", "balanced_noise", "stationarity_claim"]
 

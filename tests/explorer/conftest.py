@@ -7,7 +7,7 @@ import time
 import pytest
 from playwright.sync_api import sync_playwright
 
-from probattn.explorer import explorer_page
+from probattn.teach.explorer import explorer_page
 
 LOCAL = ("file://", "http://127.0.0.1", "data:")
 

@@ -18,11 +18,11 @@ from explorer_numbers import (
 )
 
 from probattn import CausalAttention, stability_margin
-from probattn.conditional import Past
 from probattn.errors import SeveralSolutionsWarning
+from probattn.mean_field import stationary_covariance
 from probattn.models.scalar import scalar_attention
-from probattn.solve import solve_sequence
-from probattn.stationary import stationary_covariance
+from probattn.solve.context import Past
+from probattn.solve.sequence import solve_sequence
 
 pytestmark = pytest.mark.xdist_group("explorer")
 

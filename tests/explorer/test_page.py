@@ -10,8 +10,8 @@ import torch
 from explorer_numbers import differences, line_expected, plane_attention, plane_expected
 
 from probattn import stability_margin
-from probattn.explorer import explorer_page, serve_page
-from probattn.explorer.page import SCRIPTS
+from probattn.teach.explorer import explorer_page, serve_page
+from probattn.teach.explorer.page import SCRIPTS
 
 VIEWS = ("line", "plane", "sequence")
 STORIES = {

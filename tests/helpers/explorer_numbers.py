@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from probattn import CausalAttention, log_barrier, regime, stability_margin, support_tokens
-from probattn.barrier import contraction_bound
-from probattn.branches import Branches
-from probattn.conditional import Past
-from probattn.fold import largest_sensitivity, turning_points
-from probattn.mass import next_token_density, scalar_mass
-from probattn.search import find_roots
+from probattn.folds.branches import Branches
+from probattn.folds.line import largest_sensitivity, turning_points
+from probattn.folds.mass import next_token_density, scalar_mass
+from probattn.solve.bound import contraction_bound
+from probattn.solve.context import Past
+from probattn.solve.search import find_roots
 
 TOLERANCE = 1e-6
 

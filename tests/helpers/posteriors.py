@@ -8,7 +8,7 @@ import torch
 from pyro.nn import PyroModule
 
 from probattn import CausalAttention
-from probattn.inference.draws import Draws
+from probattn.inference.methods.draws import Draws
 from probattn.models import EmbeddingModel, simulate
 
 A = torch.tensor([[0.15, 0.10], [-0.10, 0.08]], dtype=torch.float64)

@@ -1,7 +1,7 @@
 import pytest
 
 from probattn.inference.claims import Subject
-from probattn.inference.map import MapConfig, fit_map
+from probattn.inference.methods.map import MapConfig, fit_map
 from probattn.models import LanguageModel, load_corpus
 from probattn.models.language import LanguageConfig
 

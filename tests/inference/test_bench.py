@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from probattn import CausalAttention, native
-from probattn.cli_bench import bench as command
+from probattn import CausalAttention
+from probattn.cli.bench import bench as command
 from probattn.errors import InputError
 from probattn.inference.bench.density import dense_log_density, log_density
 from probattn.inference.bench.harness import Row, Timing, race
 from probattn.inference.bench.penalty import dense_penalty, memory
 from probattn.inference.bench.run import PARTS, as_table, bench, broken_gates
 from probattn.inference.bench.sampling import naive_sequence
-from probattn.inference.environment import describe
+from probattn.inference.runtime.environment import describe
+from probattn.penalty import attention_penalty
 from probattn.plotting import plot_cost
-from probattn.regularizer import attention_penalty
 
 
 def test_a_race_takes_turns_and_keeps_the_least():
@@ -96,10 +96,10 @@ def test_the_table_shows_what_was_missed_and_what_was_not_measured(monkeypatch):
     assert "| b | NumPyro | NumPyro is not installed. | >= 1 |  |" in table
     assert "ours 1 s (median 1.5)" in table
     assert json.dumps([row.as_dict() for row in rows])
-    monkeypatch.setattr(native, "AVAILABLE", True)
+    monkeypatch.setattr(cpu, "AVAILABLE", True)
     assert broken_gates(rows) == ["c against einsum and slogdet: 0.9 times faster, gate 1.5"]
     assert broken_gates(rows[:2]) == []
-    monkeypatch.setattr(native, "AVAILABLE", False)  # the gates are those of the compiled kernels
+    monkeypatch.setattr(cpu, "AVAILABLE", False)  # the gates are those of the compiled kernels
     assert broken_gates(rows) == []
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from probattn import jacobian as blocks
+from probattn import blocks
 from probattn.barrier import log_barrier, stability_margin
+from probattn.folds.mass import scalar_mass
 from probattn.inference.claims import CLAIMS, run_claims
 from probattn.inference.claims.barrier import barrier_claim
 from probattn.inference.claims.claim import Claim, judge, worst
@@ -14,7 +15,6 @@ from probattn.inference.claims.jacobian import jacobian_claim
 from probattn.inference.claims.margin import margin_claim
 from probattn.inference.claims.normalisation import normalisation_claim
 from probattn.inference.claims.objective import objective_claim, penalised_cross_entropy
-from probattn.mass import scalar_mass
 
 # None: an experiment on the model, whose verdict is what it is.
 EXPECTED = {

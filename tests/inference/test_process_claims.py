@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from probattn.conditional import Past
+from probattn.folds.mass import scalar_mass
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.consistency import consistency_claim, draw_prefixes, three_token_excess
 from probattn.inference.claims.normalisation import normalisation_claim
 from probattn.inference.claims.stationarity import balanced_noise, stationarity_claim
-from probattn.mass import scalar_mass
+from probattn.mean_field import CRITICAL
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
-from probattn.stationary import CRITICAL
+from probattn.solve.context import Past
 
 
 class TestConsistency:

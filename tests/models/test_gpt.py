@@ -7,7 +7,7 @@ import torch
 
 from probattn.errors import InputError
 from probattn.models.gpt import CharacterGPT, GPTConfig
-from probattn.regularizer import attention_penalty
+from probattn.penalty import attention_penalty
 
 CONFIG = GPTConfig(11, context=9, dim=8, layers=2, heads=2)
 

@@ -5,7 +5,7 @@ from probattn import CausalAttention
 from probattn.errors import InputError
 from probattn.models.long_run import follow_root, long_run
 from probattn.models.scalar import scalar_attention
-from probattn.solve import find_sequence
+from probattn.solve.sequence import find_sequence
 
 
 @pytest.mark.parametrize("mask", ["strict", "inclusive"])

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probattn import CausalAttention, log_barrier, regime, stability_margin, support_tokens
-from probattn.barrier import contraction_bound
-from probattn.conditional import Past
 from probattn.errors import InputError
+from probattn.solve.bound import contraction_bound
+from probattn.solve.context import Past
 from support import attention_like, dense_blocks, tokens
 
 KINDS = ["logdet", "one_sided", "smooth", "spectral", "singular_value"]

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from probattn import AttentionProcess, CausalAttention, LatentAttention
-from probattn.branches import Branches
-from probattn.conditional import Past
 from probattn.errors import InputError, SeveralSolutionsError
-from probattn.mass import scalar_mass
+from probattn.folds.branches import Branches
+from probattn.folds.mass import scalar_mass
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
+from probattn.solve.context import Past
 from support import attention_like, tokens
 
 RULES = ["uniform", "smallest_step", "nearest_mean"]

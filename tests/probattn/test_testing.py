@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.distributions import constraints, transforms
 
-from probattn import AttentionTransform, LatentAttention
-from probattn import jacobian as blocks
+from probattn import AttentionTransform, LatentAttention, blocks
 from probattn.testing import ConformanceError, check_distribution, check_transform
 from support import attention_like, tokens
 

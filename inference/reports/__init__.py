@@ -1,0 +1,1 @@
+"""Pages for people: the report of `verify` and the page of `support`."""

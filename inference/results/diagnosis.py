@@ -1,0 +1,279 @@
+"""Can this inference be trusted? Numbers, words, a remedy for each finding, and one verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probattn.inference.methods.draws import RELIABLE
+from probattn.inference.results.comparison import leave_one_out, standard_error
+from probattn.inference.results.fit_file import Fit
+from probattn.inference.results.posterior import REGIMES
+
+__all__ = ["Diagnosis", "Finding", "Level", "diagnose"]
+
+Array = NDArray[Any]
+Level = Literal["good", "note", "warning", "problem"]
+_VERDICTS = {
+    "good": "reliable",
+    "note": "reliable",
+    "warning": "usable with care",
+    "problem": "not reliable",
+}
+_JUDGED = ("bilinear", "transport", "noise_scale", "smallest_margin")
+_SENSITIVE = 0.05  # power-scaling sensitivity that matters (Kallioinen et al., 2107.14054)
+_NEAR = 0.05  # |det J| below which a draw counts as at the boundary
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        about: which diagnostic.
+        level: "good", "note" (worth knowing), "warning" or "problem".
+        words: what was found and, unless it is good, what to do.
+    """
+
+    about: str
+    level: Level
+    words: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings and the verdict.
+
+    Attributes:
+        findings: in the order in which they were made.
+        numbers: by name.
+    """
+
+    findings: list[Finding]
+    numbers: dict[str, float]
+
+    @property
+    def verdict(self) -> str:
+        """One of "reliable", "usable with care" and "not reliable": the worst level decides."""
+        worst = max(self.findings, key=lambda finding: list(_VERDICTS).index(finding.level))
+        return _VERDICTS[worst.level]
+
+    def __str__(self) -> str:
+        lines = [f"{finding.level:>7}  {finding.about}: {finding.words}" for finding in self.findings]
+        return "\n".join([*lines, f"verdict  {self.verdict}"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a number that is not finite is null."""
+        numbers = {name: value if np.isfinite(value) else None for name, value in self.numbers.items()}
+        return {"verdict": self.verdict, "findings": [vars(finding) for finding in self.findings], "numbers": numbers}
+
+
+def diagnose(fit: Fit) -> Diagnosis:
+    """Judge a fit.
+
+    Looked at: R-hat, bulk and tail ESS and MCSE of what is identified; divergences and how near det J = 0 they end;
+    E-BFMI; saturated trees; k-hat of an approximation; convergence of SVI; the regime at the data; the order of heads;
+    sensitivity to the prior by power scaling; leave-one-sequence-out.
+
+    Args:
+        fit: with the groups of :func:`probattn.inference.results.posterior.assemble`.
+    """
+    numbers: dict[str, float] = {}
+    findings: list[Finding] = []
+    if fit.method == "map":
+        words = "a point: it says nothing of how sure it is; use --method nuts, svi or laplace for that."
+        findings += [Finding("uncertainty", "warning", words), *_approximation(fit, numbers)]
+    elif fit.method == "nuts":
+        findings += _chains(fit, numbers)
+        findings += _transitions(fit, numbers)
+    else:
+        findings += _approximation(fit, numbers)
+    findings += _regime(fit, numbers)
+    share = 100 * float(fit.attributes.get("heads_reordered", 0.0))
+    if share > 0:
+        findings.append(
+            Finding("heads", "note", f"their order differed in {share:.0f} % of the draws and was matched.")
+        )
+    if fit.method != "map":
+        findings += _prior(fit, numbers)
+        findings += _leave_one_out(fit, numbers)
+    return Diagnosis(findings, numbers)
+
+
+def _scalars(fit: Fit) -> Iterator[tuple[str, Array]]:
+    """Every judged number by name, (chain, draw) each."""
+    for name in _JUDGED:
+        if name in fit.groups["posterior"]:
+            values = np.asarray(fit.groups["posterior"][name])
+            for index in np.ndindex(*values.shape[2:]):
+                label = f"{name}[{', '.join(map(str, index))}]" if index else name
+                yield label, values[(slice(None), slice(None), *index)]
+
+
+def _chains(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    from arviz_stats.base import array_stats
+
+    named = dict(_scalars(fit))
+    chains, draws = next(iter(named.values())).shape
+    worst = {}
+    for name, ary in named.items():
+        worst[name] = {
+            "rhat": float(array_stats.rhat(ary, chain_axis=0, draw_axis=1)) if chains > 1 else np.nan,
+            "bulk": float(array_stats.ess(ary, chain_axis=0, draw_axis=1, method="bulk")),
+            "tail": float(array_stats.ess(ary, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95))),
+            "mcse": float(array_stats.mcse(ary, chain_axis=0, draw_axis=1)) / max(float(ary.std()), 1e-300),
+        }
+    if chains > 1:
+        at = max(worst, key=lambda name: worst[name]["rhat"])
+        rhat = numbers["rhat"] = worst[at]["rhat"]
+        if rhat <= 1.01:
+            yield Finding("R-hat", "good", f"at most {rhat:.3f} ({at}): the chains agree.")
+        else:
+            remedy = "run longer (--warmup, --draws); if it stays, look for several modes or reduce --heads."
+            level: Level = "warning" if rhat <= 1.05 else "problem"
+            yield Finding("R-hat", level, f"{rhat:.3f} for {at}: the chains do not agree; {remedy}")
+    else:
+        yield Finding("R-hat", "warning", "one chain cannot be compared with others; use --chains 4.")
+    for kind in ("bulk", "tail"):
+        at = min(worst, key=lambda name: worst[name][kind])
+        size = numbers[f"ess_{kind}"] = worst[at][kind]
+        enough = size >= 100 * chains
+        words = f"at least {size:.0f} of {chains * draws} draws ({at})"
+        remedy = (
+            "" if enough else f"; fewer than 100 a chain: raise --draws to about {int(draws * 120 * chains / size)}"
+        )
+        yield Finding(f"{kind} ESS", "good" if enough else "warning", f"{words}{remedy}.")
+    at = max(worst, key=lambda name: worst[name]["mcse"])
+    numbers["mcse_over_sd"] = worst[at]["mcse"]
+    yield Finding("MCSE", "good", f"a mean is off by at most {100 * worst[at]['mcse']:.1f} % of its deviation ({at}).")
+
+
+def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    from arviz_stats.base import array_stats
+
+    stats = fit.groups["sample_stats"]
+    diverging = np.asarray(stats["diverging"], dtype=bool)
+    count = numbers["divergences"] = int(diverging.sum())
+    if count:
+        gaps = np.asarray(fit.groups["posterior"]["smallest_abs_det"])[diverging]
+        near = numbers["divergences_near_boundary"] = int((gaps < _NEAR).sum())
+        place = f"{near} of them end within {_NEAR} of det J = 0"
+        if 2 * near >= count:
+            words = "at the fold boundary"
+            remedy = (
+                "the data reach the degeneracy boundary: tighten the prior (--prior-scale) or raise --target-accept"
+            )
+        else:
+            words = "away from the boundary"
+            remedy = "raise --target-accept to 0.95"
+        level: Level = "problem" if count > 0.01 * diverging.size else "warning"
+        yield Finding("divergences", level, f"{count} {words}: {place}; {remedy}.")
+    else:
+        yield Finding("divergences", "good", "none.")
+    if "energy" in stats:
+        fraction = numbers["ebfmi"] = float(np.min(array_stats.bfmi(np.asarray(stats["energy"]))))
+        fine = fraction >= 0.3
+        remedy = "" if fine else ": the momenta explore the energies slowly; run longer or tighten the prior"
+        yield Finding("E-BFMI", "good" if fine else "warning", f"at least {fraction:.2f}{remedy}.")
+    if "tree_depth" in stats:
+        deepest = np.asarray(stats["tree_depth"])
+        share = numbers["saturated_trees"] = float((deepest >= fit.attributes.get("max_depth", 10)).mean())
+        if share > 0.01:
+            words = (
+                f"{100 * share:.0f} % of the trajectories ended by their depth; raise --max-depth or rescale the data."
+            )
+            yield Finding("trees", "warning", words)
+
+
+def _approximation(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    notes = fit.attributes
+    if notes.get("stopped") == "steps":
+        yield Finding("convergence", "warning", "the step limit ended the fit, not the rule; raise --steps.")
+    elif "stopped" in notes:
+        yield Finding("convergence", "good", f"the rule ended the fit after {notes['steps']} steps.")
+    flat = int(notes.get("flat_directions", 0))
+    if flat:
+        words = f"{flat} directions do not change the density and were left out; k-hat is not defined: check with nuts."
+        yield Finding("flat directions", "warning", words)
+    if "khat_guide" not in notes:
+        return
+    guide = numbers["khat_guide"] = float(notes["khat_guide"])
+    if notes.get("corrected"):
+        numbers["khat"], numbers["importance_ess"] = float(notes["khat"]), float(notes["importance_ess"])
+        words = (
+            f"{guide:.2f} for the approximation alone, {numbers['khat']:.2f} after correction by importance "
+            f"resampling; its draws are worth {numbers['importance_ess']:.0f} independent ones."
+        )
+        few = numbers["importance_ess"] < 100
+        yield Finding("k-hat", "warning" if few else "good", words + (" Raise --draws." if few else ""))
+    else:
+        level: Level = "good" if guide <= 0.5 else "warning" if guide <= RELIABLE else "problem"
+        remedy = {
+            "good": "the approximation is close",
+            "warning": "usable for means, not for tails",
+            "problem": "the approximation is not the posterior; use --guide full_rank or flow, or --method nuts",
+        }[level]
+        yield Finding("k-hat", level, f"{guide:.2f}: {remedy}.")
+
+
+def _regime(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    if "regime" not in fit.groups["posterior"]:
+        return
+    codes = np.asarray(fit.groups["posterior"]["regime"])
+    shares = {name: float((codes == k).mean()) for k, name in enumerate(REGIMES)}
+    numbers |= {f"share_{name}": share for name, share in shares.items()}
+    words = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items())
+    if shares["folded"] > 0:
+        words += "; where it folds the likelihood is not a density and the posterior has no meaning: tighten the prior"
+        yield Finding("regime at the data", "problem" if shares["folded"] > 0.05 else "warning", f"{words}.")
+    else:
+        yield Finding("regime at the data", "good" if shares["certified"] == 1 else "note", f"{words}.")
+
+
+def _prior(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    from arviz_stats import psense
+
+    present = [name for name in ("bilinear", "transport", "noise_scale") if name in fit.groups["posterior"]]
+    if np.asarray(fit.groups["posterior"][present[0]]).shape[1] < 100:
+        return
+    tree = fit.to_datatree()
+    moved = {group: psense(tree, var_names=present, group=group) for group in ("prior", "likelihood")}
+    largest = {group: max(float(found[name].max()) for name in present) for group, found in moved.items()}
+    numbers["prior_sensitivity"] = largest["prior"]
+    sensitive = [name for name in present if float(moved["prior"][name].max()) > _SENSITIVE]
+    if not sensitive:
+        yield Finding("prior", "good", f"power-scaling sensitivity at most {largest['prior']:.3f}.")
+        return
+    names = " and ".join(sensitive)
+    if any(float(moved["likelihood"][name].max()) > _SENSITIVE for name in sensitive):
+        words = f"{names} move when it is scaled, and so with the likelihood: prior and data may conflict"
+    else:
+        words = f"{names} move when it is scaled and hardly with the likelihood: the data say little of them"
+    yield Finding("prior", "warning", f"{words}; report the result under another --prior-scale too.")
+
+
+def _leave_one_out(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    if float(fit.attributes.get("power", 1.0)) != 1:
+        yield Finding("leave-one-out", "note", "the likelihood is raised to a power; there is no predictive density.")
+        return
+    if not fit.attributes.get("jacobian", 1):
+        words = "without its Jacobian the likelihood is no density of the sequences; the posterior has no meaning"
+        yield Finding("likelihood", "problem", f"{words}, and is here to be compared: leave --no-jacobian away.")
+        return
+    pointwise = np.asarray(fit.groups["log_likelihood"]["u"])
+    sequences = pointwise.shape[-1]
+    if sequences < 2:
+        words = "one sequence only: leaving it out leaves nothing; give more sequences for model comparison."
+        yield Finding("leave-one-out", "note", words)
+        return
+    elpd, khat = leave_one_out(pointwise)
+    numbers["elpd_loo"], numbers["elpd_loo_se"] = float(elpd.sum()), standard_error(elpd)
+    bad = numbers["loo_khat_bad"] = int((khat > RELIABLE).sum())
+    words = f"elpd {numbers['elpd_loo']:.1f} +- {numbers['elpd_loo_se']:.1f} over {sequences} sequences"
+    if bad:
+        words += f"; {bad} of them decide too much to be left out by weights (k-hat > {RELIABLE}): refit without them"
+    yield Finding("leave-one-sequence-out", "note" if bad else "good", f"{words}.")

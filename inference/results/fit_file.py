@@ -1,0 +1,105 @@
+"""One result type for every fit, and its form as an ArviZ ``DataTree``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probattn.errors import InputError
+from probattn.inference.runtime.files import write_atomically
+
+if TYPE_CHECKING:
+    from xarray import DataTree
+
+__all__ = ["Fit"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Draws or a point, with what is needed to judge them.
+
+    Attributes:
+        method: "map", "svi", "laplace" or "nuts".
+        groups: by ArviZ group (posterior, sample_stats, observed_data, constant_data, ...) and variable. Arrays of
+            posterior, sample_stats and other draws are (chain, draw, *event); a point has one chain of one draw.
+        dims: names of the event axes of a variable, without chain and draw; "group.variable" where a name has other
+            axes in one group than elsewhere.
+        coords: values along the named axes.
+        attributes: versions, seed, hardware, configuration: numbers and strings.
+    """
+
+    method: str
+    groups: Mapping[str, Mapping[str, Array]]
+    dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    coords: Mapping[str, Sequence[Any] | Array] = field(default_factory=dict)
+    attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def to_datatree(self) -> DataTree:
+        """The fit as an ``xarray.DataTree`` with ArviZ's groups."""
+        from arviz_base import from_dict
+        from xarray import DataTree
+
+        coords = {name: np.asarray(values) for name, values in self.coords.items()}
+        datasets = {}
+        for group, variables in self.groups.items():
+            dims = {}
+            for name in variables:
+                axes = self.dims.get(f"{group}.{name}", self.dims.get(name))
+                if axes is not None:
+                    dims[name] = list(axes)
+            datasets[group] = from_dict({group: dict(variables)}, dims=dims, coords=coords)[group].dataset
+        tree = DataTree.from_dict(datasets)
+        tree.attrs.update({"method": self.method, **self.attributes})
+        return tree
+
+    def save(self, path: Path) -> None:
+        """Write netCDF atomically; plain xarray and ArviZ open it.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        tree = self.to_datatree()
+        try:
+            write_atomically(path, lambda partial: tree.to_netcdf(partial, engine="h5netcdf"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error}).") from None
+
+    @classmethod
+    def load(cls, path: Path) -> Fit:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            InputError: the file is missing, damaged or of another kind.
+        """
+        from xarray import open_datatree
+
+        try:
+            with open_datatree(path, engine="h5netcdf") as opened:
+                tree = opened.load()
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; give the fit.nc of a run.") from None
+        except Exception as error:  # HDF5 has no common class for what a damaged file may cause
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: cannot be read ({reason}); it is damaged or no netCDF: fit again.") from None
+        attributes: dict[str, Any] = {str(name): value for name, value in tree.attrs.items()}
+        method = attributes.pop("method", None)
+        if method is None or not tree.children:
+            raise InputError(f"{path}: not the file of a fit; give the fit.nc of a run.")
+        groups: dict[str, dict[str, Array]] = {}
+        dims: dict[str, list[str]] = {}
+        coords: dict[str, Array] = {}
+        for group, node in tree.children.items():
+            groups[group] = {str(name): variable.values for name, variable in node.data_vars.items()}
+            for name, variable in node.data_vars.items():
+                axes = [str(axis) for axis in variable.dims if axis not in ("chain", "draw", "sample")]
+                if axes:
+                    dims[f"{group}.{name}"] = axes
+            coords |= {str(n): v.values for n, v in node.coords.items() if n not in ("chain", "draw", "sample")}
+        return cls(method, groups, dims, coords, attributes)

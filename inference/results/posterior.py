@@ -1,0 +1,160 @@
+"""From draws to a :class:`Fit`: what is identified, what it implies for the data, and what ArviZ needs to judge it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from probattn.barrier import stability_margin
+from probattn.inference.methods.draws import Draws
+from probattn.inference.methods.log_density import Target
+from probattn.inference.results.fit_file import Fit
+from probattn.inference.results.heads import match_heads
+from probattn.inference.runtime.isolation import isolated
+from probattn.models.embedding import EmbeddingModel
+from probattn.models.scalar import ScalarModel
+from probattn.models.simulate import draw_data_sets
+from probattn.solve.bound import contraction_bound
+
+__all__ = ["REGIMES", "assemble"]
+
+Array = NDArray[Any]
+REGIMES = ("certified", "regular", "folded")
+_SHOWN = 8  # sequences whose margins are kept token by token
+_GROUP = 64  # draws at a time
+_PREDICTIVE_BYTES = 32 * 2**20
+
+_DIMS: Mapping[str, Sequence[str]] = {
+    "bilinear": ["head", "key_feature", "query_feature"],
+    "transport": ["head", "feature", "source_feature"],
+    "query": ["head", "query_dim", "feature"],
+    "key": ["head", "query_dim", "feature"],
+    "value": ["head", "value_dim", "feature"],
+    "output": ["head", "feature", "value_dim"],
+    "noise_scale": ["feature"],
+    "log_abs_det": ["shown_sequence", "token"],
+    "margin": ["shown_sequence", "token"],
+    "regime": ["shown_sequence"],
+    "u": ["sequence", "token", "feature"],
+}
+
+
+def assemble(
+    target: Target, draws: Draws, *, seed: int = 0, predictive: int = 50, attributes: Mapping[str, Any] | None = None
+) -> Fit:
+    """All groups of a fit of a :class:`ScalarModel` or an :class:`EmbeddingModel`.
+
+    Args:
+        target: the posterior, with data (N, T, p).
+        draws: of it.
+        seed: of prior and predictive draws.
+        predictive: predictive data sets at most; of the prior a fifth as many, for it is slow where it nearly folds.
+        attributes: versions, hardware and the like.
+
+    Returns:
+        :class:`Fit` with the groups posterior (sites, the products ``bilinear`` and ``transport``, and on the first
+        sequences log|det J|, margin, the regime of the draw at the sequence's own tokens, and the smallest of each),
+        sample_stats, log_likelihood a sequence, log_prior a site, prior, prior_predictive, posterior_predictive,
+        observed_data and constant_data. Heads are matched across draws.
+    """
+    model, u = cast(ScalarModel | EmbeddingModel, target.model), target.data[0]
+    chains, count, dim = draws.z.shape
+    flat = draws.z.reshape(-1, dim)  # (chain * draw, D)
+    sites = _with_products(model, target.constrain(flat))
+    matched = _match(sites, chains, count)
+    terms = target.evaluate(flat)
+    derived = _derived(model, sites, u[:_SHOWN])
+    notes: dict[str, Any] = {**draws.notes, "heads_reordered": matched}
+
+    prior = _with_products(model, target.prior_draws(500, seed))
+    size = int(min(predictive, max(4, _PREDICTIVE_BYTES // (u.numel() * u.element_size()))))
+    rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(flat))[:size])
+    chosen = {name: sites[name][rows] for name in target.sites}
+    predicted = {}
+    ahead = {name: prior[name][: max(1, size // 5)] for name in target.sites}
+    for k, (name, values) in enumerate({"prior_predictive": ahead, "posterior_predictive": chosen}.items()):
+        predicted[name], notes[f"{name}_without_law"] = _predict(model, values, len(u), seed + k)
+
+    def by_chain(values: Mapping[str, Tensor]) -> dict[str, Array]:
+        return {k: v.reshape(chains, count, *v.shape[1:]).detach().cpu().numpy() for k, v in values.items()}
+
+    def one_chain(values: Mapping[str, Tensor]) -> dict[str, Array]:
+        return {name: value.unsqueeze(0).detach().cpu().numpy() for name, value in values.items()}
+
+    groups = {
+        "posterior": by_chain({**sites, **derived}),
+        "sample_stats": {name: value.cpu().numpy() for name, value in draws.stats.items()},
+        "log_likelihood": by_chain({"u": terms["u"]}),
+        "log_prior": by_chain({name: terms[name] for name in target.sites}),
+        "prior": one_chain(prior),
+        **{name: one_chain({"u": u}) for name, u in predicted.items() if u is not None},
+        "observed_data": {"u": u.cpu().numpy()},
+        "constant_data": {"length": np.array(u.shape[1]), "sequences": np.array(len(u))},
+    }
+    shown = {**sites, **derived, "u": u.unsqueeze(0)}
+    axes: dict[str, Sequence[str]] = {
+        name: names for name, names in _DIMS.items() if name in shown and shown[name].dim() == len(names) + 1
+    }
+    lengths = {k: n for name, names in axes.items() for k, n in zip(names, shown[name].shape[1:], strict=True)}
+    coords = {name: np.arange(length) for name, length in lengths.items()}
+    axes["log_likelihood.u"] = ["sequence"]
+    axes |= {f"log_prior.{name}": [] for name in target.sites}
+    return Fit(draws.method, groups, axes, coords, {**dict(attributes or {}), **notes})
+
+
+def _with_products(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sites with what is identified of them."""
+    attention = model.attention_of(sites)
+    products = {"bilinear": attention.bilinear}
+    if "value" in sites:
+        products["transport"] = attention.transport
+    return {**products, **sites}
+
+
+def _match(sites: dict[str, Tensor], chains: int, count: int) -> float:
+    """Bring the heads of all draws into one order, in place; the share of draws that needed it."""
+    heads = sites["bilinear"].shape[1]
+    if heads == 1:
+        return 0.0
+    products = torch.cat([sites[name].flatten(2) for name in ("bilinear", "transport") if name in sites], dim=-1)
+    order = torch.from_numpy(match_heads(products.reshape(chains, count, heads, -1).detach().cpu().numpy()))
+    order = order.reshape(-1, heads).to(products.device)
+    rows = torch.arange(len(order), device=order.device).unsqueeze(1)
+    for name in set(sites) & {"bilinear", "transport", "query", "key", "value", "output"}:
+        sites[name] = sites[name][rows, order]
+    return float((order != torch.arange(heads, device=order.device)).any(-1).double().mean())
+
+
+def _derived(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
+    """Log-determinants, margins and regime at the tokens of some sequences, (S, ...) each."""
+    raw = {name: sites[name] for name in sites if name in {"a", "bilinear", "query", "key", "value", "output"}}
+    total = len(next(iter(raw.values())))
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("log_abs_det", "margin", "regime", "smallest_abs_det")}
+    with torch.no_grad():
+        for begin in range(0, total, _GROUP):
+            values = {name: value[begin : begin + _GROUP].unsqueeze(1) for name, value in raw.items()}
+            attention = model.attention_of(values)  # batch (S, 1) beside u's (N,)
+            sign, logabs = attention.logabsdet(u)
+            folded = (sign < 0) | (stability_margin(attention, u, kind="spectral") <= 0)
+            certified = (contraction_bound(attention, u) < 1).all(-1)
+            code = torch.where(folded.any(-1), 2, torch.where(certified, 0, 1))
+            parts["log_abs_det"].append(logabs)
+            parts["margin"].append(stability_margin(attention, u))
+            parts["regime"].append(code.to(torch.int8))
+            parts["smallest_abs_det"].append(logabs.flatten(1).amin(-1).exp())
+    derived = {name: torch.cat(values) for name, values in parts.items()}
+    return {**derived, "smallest_margin": derived["margin"].flatten(1).amin(-1)}
+
+
+def _predict(
+    model: ScalarModel | EmbeddingModel, values: Mapping[str, Tensor], sequences: int, seed: int
+) -> tuple[Tensor | None, float]:
+    """Data sets from the parameters that have a law, (S', N, T, p), and the share of those that have none."""
+    with isolated(model.unit.device, seed=seed), torch.no_grad():
+        u, lawful = draw_data_sets(model, values, sequences)
+    return (u[lawful] if bool(lawful.any()) else None), 1 - float(lawful.double().mean())

@@ -1,0 +1,1 @@
+"""Files, checkpoints, processes, interruptions, and a record of the environment."""

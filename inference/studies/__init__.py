@@ -1,0 +1,1 @@
+"""Simulation studies: calibration, robustness, two-sample tests."""

@@ -1,0 +1,1 @@
+"""The robustness study: training arms, corruptions, summaries and tables."""

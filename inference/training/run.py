@@ -1,0 +1,367 @@
+r"""Train a causal language model with the log-barrier, from scratch or from a local checkpoint, in one process or many.
+
+.. math:: \mathrm{CE}(y) + \lambda\, \bar b, \qquad \text{see } \texttt{probattn.hf.barrier}
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from probattn.barrier import BarrierKind
+from probattn.errors import InputError
+from probattn.hf.barrier import Placement, attach_barrier
+from probattn.inference.runtime.distributed import launched_rank
+from probattn.inference.runtime.environment import describe, select_device
+from probattn.inference.runtime.files import prepare_folder, write_json
+from probattn.inference.runtime.interrupt import deferred_interrupt
+from probattn.models.causal_lm import Architecture, CharacterTokeniser, Tokeniser, build_causal_lm, load_causal_lm
+from probattn.models.corpus import load_corpus
+
+__all__ = ["Interrupted", "Precision", "TrainOptions", "train"]
+
+Precision = Literal["float32", "float64", "bf16", "fp16"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was interrupted and left a checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What to train, on which text, how, and where to write.
+
+    Attributes:
+        out: output folder.
+        corpus, heldout: see :func:`probattn.models.corpus.load_corpus`.
+        model: folder of a checkpoint with its tokeniser, to go on from; None trains from scratch on characters.
+        architecture: of a model from scratch.
+        layers, dim, heads, context: its sizes; context also of the windows of a checkpoint's training.
+        dropout: of a model from scratch.
+        weight: lambda; 0 trains without the barrier.
+        kind, positions, placement: see :func:`probattn.hf.barrier.attach_barrier`.
+        steps: optimiser steps.
+        batch: windows in a step, over all processes and accumulation.
+        accumulate: parts that a process makes of its share of a batch.
+        learning_rate, weight_decay, warmup: of AdamW; warmup in steps, then a cosine to zero.
+        precision: float32, float64, or mixed: bf16, fp16 (the last with a loss scaler, on CUDA only).
+        checkpointing: compute activations again in the backward pass.
+        compile: compile the model.
+        save_every, evaluate_every, log_every: in steps; 0 evaluates or saves at the end only.
+        keep: checkpoints that are kept.
+        evaluate_windows: held-out windows in an evaluation.
+        report_to: trackers of ``transformers`` that the metrics are passed on to, separated by commas.
+        seed: of everything random.
+        device: auto, cpu or cuda.
+        resume: go on from the last whole checkpoint in ``out``.
+    """
+
+    out: Path = Path("runs/train")
+    corpus: str = "python-docs"
+    heldout: str | None = None
+    model: Path | None = None
+    architecture: Architecture = "gpt2"
+    layers: int = 2
+    dim: int = 64
+    heads: int = 4
+    context: int = 64
+    dropout: float = 0.0
+    weight: float = 0.05
+    kind: BarrierKind = "one_sided"
+    positions: float = 1.0
+    placement: Placement = "heads"
+    steps: int = 1000
+    batch: int = 32
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: int = 50
+    precision: Precision = "float32"
+    checkpointing: bool = False
+    compile: bool = False
+    save_every: int = 200
+    evaluate_every: int = 200
+    log_every: int = 20
+    keep: int = 2
+    evaluate_windows: int = 256
+    report_to: str = ""
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "dim", "heads", "context", "steps", "batch", "accumulate", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("save_every", "evaluate_every", "warmup", "evaluate_windows"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative.")
+        if self.dim % self.heads:
+            raise InputError(f"--dim is {self.dim}, which --heads {self.heads} does not divide.")
+        if not 0 <= self.weight < math.inf:
+            raise InputError(f"--weight is {self.weight}; lambda must be finite and not negative.")
+        if not 0 < self.positions <= 1:
+            raise InputError(f"--positions is {self.positions}; the share of positions must lie in (0, 1].")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"--learning-rate is {self.learning_rate}; it must be positive and finite.")
+        choices = {
+            "architecture": Architecture,
+            "kind": BarrierKind,
+            "placement": Placement,
+            "precision": Precision,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise InputError(f"--{name} is {getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}.")
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.batch % (world * self.accumulate):
+            raise InputError(
+                f"--batch {self.batch} cannot be shared by {world} processes in {self.accumulate} parts each; give a "
+                f"multiple of {world * self.accumulate}."
+            )
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise InputError("--precision fp16 needs a CUDA device; use bf16, float32 or float64 on a CPU.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+class _Windows(Dataset[dict[str, Tensor]]):
+    """Windows of tokens, each its own label (the model shifts them)."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def train(options: TrainOptions, report: Callable[[str], None] = lambda line: None) -> dict[str, float]:
+    """Train and write ``model/``, ``metrics.jsonl``, ``config.json`` and ``checkpoint-*/``.
+
+    Args:
+        options: see :class:`TrainOptions`.
+        report: called with a line now and then, by the first process.
+
+    Returns:
+        ``cross_entropy`` on the held-out text (nats a token), ``bits`` (a token), and ``train_cross_entropy``,
+        ``penalty`` of the last logged step.
+
+    Raises:
+        InputError: input that cannot be used.
+        NonFinitePenaltyError: the penalty became infinite or NaN; the last checkpoint is kept.
+        Interrupted: Ctrl-C; a checkpoint was left.
+    """
+    try:
+        import transformers
+        from accelerate.utils import DistributedType  # noqa: F401  (a Trainer does nothing without it)
+    except ImportError:
+        raise InputError("training needs transformers and accelerate; install probattn[lm].") from None
+    chatter: Any = transformers.utils.logging
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    device = select_device(options.device)
+    first = launched_rank() == 0
+    say = report if first else (lambda line: None)
+    model, tokeniser, windows, heldout, facts = _problem(options)
+    prepare_folder(options.out)
+    resumed = _resume_point(options, {**_identity(options), **facts}, say)
+    if first:
+        environment = describe(device, torch.float64 if options.precision == "float64" else torch.float32, options.seed)
+        write_json(
+            options.out / "config.json",
+            {"schema": 1, "options": options.as_dict(), "identity": {**_identity(options), **facts}, **environment},
+        )
+    barrier = None
+    if options.weight > 0:
+        torch.manual_seed(options.seed)
+        barrier = attach_barrier(model, options.weight, options.kind, options.positions, options.placement)
+    with deferred_interrupt() as interrupted:
+        trainer = _trainer(options, model, barrier, windows, heldout, interrupted, say, device)
+        trainer.train(resume_from_checkpoint=resumed)
+        if interrupted.is_set():
+            raise Interrupted
+        if not any("eval_loss" in line and line["step"] == options.steps for line in trainer.state.log_history):
+            trainer.evaluate()
+    found, last = ([line for line in trainer.state.log_history if name in line][-1] for name in ("eval_loss", "loss"))
+    result = {
+        "cross_entropy": float(found["eval_loss"]),
+        "bits": float(found["eval_loss"]) / math.log(2),
+        "train_cross_entropy": float(last["cross_entropy"]),
+        "penalty": float(last.get("penalty", math.nan)),
+    }
+    if barrier is not None:
+        barrier.detach()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(options.out / "model")
+        tokeniser.save(options.out / "model")
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    # What wraps the model for several processes must go before the group of processes. Were it the last to hold the
+    # group, the group's threads would be waited for by one that keeps them from ending, and now and then for ever.
+    del trainer
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+    return result
+
+
+def _trainer(
+    options: TrainOptions,
+    model: Any,
+    barrier: Any,
+    windows: Tensor,
+    heldout: Tensor,
+    interrupted: Any,
+    say: Callable[[str], None],
+    device: torch.device,
+) -> Any:
+    from transformers import TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from probattn.inference.training.trainer import LogBarrierTrainer
+
+    class StopBetweenSteps(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if interrupted.is_set():
+                control.should_save = control.should_training_stop = True
+
+    share = options.batch // (int(os.environ.get("WORLD_SIZE", "1")) * options.accumulate)
+    # The name changed with transformers 5.24.
+    renamed = hasattr(TrainingArguments, "activation_checkpointing")
+    name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    recompute: dict[str, Any] = {name: options.checkpointing}
+    arguments = TrainingArguments(
+        output_dir=str(options.out),
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=max(share, 32),
+        gradient_accumulation_steps=options.accumulate,
+        max_steps=options.steps,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup,
+        lr_scheduler_type="cosine",
+        logging_steps=options.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or 500,
+        save_total_limit=options.keep,
+        eval_strategy="steps" if options.evaluate_every else "no",
+        eval_steps=options.evaluate_every or None,
+        report_to=[name.strip() for name in options.report_to.split(",") if name.strip()] or "none",
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=device.type == "cpu",
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
+        **recompute,
+        torch_compile=options.compile,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        prediction_loss_only=True,
+    )
+    trainer = LogBarrierTrainer(
+        model,
+        arguments,
+        train_dataset=_Windows(windows),
+        eval_dataset=_Windows(heldout),
+        callbacks=[StopBetweenSteps()],
+        barrier=barrier,
+        metrics=options.out / "metrics.jsonl",
+        report=lambda line: say(_words(line)),
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _problem(options: TrainOptions) -> tuple[Any, Tokeniser, Tensor, Tensor, dict[str, Any]]:
+    """The model, its tokeniser, windows of tokens for training and evaluation, and what they are."""
+    dtype = torch.float64 if options.precision == "float64" else torch.float32
+    corpus = load_corpus(options.corpus, heldout=options.heldout)
+    facts = {"corpus": corpus.name, "sha256": corpus.digest}
+    if options.model is None:
+        torch.manual_seed(options.seed)
+        sizes = (options.layers, options.dim, options.heads, options.context)
+        tokeniser: Tokeniser = CharacterTokeniser(corpus.vocabulary)
+        model = build_causal_lm(options.architecture, len(corpus.vocabulary), *sizes, dropout=options.dropout)
+    else:
+        model, tokeniser = load_causal_lm(options.model)
+        facts["from"] = str(options.model)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit and options.context > limit:
+            raise InputError(f"--context is {options.context}; the model of {options.model} has {limit} positions.")
+    windows, heldout = (
+        _cut(tokeniser.encode(text), options.context, corpus.name, part)
+        for text, part in ((corpus.text, "training"), (corpus.heldout, "held-out"))
+    )
+    if len(windows) < options.batch:
+        raise InputError(
+            f"corpus {corpus.name}: {len(windows)} windows of {options.context} tokens do not fill one --batch of "
+            f"{options.batch}; give a longer text, or a smaller --batch or --context."
+        )
+    windows = windows[: len(windows) // options.batch * options.batch]  # so that no batch of a pass is a smaller one
+    return model.to(dtype), tokeniser, windows, heldout[: options.evaluate_windows or None], facts
+
+
+def _cut(tokens: Tensor, context: int, name: str, part: str) -> Tensor:
+    """Windows without overlap, (N, context); what is left over is dropped."""
+    count = len(tokens) // context
+    if count < 1:
+        raise InputError(f"corpus {name}: its {part} part has {len(tokens)} tokens, too short for --context {context}.")
+    return tokens[: count * context].view(count, context)
+
+
+_FREE = {"out", "steps", "save_every", "evaluate_every", "log_every", "keep", "report_to", "device", "resume"}
+
+
+def _identity(options: TrainOptions) -> dict[str, Any]:
+    """What must agree with a checkpoint to go on from it: the length of the run too, as the cosine depends on it."""
+    given = options.as_dict()
+    return {field.name: given[field.name] for field in fields(options) if field.name not in _FREE - {"steps"}}
+
+
+def _resume_point(options: TrainOptions, identity: dict[str, Any], say: Callable[[str], None]) -> Path | None:
+    from probattn.inference.training.trainer import last_whole_checkpoint
+
+    existing = sorted(options.out.glob("checkpoint-*"))
+    if not options.resume:
+        if existing:
+            raise InputError(
+                f"--out {options.out}: holds checkpoints of an earlier run; add --resume to go on, name another "
+                "folder, or delete them."
+            )
+        (options.out / "metrics.jsonl").unlink(missing_ok=True)
+        return None
+    record = options.out / "config.json"
+    if record.is_file():
+        before = json.loads(record.read_text(encoding="utf-8")).get("identity", {})
+        for name in sorted(set(before) | set(identity)):
+            if before.get(name) != identity.get(name):
+                raise InputError(
+                    f"--resume: the run in {options.out} has {name} {before.get(name)!r}, this one "
+                    f"{identity.get(name)!r}; use the same options or another --out."
+                )
+    found = last_whole_checkpoint(options.out, say)
+    say(f"going on from {found}" if found else "no whole checkpoint; starting from the beginning")
+    return found
+
+
+def _words(line: dict[str, Any]) -> str:
+    names = ("loss", "penalty", "objective", "smallest_margin", "eval_loss", "train_runtime")
+    shown = [f"{name.replace('_', ' ')} {line[name]:.4f}" for name in names if isinstance(line.get(name), float)]
+    return f"step {line['step']}: " + ", ".join(shown)

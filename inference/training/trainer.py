@@ -1,0 +1,198 @@
+"""The Trainer of ``transformers`` with the barrier's figures beside the cross-entropy; which checkpoints are whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from probattn.hf.barrier import BarrierHandle
+from probattn.inference.runtime.files import write_text
+
+__all__ = ["LogBarrierTrainer", "LogBarrierTrainerMixin", "last_whole_checkpoint"]
+
+
+class LogBarrierTrainerMixin:
+    """For any Trainer: trains on cross-entropy + lambda penalty, logs the two apart, evaluates without the penalty.
+
+    Put it before the Trainer's class: ``class Mine(LogBarrierTrainerMixin, SFTTrainer)``. Where the loss is computed
+    outside the model (``compute_loss_func``, label smoothing) it is coupled to the barrier too.
+
+    Args:
+        barrier: from :func:`~probattn.hf.barrier.attach_barrier` on the model that is trained; None: no barrier, the
+            figures are those of the cross-entropy alone.
+        metrics: a JSON Lines file that every logged line is appended to, by the first process; None writes none.
+        report: called with every logged line, by the first process.
+
+    Logged in training, as means over the steps since the last line: ``cross_entropy``, ``penalty``, ``objective``; and
+    from the last step: ``weight``, ``smallest_margin``, ``support`` (layer, head, sequence, position of that margin).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        barrier: BarrierHandle | None = None,
+        metrics: Path | None = None,
+        report: Callable[[dict[str, Any]], None] = lambda line: None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._barrier, self._metrics, self._report_line = barrier, metrics, report
+        self._penalty, self._steps_logged = 0.0, 0
+        if barrier is not None:
+            for name in ("compute_loss_func", "label_smoother"):
+                outside = getattr(self, name)
+                if outside is not None:
+                    setattr(self, name, self._coupled(outside))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's, with the penalty noted."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if self._barrier is not None:
+            # As the Trainer scales the loss that it reports.
+            if num_items_in_batch is None:
+                share = 1 / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+            else:
+                share = self.args.world_size if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
+            self._penalty += share * self._barrier.penalty
+        return loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add the barrier's figures to a line of training, then log as the Trainer does."""
+        if "loss" in logs:
+            logs["cross_entropy"] = logs["loss"]
+            if self._barrier is not None:
+                logs |= self._figures(logs["loss"])
+        super().log(logs, start_time)  # type: ignore[misc]
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return
+        line = {"step": self.state.global_step, **logs}  # type: ignore[attr-defined]
+        if self._metrics is not None:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line)) + "\n")
+        self._report_line(line)
+
+    def _figures(self, loss: float) -> dict[str, Any]:
+        assert self._barrier is not None
+        steps = max(1, self.state.global_step - self._steps_logged)  # type: ignore[attr-defined]
+        self._steps_logged = self.state.global_step  # type: ignore[attr-defined]
+        here = torch.tensor(self._penalty / steps, device=self.args.device)  # type: ignore[attr-defined]
+        penalty = float(self.accelerator.gather(here).mean())  # type: ignore[attr-defined]
+        self._penalty = 0.0
+        figures: dict[str, Any] = {
+            "penalty": penalty,
+            "weight": self._barrier.weight,
+            "objective": loss + self._barrier.weight * penalty,
+        }
+        layers = self._barrier.statistics()
+        if layers:
+            margins = torch.stack([layer.smallest_margin for layer in layers])  # (layers, H)
+            index = int(margins.argmin())
+            layer, head = layers[index // margins.shape[1]], index % margins.shape[1]
+            figures["smallest_margin"] = float(margins.min())
+            figures["support"] = [layer.layer, head, *layer.support[head, 0].tolist()]
+        return figures
+
+    def _coupled(self, outside: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(*args: Any, **kwargs: Any) -> Tensor:
+            computed = outside(*args, **kwargs)
+            training = self.model.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
+            assert self._barrier is not None
+            return self._barrier.couple(computed) if training else computed
+
+        return loss
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As the Trainer's; ``True`` goes on from the last whole checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))  # type: ignore[attr-defined]
+        if resume_from_checkpoint is not None:
+            state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            self._steps_logged = max(
+                (line["step"] for line in state["log_history"] if "loss" in line), default=state["global_step"]
+            )
+            if self._metrics is not None and self.is_world_process_zero():  # type: ignore[attr-defined]
+                _keep_until(self._metrics, state["global_step"])
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+
+
+class LogBarrierTrainer(LogBarrierTrainerMixin, Trainer):  # type: ignore[misc]
+    """The Trainer of ``transformers`` with the mixin."""
+
+
+def last_whole_checkpoint(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The latest checkpoint of a Trainer that can be read to its end, or None where there is none.
+
+    Args:
+        folder: the Trainer's output folder.
+        warn: called with a line for each later checkpoint that is damaged.
+    """
+    numbered = []
+    for path in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            numbered.append((int(match[1]), path))
+    for _, path in sorted(numbered, reverse=True):
+        fault = _fault(path)
+        if fault is None:
+            return path
+        warn(f"checkpoint {path} is not whole ({fault}); going back to the one before.")
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    """What a checkpoint lacks; None where it lacks nothing."""
+    try:
+        json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        weights = [path / SAFE_WEIGHTS_NAME]
+        if (path / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            index = json.loads((path / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+            weights = sorted({path / name for name in index["weight_map"].values()})
+        for file in weights:
+            with safe_open(file, framework="pt") as archive:  # refuses a file cut short
+                list(archive.keys())
+        states = [path / OPTIMIZER_NAME, path / SCHEDULER_NAME]
+        for file in states:
+            torch.load(file, weights_only=True, map_location="meta")
+        random = list(path.glob("rng_state*.pth"))
+        if not random:
+            return "no random state"
+        for file in random:
+            with file.open("rb") as opened:
+                # Holds NumPy's state too, which only the Trainer's own allow-list reads: see that the archive is whole.
+                torch._C.PyTorchFileReader(opened)
+    except Exception as error:  # the readers have no common class for what a damaged file may cause
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps that are going to be made again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # the line that was being written when the process was killed
+            continue
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else str(value)
+        for name, value in line.items()
+    }

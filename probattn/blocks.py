@@ -1,0 +1,282 @@
+r"""The diagonal blocks J_i = I - M_i of the residual map's Jacobian, and what is computed from them.
+
+Causality makes de/du block lower triangular, so these T blocks hold the whole determinant. Each M_i is a sum over heads
+of low-rank terms and is kept in factors until somebody asks for a number: by Sylvester's identity
+:math:`\det(I_p - U V) = \det(I_m - V U)`, the smallest of the two sides is used. Pure functions of tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from probattn.moments import cpu
+from probattn.numerics.derivatives import first_order_only
+
+__all__ = ["Sensitivity", "largest_real_eigenvalue", "logabsdet", "reduced", "sensitivity", "smallest_singular_value"]
+
+
+class Sensitivity(NamedTuple):
+    r"""M_i = dmu_i/du_i in factors, :math:`M_i = \sum_h W_O^h (\mathrm{Cov}_i^h(v, k)\, c W_Q^h + \mathrm{own}_i^h)`.
+
+    Attributes:
+        cov: covariance of values and keys under the attention weights, (*batch, H, T, dv, r).
+        query: c W_Q, (*batch, H, r, p).
+        output: W_O, (*batch, H, p, dv).
+        own: the inclusive mask's extra term alpha_ii (W_V + (v_i - vbar_i) (c W_K^T q_i)^T), (*batch, H, T, dv, p);
+            None under the strict mask, where a token is not in its own past.
+    """
+
+    cov: Tensor
+    query: Tensor
+    output: Tensor
+    own: Tensor | None
+
+
+def _stacked_output(factors: Sensitivity) -> Tensor:
+    return factors.output.movedim(-3, -2).flatten(-2)  # (*batch, p, H dv)
+
+
+def sensitivity(factors: Sensitivity) -> Tensor:
+    """Multiply the factors out: M_i = I - J_i as dense blocks.
+
+    Args:
+        factors: see :class:`Sensitivity`.
+
+    Returns:
+        M, (*batch, T, p, p). Time and memory O(T p^2 H dv) and O(T p^2).
+    """
+    inner = factors.cov @ factors.query.unsqueeze(-3)  # (*batch, H, T, dv, p)
+    if factors.own is not None:
+        inner = inner + factors.own
+    inner = inner.movedim(-4, -3).flatten(-3, -2)  # (*batch, T, H dv, p)
+    change: Tensor = _stacked_output(factors).unsqueeze(-3) @ inner
+    return change
+
+
+def reduced(factors: Sensitivity) -> Tensor:
+    r"""The smallest matrix K_i with :math:`\det(I - K_i) = \det J_i` and the non-zero eigenvalues of M_i.
+
+    Of size m = min(p, H r, H dv) under the strict mask and min(p, H dv) under the inclusive one: the heads' keys, the
+    heads' values, or the features, whichever are fewest. With one head and dv = p this is the r x r route.
+
+    Args:
+        factors: see :class:`Sensitivity`.
+
+    Returns:
+        K, (*batch, T, m, m). Derived here.
+    """
+    heads, value_dim, rank = factors.cov.shape[-4], factors.cov.shape[-2], factors.cov.shape[-1]
+    dim = factors.output.shape[-2]
+    keys = heads * rank if factors.own is None else dim  # the own term has no factor of rank r
+    values = heads * value_dim
+    if dim <= min(keys, values):
+        return sensitivity(factors)
+
+    output = _stacked_output(factors)  # (*batch, p, H dv)
+    if keys <= values:
+        query = factors.query.flatten(-3, -2)  # (*batch, H r, p)
+        mixing = (query @ output).unflatten(-1, (heads, value_dim)).movedim(-2, -3)  # (*batch, H, H r, dv)
+        core: Tensor = mixing.unsqueeze(-3) @ factors.cov  # (*batch, H, T, H r, r)
+        return core.movedim(-4, -2).flatten(-2)  # (*batch, T, H r, H r)
+
+    mixing = factors.query @ output.unsqueeze(-3)  # (*batch, H, r, H dv)
+    core = factors.cov @ mixing.unsqueeze(-3)  # (*batch, H, T, dv, H dv)
+    if factors.own is not None:
+        core = core + factors.own @ output.unsqueeze(-3).unsqueeze(-3)
+    return core.movedim(-4, -3).flatten(-3, -2)  # (*batch, T, H dv, H dv)
+
+
+def logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Sign and log of the absolute value of det(I - K), exactly; no power series.
+
+    .. math:: d \log|\det(I - K)| = -\mathrm{tr}((I - K)^{-1} dK)
+
+    Args:
+        matrix: K, (*batch, m, m).
+
+    Returns:
+        sign in {-1, 0, 1} and log|det(I - K)| (-inf where singular), (*batch,) each, differentiable any number of
+        times. Cost O(m^3) a matrix; on a processor up to m = 64 the matrices go through its vector units together.
+
+    Example:
+        >>> sign, value = logabsdet(torch.tensor([[3.0]]))  # det = 1 - 3
+        >>> float(sign), round(float(value.exp()), 6)
+        (-1.0, 2.0)
+    """
+    if cpu.takes_matrices(matrix):
+        function = _LogAbsDet if torch.compiler.is_compiling() else _LogAbsDetForward
+        sign, value, _ = function.apply(matrix)  # type: ignore[no-untyped-call]
+        return sign, value
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    sign, value = torch.linalg.slogdet(identity - matrix)
+    return sign, value
+
+
+@torch.library.custom_op("probattn::determinants", mutates_args=())
+def _determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sign, value, inverse = cpu.determinants(matrix.reshape(-1, *matrix.shape[-2:]))
+    batch = matrix.shape[:-2]
+    return sign.view(batch), value.view(batch), inverse.view(matrix.shape)
+
+
+@_determinants.register_fake
+def _(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch = matrix.shape[:-2]
+    return matrix.new_empty(batch), matrix.new_empty(batch), matrix.new_empty(matrix.shape)
+
+
+@_determinants.register_vmap
+def _(info: Any, axes: tuple[int], matrix: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    results = _determinants(matrix.movedim(axes[0], 0))
+    return results, (0, 0, 0)
+
+
+class _LogAbsDet(torch.autograd.Function):
+    """Sign, log|det J| and J^-T of J = I - K; the last is an output so that derivatives can be taken again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor] = _determinants(matrix)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[0])
+        ctx.save_for_backward(output[2])
+        ctx.save_for_forward(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, on_value: Tensor | None, on_inverse: Tensor | None) -> Tensor | None:
+        (inverse,) = ctx.saved_tensors  # J^-T
+        result = None if on_value is None else -on_value[..., None, None] * inverse
+        if on_inverse is None:
+            return result
+        through: Tensor = inverse @ on_inverse.mT @ inverse  # d J^-T = J^-T dK^T J^-T
+        return through if result is None else result + through
+
+
+class _LogAbsDetForward(_LogAbsDet):
+    """The same with derivatives in forward mode, which torch's compiler does not take from a function of one's own."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[None, Tensor, Tensor]:
+        (inverse,) = ctx.saved_tensors
+        return None, -(inverse * tangent).sum((-2, -1)), inverse @ tangent.mT @ inverse
+
+
+def smallest_singular_value(matrix: Tensor) -> Tensor:
+    """sigma_min(I - M), the distance in spectral norm from J to the nearest singular matrix (Eckart and Young).
+
+    Args:
+        matrix: M, (*batch, p, p); not a reduced matrix, whose singular values are others.
+
+    Returns:
+        (*batch,). Cost O(p^3) a matrix.
+    """
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    finite = _finite(matrix)
+    block = identity - matrix.where(finite[..., None, None], 0.0)
+    try:
+        singular: Tensor = torch.linalg.svdvals(block)
+    except RuntimeError:  # torch's LinAlgError is one; as in _decompose
+        singular = torch.linalg.svdvals(block.double()).to(block.dtype)
+    return singular[..., -1].where(finite, torch.nan)
+
+
+def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition; again in double precision where LAPACK's iteration stalls in single precision."""
+    try:
+        left, singular, right = torch.linalg.svd(matrix)
+    except RuntimeError:
+        wide = torch.complex128 if matrix.is_complex() else torch.float64
+        left, singular, right = torch.linalg.svd(matrix.to(wide))
+        left, right, singular = left.to(matrix.dtype), right.to(matrix.dtype), singular.to(matrix.abs().dtype)
+    return left, singular, right
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """Which matrices may be handed to LAPACK, (*batch,): on NaN it returns nonsense, or does not return."""
+    return torch.isfinite(matrix).all(-1).all(-1)
+
+
+class _LargestRealEigenvalue(torch.autograd.Function):
+    r"""Largest real eigenvalue; its derivative is :math:`\mathrm{Re}\, \mathrm{tr}((Y^H X)^{-1} Y^H dK\, X) / k`.
+
+    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple
+    one this is the derivative of the mean of the cluster. They come from a singular value decomposition: autograd
+    through torch.linalg.eig inverts the whole matrix of eigenvectors, which fails on the defective matrices that
+    covariances of few tokens produce.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        finite = _finite(matrix)
+        eigenvalues: Tensor = torch.linalg.eigvals(matrix.where(finite[..., None, None], 0.0))
+        # Rounding splits a double real eigenvalue into a pair with an imaginary part up to sqrt(eps): count it as real.
+        tolerance = 4 * torch.finfo(matrix.dtype).eps ** 0.5 * _norm(matrix)
+        real = eigenvalues.imag.abs() <= tolerance.unsqueeze(-1)
+        candidates = eigenvalues.real.masked_fill(~real, -torch.inf)
+        value, index = candidates.max(-1)
+        imaginary = eigenvalues.imag.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        return value.where(finite, torch.nan), imaginary
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        matrix, value, imaginary = ctx.saved_tensors
+        with torch.no_grad():
+            rounding = 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * _norm(matrix)
+            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and
+            # keep.
+            none = torch.isneginf(value) | (value.abs() <= rounding) | (gradient == 0)
+            finite = torch.isfinite(value)
+            shift = torch.complex(value, imaginary).where(finite & ~none, 0.0)[..., None, None]
+            identity = torch.eye(matrix.shape[-1], dtype=shift.dtype, device=matrix.device)
+            shifted = matrix.where(_finite(matrix)[..., None, None], 0.0) - shift * identity
+            left, singular, right = _decompose(shifted)  # A = left diag(singular) right
+            null = singular <= rounding.unsqueeze(-1)
+            null[..., -1] = True
+            chosen = torch.diag_embed(null.to(shift.dtype))
+            overlap = chosen @ left.mH @ right.mH @ chosen + identity - chosen  # Y^H X on the null vectors, I elsewhere
+            projector = right.mH @ chosen @ torch.linalg.inv_ex(overlap)[0] @ chosen @ left.mH  # X (Y^H X)^-1 Y^H
+            slope = projector.mT.real / null.sum(-1)[..., None, None]
+            slope = slope.where((finite | none)[..., None, None], torch.nan)
+            result = torch.where(none[..., None, None], torch.zeros_like(slope), gradient[..., None, None] * slope)
+        return first_order_only(result, matrix, "the largest real eigenvalue")
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.matrix_norm(matrix)
+    return norm
+
+
+def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:
+    """Largest eigenvalue of M that is real, from a reduced matrix K; -inf where all are complex, NaN where K is.
+
+    Args:
+        matrix: K, (*batch, m, m), m <= dim.
+        dim: p, the size of M; where m < p, M has the eigenvalue 0 besides those of K.
+
+    Returns:
+        (*batch,). Differentiable once. Cost O(m^3) a matrix.
+
+    Example:
+        >>> round(float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), dim=2)), 6)
+        2.0
+        >>> float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [-2.0, 0.0]]), dim=2))  # both imaginary
+        -inf
+    """
+    value: Tensor = _LargestRealEigenvalue.apply(matrix)[0]  # type: ignore[no-untyped-call]
+    return value if matrix.shape[-1] == dim else value.clamp(min=0.0)

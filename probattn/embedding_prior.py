@@ -1,0 +1,144 @@
+"""The attention prior on input embeddings: a stage of its own, whose log-density or barrier regularises the table."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from probattn import blocks
+from probattn.attention import CausalAttention, Mask, require_mask
+from probattn.barrier import BarrierKind, penalty_and_margin, require_penalty
+from probattn.errors import InputError
+from probattn.penalty import Penalty, attention_penalty
+
+__all__ = ["AttentionStage", "Prior"]
+
+Prior = Literal["full", "margin"]
+
+
+class AttentionStage(nn.Module):
+    r"""An attention of its own on the input embeddings, whose density is their prior (theory, section 6).
+
+    .. math:: \lambda \sum_i b_i \quad\text{or}\quad
+        \lambda \sum_i [ \tfrac12 |e_i|^2 / \sigma^2 + \tfrac p2 \log 2\pi\sigma^2 + b_i ]
+
+    with the attention of W_V = W_O = I and free W_Q, W_K. Table embeddings of discrete tokens have no density on R^p:
+    the prior acts as a regulariser.
+
+    Args:
+        dim: p.
+        heads: H.
+        rank: r.
+        mask: "strict" or "inclusive".
+        prior: "margin" (the penalty alone) or "full" (with the Gaussian term).
+        noise_scale: sigma of the full prior.
+        normalise: divide the embeddings of a sequence by their root mean square first: the penalty then cannot be
+            lowered by making them larger or smaller.
+
+    Example:
+        >>> stage = AttentionStage(4, rank=2)
+        >>> stage.penalty(torch.randn(3, 5, 4), "one_sided").values.shape
+        torch.Size([3, 1, 5])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 1,
+        rank: int = 8,
+        *,
+        mask: Mask = "strict",
+        prior: Prior = "margin",
+        noise_scale: float = 1.0,
+        normalise: bool = False,
+    ) -> None:
+        super().__init__()
+        require_mask(mask)
+        if prior not in get_args(Prior):
+            raise InputError(f"prior is {prior!r}; use one of {', '.join(get_args(Prior))}.")
+        if min(dim, heads, rank) < 1 or not 0 < noise_scale < math.inf:
+            raise InputError(
+                f"dim {dim}, heads {heads}, rank {rank} and noise_scale {noise_scale} must be positive and finite."
+            )
+        self.mask, self.prior, self.noise_scale, self.normalise = mask, prior, noise_scale, normalise
+        self.query = nn.Parameter(torch.randn(heads, rank, dim) / dim**0.5)
+        self.key = nn.Parameter(torch.randn(heads, rank, dim) / dim**0.5)
+
+    def attention(self) -> CausalAttention:
+        """The attention as a value; not to be kept across an optimiser's step."""
+        return CausalAttention(self.query, self.key, mask=self.mask, validate_args=False)
+
+    def penalty(
+        self,
+        u: Tensor,
+        kind: BarrierKind = "one_sided",
+        *,
+        positions: float | Tensor = 1.0,
+        padding: Tensor | None = None,
+        sharpness: float = 10.0,
+    ) -> Penalty:
+        """The penalty on embeddings.
+
+        Args:
+            u: (batch, T, p).
+            kind: see :func:`~probattn.barrier.log_barrier`.
+            positions: as in :func:`attention_penalty`; the inclusive mask and the full prior evaluate all of them.
+            padding: False on padding, (batch, T), which then is not seen either.
+            sharpness: of the ``smooth`` kind.
+
+        Returns:
+            A :class:`Penalty` of one head; its values hold the Gaussian term of the full prior.
+        """
+        require_penalty(kind, sharpness)
+        with torch.autocast(u.device.type, enabled=False):
+            u = u.to(torch.promote_types(u.dtype, self.query.dtype))
+            if self.normalise:
+                u = u / _root_mean_square(u, padding)
+            if self.mask == "inclusive" or (self.prior == "full" and padding is None):
+                return self._exact(u, kind, padding, sharpness)
+            if self.prior == "full":
+                raise InputError("the full prior needs sequences without padding; use prior='margin', or pack them.")
+            query, key = (u.unsqueeze(1) @ part.mT for part in (self.query, self.key))  # (batch, H, T, r)
+            value = u.unsqueeze(1).expand(-1, query.shape[1], -1, -1)  # W_V = I, (batch, H, T, p)
+            eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+            return attention_penalty(
+                query,
+                key,
+                value,
+                kind=kind,
+                causal="strict",
+                mask=None if padding is None else padding.bool()[:, None, None].expand(-1, 1, u.shape[1], -1),
+                padding=padding,
+                positions=positions,
+                output=eye.repeat(1, query.shape[1]),  # (p, H p)
+                query_map=self.query.flatten(0, 1),  # (H r, p)
+                sharpness=sharpness,
+            )
+
+    def _exact(self, u: Tensor, kind: BarrierKind, padding: Tensor | None, sharpness: float) -> Penalty:
+        if padding is not None and not bool(padding.all()):
+            raise InputError("the inclusive mask of the stage needs sequences without padding; use mask='strict'.")
+        attention = self.attention()
+        evaluation = attention.evaluate(u)
+        matrix = (blocks.sensitivity if kind == "singular_value" else blocks.reduced)(evaluation.factors)
+        values, margins = penalty_and_margin(matrix, attention.dim, kind, sharpness)  # (batch, T)
+        if self.prior == "full":
+            constant = u.shape[-1] * (math.log(2 * math.pi) / 2 + math.log(self.noise_scale))
+            values = values + (u - evaluation.mean).square().sum(-1) / (2 * self.noise_scale**2) + constant
+        valid = torch.ones(u.shape[:2], dtype=torch.bool, device=u.device)
+        where = torch.arange(u.shape[1], device=u.device)
+        return Penalty(values.unsqueeze(1), margins.detach().unsqueeze(1), where, valid, u.shape[1], valid.sum())
+
+
+def _root_mean_square(u: Tensor, padding: Tensor | None) -> Tensor:
+    """Of the tokens of each sequence, (batch, 1, 1); 1 for a sequence of padding only."""
+    square = u.square().mean(-1, keepdim=True)  # (batch, T, 1)
+    if padding is None:
+        return square.mean(-2, keepdim=True).sqrt()
+    kept = padding.bool().unsqueeze(-1)
+    count = kept.sum(-2, keepdim=True)
+    mean = square.where(kept, 0.0).sum(-2, keepdim=True) / count.clamp(min=1)
+    return mean.where(count > 0, 1.0).sqrt()

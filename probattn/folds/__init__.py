@@ -1,0 +1,1 @@
+"""Does the residual map fold? Bounds, exact answers on the line, searches in several dimensions, masses, regimes."""

@@ -1,0 +1,247 @@
+r"""The inverse of a one-dimensional residual map, branch by branch, and the law of a root chosen by a stated rule.
+
+Between its turning points e(u) is monotone, so each piece of the line is one branch of the inverse, u = u_j(eps), on
+the range of noises that it covers. A rule that chooses one root per noise splits those ranges into intervals with a
+constant weight, and then mass, distribution function, quantiles and draws are sums over intervals of values of the
+normal distribution function: exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_ndtr, ndtr
+
+from probattn.errors import InputError
+from probattn.folds.line import turning_points
+from probattn.solve.context import Past
+
+__all__ = ["Branches", "Rule"]
+
+Rule = Literal["all", "uniform", "smallest_step", "nearest_mean"]
+Array = NDArray[np.float64]
+
+_HALVINGS = 200
+_PROBES = 257
+
+
+@dataclass(frozen=True)
+class _Interval:
+    """Noises between low and high, for which the root on one piece is taken with one weight."""
+
+    low: float
+    high: float
+    piece: int
+    weight: float
+
+
+class Branches:
+    r"""All roots u of e(u) = eps for one past, and the law of the root that a rule selects.
+
+    ==============  ============================================================================
+    rule            the next token is
+    ==============  ============================================================================
+    all             every root: the unnormalised density N \|J\|, whose mass is the mean number of roots
+    uniform         one of the n(eps) roots, each with probability 1 / n: density N \|J\| / n(e(u))
+    smallest_step   the root with the smallest \|mu(u)\| = \|u - eps\|
+    nearest_mean    the root nearest to the plain mean of what the past carries, sum_h of the mean of o^h
+    ==============  ============================================================================
+
+    Args:
+        past: strict mask, p = 1, no batch axes, finite, float64.
+        noise_scale: sigma > 0.
+        rule: see the table.
+
+    Raises:
+        InputError: another past, a sigma that is not positive, an unknown rule.
+
+    Example:
+        >>> import torch
+        >>> from probattn.attention import CausalAttention
+        >>> attention = CausalAttention.from_bilinear(torch.tensor([[3.0]]).double())
+        >>> past = Past.of(attention, torch.tensor([[-1.0], [1.0]]).double())  # e(u) = u - tanh(3 u)
+        >>> branches = Branches(past, 0.5, "uniform")
+        >>> branches.roots(0.0).round(4).tolist(), round(branches.mass, 12), round(branches.cdf(0.0), 12)
+        ([-0.9949, 0.0, 0.9949], 1.0, 0.5)
+    """
+
+    def __init__(self, past: Past, noise_scale: float, rule: Rule = "all") -> None:
+        if rule not in get_args(Rule):
+            raise InputError(f"rule is {rule!r}; use one of {', '.join(map(repr, get_args(Rule)))}.")
+        if not noise_scale > 0:
+            raise InputError(f"noise_scale is {noise_scale}; it must be positive.")
+        self.past, self.noise_scale, self.rule = past, float(noise_scale), rule
+        self.turning_points: Array = turning_points(past).cpu().numpy().astype(np.float64)
+        self._moved = past.moved.detach().squeeze(-1).cpu().numpy()
+        self._pulled = past.pulled.detach().squeeze(-1).cpu().numpy()
+        self._start = float(past.attention.start.detach())
+        self._centre = float(self._moved.mean(-1).sum()) if past.length else self._start
+        # What e takes at the ends of each piece; pieces 0, 2, 4, ... rise and the others fall.
+        self._ends: Array = np.concatenate([[-np.inf], self.residual(self.turning_points), [np.inf]])
+        self._intervals = self._split()
+
+    def mean(self, u: Array | float) -> Array:
+        """mu(u), elementwise."""
+        points = np.asarray(u, dtype=np.float64)
+        if self._moved.shape[-1] == 0:
+            return np.full_like(points, self._start)
+        logits = points[..., None, None] * self._pulled  # (..., H, n)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.asarray((weights * self._moved).sum((-1, -2)))
+
+    def residual(self, u: Array | float) -> Array:
+        """e(u) = u - mu(u), elementwise."""
+        return np.asarray(u - self.mean(u))
+
+    def roots(self, noise: float) -> Array:
+        """Every u with e(u) = noise, in increasing order; one where nothing folds, three or more on a fold."""
+        pieces = [j for j in range(len(self._ends) - 1) if self._covers(j, noise)]
+        return np.array([self._root(noise, j) for j in pieces])
+
+    @property
+    def mass(self) -> float:
+        """Total mass: one under a rule that selects, the mean number of roots under "all"."""
+        return float(sum(self._probability(part.low, part.high) * part.weight for part in self._intervals))
+
+    def log_weight(self, u: float) -> float:
+        """Log of the probability that the root u is the one taken for its noise e(u); -inf where it is not."""
+        piece = int(np.searchsorted(self.turning_points, u, side="right"))
+        noise = float(self.residual(u))
+        weight = sum(part.weight for part in self._intervals if part.piece == piece and part.low <= noise < part.high)
+        return float(np.log(weight)) if weight > 0 else -np.inf
+
+    def cdf(self, u: float) -> float:
+        """Mass up to u; exact, no quadrature."""
+        piece = int(np.searchsorted(self.turning_points, u, side="right"))
+        noise = float(self.residual(u))
+        total = 0.0
+        for part in self._intervals:
+            low, high = part.low, part.high
+            if part.piece > piece:
+                continue
+            if part.piece == piece:  # the part of the piece that lies to the left of u
+                low, high = (low, min(high, noise)) if piece % 2 == 0 else (max(low, noise), high)
+            if high > low:
+                total += part.weight * self._probability(low, high)
+        return float(total)
+
+    def icdf(self, probability: float) -> float:
+        """The u with cdf(u) = probability * mass, by bisection to the last bit.
+
+        Raises:
+            InputError: a probability outside (0, 1).
+        """
+        if not 0 < probability < 1:
+            raise InputError(f"probability is {probability}; it must lie strictly between 0 and 1.")
+        target = probability * self.mass
+        low, high = self._centre - 1.0, self._centre + 1.0
+        while self.cdf(low) > target:
+            low = self._centre - 2 * (self._centre - low)
+        while self.cdf(high) < target:
+            high = self._centre + 2 * (high - self._centre)
+        return _bisect(lambda u: self.cdf(u) < target, low, high)
+
+    def choose(self, noise: float, uniform: float) -> float:
+        """The root taken for a noise; ``uniform`` in [0, 1) decides where the rule leaves it to chance.
+
+        Raises:
+            InputError: under the rule "all", which takes every root.
+        """
+        if self.rule == "all" and len(self.turning_points):
+            raise InputError(
+                "the rule 'all' takes every root; to draw one, name uniform, smallest_step or nearest_mean."
+            )
+        parts = sorted((part for part in self._intervals if part.low <= noise < part.high), key=lambda part: part.piece)
+        cumulative = 0.0
+        for part in parts:
+            cumulative += part.weight
+            if uniform < cumulative:
+                return self._root(noise, part.piece)
+        return self._root(noise, parts[-1].piece)
+
+    def _covers(self, piece: int, noise: float) -> bool:
+        low, high = sorted(self._ends[piece : piece + 2])
+        return bool(low <= noise < high)
+
+    def _root(self, noise: float, piece: int) -> float:
+        """The root on one piece; the ends of the outer pieces are noise plus the extremes of what the past carries."""
+        reach = [noise + self._start] * 2
+        if self._moved.shape[-1]:
+            reach = [noise + float(self._moved.min(-1).sum()), noise + float(self._moved.max(-1).sum())]
+        low = self.turning_points[piece - 1] if piece > 0 else reach[0] - 1.0
+        high = self.turning_points[piece] if piece < len(self.turning_points) else reach[1] + 1.0
+        rises = piece % 2 == 0
+        return _bisect(lambda u: (float(self.residual(u)) < noise) == rises, float(low), float(high))
+
+    def _probability(self, low: float, high: float) -> float:
+        """P(low <= eps < high), from the tail that keeps its digits."""
+        a, b = low / self.noise_scale, high / self.noise_scale
+        if a > 0:
+            a, b = -b, -a
+        if b < -5:
+            return float(np.exp(log_ndtr(b)) - np.exp(log_ndtr(a)))
+        return float(ndtr(b) - ndtr(a))
+
+    def _split(self) -> list[_Interval]:
+        """Intervals of noise with one set of roots and one choice among them."""
+        cuts = np.unique(self._ends)
+        intervals = []
+        for low, high in itertools.pairwise(cuts):
+            inside = float(_between(low, high))
+            pieces = [j for j in range(len(self._ends) - 1) if self._covers(j, inside)]
+            if self.rule in ("all", "uniform") or len(pieces) == 1:
+                weight = 1.0 if self.rule == "all" else 1.0 / len(pieces)
+                intervals += [_Interval(float(low), float(high), piece, weight) for piece in pieces]
+            else:
+                intervals += self._split_by_distance(float(low), float(high), pieces)
+        return intervals
+
+    def _split_by_distance(self, low: float, high: float, pieces: list[int]) -> list[_Interval]:
+        """Where several roots compete, the noises at which the nearest one changes; both ends are finite there."""
+
+        def nearest(noise: float) -> int:
+            aim = noise if self.rule == "smallest_step" else self._centre
+            return min(pieces, key=lambda piece: abs(self._root(noise, piece) - aim))
+
+        probes = np.linspace(low, high, _PROBES + 2)[1:-1]
+        chosen = [nearest(float(noise)) for noise in probes]
+        edges = [low]
+        owners = [chosen[0]]
+        for k in range(len(probes) - 1):
+            if chosen[k] != chosen[k + 1]:
+                edges.append(_switch(nearest, chosen[k], float(probes[k]), float(probes[k + 1])))
+                owners.append(chosen[k + 1])
+        edges.append(high)
+        return [_Interval(edges[k], edges[k + 1], owner, 1.0) for k, owner in enumerate(owners)]
+
+
+def _switch(nearest: Callable[[float], int], own: int, low: float, high: float) -> float:
+    """The noise at which the nearest root leaves one piece."""
+    return _bisect(lambda noise: nearest(noise) == own, low, high)
+
+
+def _between(low: float, high: float) -> float:
+    if np.isinf(low) and np.isinf(high):
+        return 0.0
+    if np.isinf(low):
+        return high - 1.0
+    return low + 1.0 if np.isinf(high) else (low + high) / 2
+
+
+def _bisect(left_of: Callable[[float], bool], low: float, high: float) -> float:
+    """The point where a predicate turns from true to false, to the last bit."""
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        if left_of(middle):
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

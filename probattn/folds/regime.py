@@ -1,0 +1,178 @@
+"""Whether the density of a sequence is a density: certified, regular or folded, with the evidence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from probattn import blocks
+from probattn.attention import CausalAttention
+from probattn.errors import require_finite
+from probattn.folds.line import largest_sensitivity
+from probattn.folds.search import find_fold
+from probattn.solve.bound import contraction_bound, projection_slack
+from probattn.solve.context import Past
+
+__all__ = ["Regime", "regime"]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Whether the density of a sequence is a density.
+
+    Attributes:
+        name: "certified" (u_i -> e_i is one-to-one at every position, for every u_i: the density is exact), "regular"
+            (no fold seen: det J_i > 0 and spectral margin > 0 wherever evaluated, which proves nothing elsewhere) or
+            "folded".
+        evidence: the numbers behind the name, in words.
+        proved: whether the name is proved. False for "regular", and for "folded" where only a negative eigenvalue with
+            det J_i > 0 was seen, or a negative determinant under the inclusive mask.
+        position: where the evidence is, None for "certified".
+        witness: a token u, (p,), with det J(u) < 0 after the tokens before ``position``, where one is known.
+    """
+
+    name: Literal["certified", "regular", "folded"]
+    evidence: str
+    proved: bool
+    position: int | None = None
+    witness: Tensor | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def regime(
+    attention: CausalAttention, u: Tensor, *, search: bool = False
+) -> Regime | list[Regime] | list[list[Regime]]:
+    """Name the regime of a sequence.
+
+    In one dimension under the strict mask the answer is exact up to rounding: the supremum of the sensitivity over
+    every next token is enclosed at each position. In several dimensions the contraction bound certifies, the sequence's
+    own blocks are looked at, and with ``search`` tokens with det J < 0 are sought after each past.
+
+    Args:
+        attention: the attention.
+        u: one sequence (T, p) or a batch, finite.
+        search: seek folds beyond the tokens of the sequence, see :func:`probattn.folds.search.find_fold`; some 50 evaluations
+            of 64 candidates a position.
+
+    Returns:
+        A :class:`Regime`; for a batch a list of them, nested as the batch axes are. ``str()`` gives the name.
+
+    Raises:
+        InputError: shapes that do not fit, or u not finite.
+
+    Example:
+        >>> past = torch.tensor([[-1.0], [1.0], [0.0]])
+        >>> [str(regime(CausalAttention.from_bilinear(torch.tensor([[a]])), past)) for a in (0.9, 1.5)]
+        ['certified', 'folded']
+    """
+    require_finite("u", u)
+    attention, u = attention.detach(), u.detach()
+    factors = attention.evaluate(u).factors
+    core = blocks.reduced(factors)
+    require_finite("J", core)
+    sign, logabs = blocks.logabsdet(core)
+    spectral = 1 - blocks.largest_real_eigenvalue(core, attention.dim)
+    # A batched start does not enter the blocks, but it makes a batch of processes all the same.
+    batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
+    parts = (contraction_bound(attention, u), sign, logabs, spectral)
+    expanded = [part.expand(*batch, u.shape[-2]) for part in parts]
+    return _nested(attention.expand(batch), u.expand(*batch, *u.shape[-2:]), expanded, search)
+
+
+def _nested(
+    attention: CausalAttention, u: Tensor, parts: list[Tensor], search: bool
+) -> Regime | list[Regime] | list[list[Regime]]:
+    if u.dim() == 2:
+        return _classify(attention, u, *parts, search=search)
+    rows = [_nested(attention.select(k), u[k], [part[k] for part in parts], search) for k in range(len(u))]
+    return rows  # type: ignore[return-value]
+
+
+def _classify(
+    attention: CausalAttention,
+    u: Tensor,
+    bound: Tensor,
+    sign: Tensor,
+    logabs: Tensor,
+    spectral: Tensor,
+    *,
+    search: bool,
+) -> Regime:
+    # Signs and logarithms, not determinants: those of large blocks overflow.
+    position = int(torch.where(sign < 0, -torch.inf, logabs).argmin())
+    smallest = f"smallest det J = {_number(sign[position], logabs[position])} at position {position}"
+    strict = attention.mask == "strict"
+    if float(sign[position]) < 0:
+        if strict:
+            seen = f"{smallest}: negative, so some noise has several solutions"
+            return Regime("folded", seen, True, position, u[position])
+        why = "which proves no fold under the inclusive mask, where u - mu(u) need not have degree one"
+        return Regime("folded", f"{smallest}: negative, {why}; a fold is suspected, not proved", False, position)
+    largest = float(bound.max())
+    if largest < 1:
+        return Regime("certified", f"contraction bound {largest:.6g} < 1 at every position and for every token", True)
+    if strict and attention.dim == 1:
+        found = _on_a_line(attention, u)
+        if found is not None:
+            return found
+    lowest = int(spectral.argmin())
+    if float(spectral[lowest]) <= 0:
+        there = f"at position {lowest}, where det J = {_number(sign[lowest], logabs[lowest])}"
+        seen = f"spectral margin {float(spectral[lowest]):.6g} {there}: a real eigenvalue of J is not positive"
+        return _searched(attention, u) or Regime("folded", f"{seen}; a fold is suspected, not proved", False, lowest)
+    if search and strict:
+        found = _searched(attention, u)
+        if found is not None:
+            return found
+    margin = f"smallest spectral margin {float(spectral[lowest]):.6g} at position {lowest}"
+    sought = "; no fold found by search" if search else ""
+    seen = f"{smallest}, {margin}; contraction bound {largest:.6g} does not certify{sought}"
+    return Regime("regular", seen, False, position)
+
+
+def _on_a_line(attention: CausalAttention, u: Tensor) -> Regime | None:
+    """The exact answer in one dimension, None where it is within rounding of the boundary."""
+    wide = attention.to(torch.float64)
+    slack = sum(float(part.sum()) for part in projection_slack(wide)) * float(u.abs().max())
+    highest, undecided = 0.0, False
+    for i in range(2, len(u)):
+        past = Past.of(wide, u[:i].double())
+        bracket = largest_sensitivity(past)
+        # What rounding of the projected past may change, relative to its spread.
+        spread = float(torch.stack(past.spread).clamp(min=1e-300).amin())
+        rounding = min(1.0, 1e-12 + slack / spread) if bracket.upper > 0 else 0.0
+        if bracket.lower > 1 + rounding:
+            witness = torch.tensor([bracket.at], dtype=u.dtype, device=u.device)
+            where = f"at u = {bracket.at:.6g} after {i} tokens"
+            seen = f"det J = {1 - bracket.lower:.6g} < 0 {where}: several solutions for some noise"
+            return Regime("folded", seen, True, i, witness)
+        undecided = undecided or bracket.upper * (1 + rounding) >= 1
+        highest = max(highest, bracket.upper)
+    if undecided:
+        return None
+    seen = f"1 - det J is at most {highest:.6g} < 1 for every next token at every position (enclosed, one dimension)"
+    return Regime("certified", seen, True)
+
+
+def _searched(attention: CausalAttention, u: Tensor) -> Regime | None:
+    """A witness after one of the pasts, the longest first; None where none is found or none would prove anything."""
+    if attention.mask != "strict":
+        return None
+    for i in reversed(range(2, len(u))):
+        witness = find_fold(Past.of(attention, u[:i]))
+        if witness is not None:
+            at = ", ".join(f"{float(x):.4g}" for x in witness)
+            return Regime("folded", f"det J < 0 at u = ({at}) after {i} tokens, found by search", True, i, witness)
+    return None
+
+
+def _number(sign: Tensor, logabs: Tensor) -> str:
+    """A determinant in words, also where it overflows."""
+    value = float(sign) * math.exp(float(logabs)) if float(logabs) < 700 else math.inf
+    return f"{value:.6g}" if math.isfinite(value) else f"{'-' if float(sign) < 0 else ''}exp({float(logabs):.6g})"

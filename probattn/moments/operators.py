@@ -1,0 +1,322 @@
+r"""Moments of the past under attention weights in memory linear in T, with a backward pass derived by hand.
+
+For the rows i (a position and a query head) and the tokens s that they see,
+
+.. math::
+    l_{is} = c\, q_i \cdot k_s, \quad \alpha_{i\cdot} = \mathrm{softmax}(l_{i\cdot}), \quad
+    C_i = \frac{1}{c} \frac{\partial}{\partial q_i} \sum_s \alpha_{is} v_s
+        = \sum_s \alpha_{is} v_s k_s^T - \bar v_i \bar k_i^T ,
+
+one matrix product of the weights with the rows :math:`v_s \otimes k_s`, and beside it the means and
+:math:`\Lambda_i = \log \sum_s e^{l_{is}}`. The weights exist for one block of rows at a time and are computed again in
+the backward pass; for small heads a compiled kernel does both, in C on a processor, in Triton on a GPU. With G_i, h_i,
+g_i and w_i the gradients of a loss L by C_i, the two means and Lambda_i,
+
+.. math::
+    x_{is} = v_s^T G_i k_s + v_s \cdot (h_i - G_i \bar k_i) + k_s \cdot (g_i - G_i^T \bar v_i), \quad
+    \frac{\partial L}{\partial l_{is}} = \alpha_{is} \Bigl[ x_{is} - \sum_t \alpha_{it} x_{it} + w_i \Bigr], \\
+    \frac{\partial L}{\partial v_s} \ni \alpha_{is} [ G_i (k_s - \bar k_i) + h_i ], \quad
+    \frac{\partial L}{\partial k_s} \ni \alpha_{is} [ G_i^T (v_s - \bar v_i) + g_i ] .
+
+Logits may be capped, :math:`\tau \tanh(l / \tau)`: then the slope :math:`1 - \tanh^2` of the cap multiplies the weights
+wherever a key is weighed, as the chain rule has it. What is beyond the first derivative, and forward mode, is taken
+through the same sums written out. Derived here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from probattn.errors import InputError
+from probattn.moments import blocked, cpu
+from probattn.moments.dense import dense_moments
+from probattn.numerics.derivatives import pushforward
+
+__all__ = ["PastMoments", "past_moments"]
+
+
+class PastMoments(NamedTuple):
+    """What a row's past comes to under its weights; all zero, and log_sum -inf, for a row that sees nothing.
+
+    Attributes:
+        covariance: C, (B, K, P, g, dv, r).
+        mean: [vbar | kbar], the keys weighed as in C, (B, K, P, g, dv + r).
+        log_sum: Lambda, (B, K, P, g); alpha_is = exp(l_is - Lambda_i).
+    """
+
+    covariance: Tensor
+    mean: Tensor
+    log_sum: Tensor
+
+
+def past_moments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    limit: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> PastMoments:
+    r"""Covariance, means and log-sum of rows that see the tokens first_i <= s < limit_i which the mask allows.
+
+    Args:
+        query: q, (B, K, P, g, r): P positions, and g query heads that share each of K key heads.
+        key: k, (B, K, S, r).
+        value: v, (B, K, S, dv).
+        first: index of the first token that a position may see, (P,).
+        limit: one more than the last, (P,), not decreasing; the tokens from limit_P on cost nothing.
+        mask: what is allowed beside, (B or 1, K g or 1, P, S): boolean, or added to the logits; None: everything.
+        scale: c.
+        softcap: tau; None: logits are not capped.
+
+    Returns:
+        :class:`PastMoments`, differentiable in query, key and value. Time O(B K g P S r dv), memory
+        O(B K S (r + dv) + B K g P r dv); derivatives beyond the first, and forward mode, O(B K (g P + dv r) S).
+
+    Raises:
+        InputError: axes or dtypes of query, key and value, or lengths of first and limit, that do not agree.
+
+    Example:
+        >>> k = torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1)
+        >>> moments = past_moments(torch.zeros(1, 1, 1, 1, 1), k, k, torch.tensor([0]), torch.tensor([2]))
+        >>> moments.covariance.item(), moments.mean.flatten(), moments.log_sum.exp().item()
+        (1.0, tensor([0., 0.]), 2.0)
+    """
+    _require_fit(query, key, value, first, limit)
+    function = _Moments if torch.compiler.is_compiling() else _MomentsForward
+    return PastMoments(*function.apply(query, key, value, first, limit, mask, scale, softcap or 0.0))  # type: ignore[no-untyped-call]
+
+
+def _require_fit(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor) -> None:
+    """Refuse what a kernel, which reads memory by the sizes of the query, must not be given."""
+    shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+    fits = tuple(map(len, shapes)) == (5, 4, 4) and key.shape == (*query.shape[:2], key.shape[2], query.shape[-1])
+    if not fits or value.shape[:3] != key.shape[:3]:
+        raise InputError(
+            f"query, key and value have shapes {shapes}; they must be (B, K, P, g, r), (B, K, S, r) and (B, K, S, dv)."
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise InputError(
+            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; bring them together with .to(...)."
+        )
+    if not first.shape == limit.shape == query.shape[2:3]:
+        raise InputError(
+            f"first and limit have shapes {tuple(first.shape)} and {tuple(limit.shape)}; both must be "
+            f"({query.shape[2]},), one for each position of the query."
+        )
+
+
+@torch.library.custom_op("probattn::past_moments", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    limit: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cpu.takes_moments(query, value, mask, softcap):
+        return cpu.moments(query, key, value, first, limit, scale)
+    if query.is_cuda:
+        from probattn.moments import cuda  # it imports Triton, which only a GPU needs
+
+        if cuda.supports(query, key, value, mask, softcap):
+            return cuda.forward(query, key, value, first, limit, scale)
+    with torch.autocast(query.device.type, enabled=False):
+        return blocked.forward(query, key, value, first, limit, mask, scale, softcap)
+
+
+@torch.library.custom_op("probattn::past_moments_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    on_mean: Tensor | None,
+    on_log: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    limit: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = gradient, on_mean, on_log
+    if cpu.takes_moments(query, value, mask, softcap):
+        return cpu.moments_backward(gradients, query, key, value, first, limit, scale)
+    if query.is_cuda:
+        from probattn.moments import cuda
+
+        if cuda.supports(query, key, value, mask, softcap):
+            return cuda.backward(gradients, query, key, value, first, limit, scale)
+    with torch.autocast(query.device.type, enabled=False):
+        return blocked.backward(gradients, query, key, value, first, limit, mask, scale, softcap)
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    size, rank = value.shape[-1], query.shape[-1]
+    shapes = ((size, rank), (size + rank,), ())
+    return tuple(query.new_empty(*query.shape[:-1], *last) for last in shapes)  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _(
+    gradient: Tensor, on_mean: Any, on_log: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+class _Moments(torch.autograd.Function):
+    """The two operators as one function that autograd, ``torch.func`` and ``torch.compile`` understand."""
+
+    # What torch.library.register_autograd would make of them, torch.func does not understand.
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        first: Tensor,
+        limit: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out: torch's compiler counts the arguments
+        moments: tuple[Tensor, Tensor, Tensor] = _forward(query, key, value, first, limit, mask, scale, softcap)
+        return moments
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, ctx.softcap = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors  # once: checkpoints do not unpack them again
+        query, _, value = tensors[:3]
+        if gradient is None:
+            gradient = query.new_zeros(*query.shape[:-1], value.shape[-1], query.shape[-1])
+        function = _Gradients if torch.compiler.is_compiling() else _GradientsForward
+        gradients = function.apply(gradient, *others, *tensors, ctx.scale, ctx.softcap)  # type: ignore[no-untyped-call]
+        return (*gradients, None, None, None, None, None)
+
+
+class _MomentsForward(_Moments):
+    """The same with derivatives in forward mode, which torch's compiler does not take from a function of one's own."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        query, key, value, first, limit, mask = ctx.saved_tensors
+
+        def moments(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            return dense_moments(query, key, value, first, limit, mask, ctx.scale, ctx.softcap)
+
+        return pushforward(moments, (query, key, value), tangents[:3])
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients by the backward operator; theirs are those of the sums written out."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        gradient: Tensor,
+        on_mean: Tensor | None,
+        on_log: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        first: Tensor,
+        limit: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out, as above
+        gradients: tuple[Tensor, Tensor, Tensor] = _backward(
+            gradient, on_mean, on_log, query, key, value, first, limit, mask, scale, softcap
+        )
+        return gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, ctx.softcap = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        function, given = _dense_gradients(ctx)
+        found = dict(zip(given, torch.func.vjp(function, *given.values())[1](gradients), strict=True))
+        return (*(found.get(place) for place in range(6)), None, None, None, None, None)
+
+
+class _GradientsForward(_Gradients):
+    """The same with derivatives in forward mode."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        function, given = _dense_gradients(ctx)
+        return pushforward(function, [*given.values()], [tangents[place] for place in given])
+
+
+def _dense_gradients(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], dict[int, Tensor]]:
+    """The backward operator, written out, as a function of those of its six differentiable arguments that are there."""
+    *tensors, first, limit, mask = ctx.saved_tensors
+    given = {place: part for place, part in enumerate(tensors) if part is not None}
+    wanted = [place for place in given if place < 3]
+
+    def gradients(*parts: Tensor) -> tuple[Tensor, ...]:
+        coming, tensors = parts[: len(wanted)], parts[len(wanted) :]
+
+        def moments(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            found = dense_moments(query, key, value, first, limit, mask, ctx.scale, ctx.softcap)
+            return tuple(found[place] for place in wanted)
+
+        result: tuple[Tensor, ...] = torch.func.vjp(moments, *tensors)[1](coming)
+        return result
+
+    return gradients, given
+
+
+def _folded(size: int, axes: tuple[int | None, ...], parts: tuple[Any, ...]) -> list[Any]:
+    """Tensors whose axis of ``torch.func.vmap`` is folded into their batch axis; the rest as they are."""
+    folded: list[Any] = []
+    for axis, part in zip(axes, parts, strict=True):
+        if not isinstance(part, Tensor) or part.dim() - (axis is not None) < 4:
+            if axis is not None:
+                raise NotImplementedError("first, limit and the scales cannot vary under torch.func.vmap.")
+            folded.append(part)
+            continue
+        moved = part.movedim(axis, 0) if axis is not None else part.expand(size, *part.shape)
+        folded.append(moved)
+    # That of the query, which is never broadcast: the first tensor with axes for vmap, B, K, P, g and r.
+    batch = next(part.shape[1] for part in folded if isinstance(part, Tensor) and part.dim() > 5)
+    return [
+        part.expand(size, batch, *part.shape[2:]).flatten(0, 1) if isinstance(part, Tensor) and part.dim() > 4 else part
+        for part in folded
+    ]
+
+
+@_forward.register_vmap
+def _(info: Any, axes: tuple[int | None, ...], *parts: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    results = _forward(*_folded(info.batch_size, axes, parts))
+    return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0, 0, 0)
+
+
+@_backward.register_vmap
+def _(info: Any, axes: tuple[int | None, ...], *parts: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    results = _backward(*_folded(info.batch_size, axes, parts))
+    return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0, 0, 0)

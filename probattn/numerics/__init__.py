@@ -1,0 +1,1 @@
+"""Numerical tools without attention in them: linear algebra and derivatives that torch does not offer."""

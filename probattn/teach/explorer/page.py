@@ -1,0 +1,62 @@
+"""The explorer as one file: style and scripts inlined, with a policy that lets nothing else run or load."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+
+__all__ = ["SCRIPTS", "explorer_page"]
+
+# In the order in which they need one another.
+SCRIPTS = (
+    "line_mathematics.js",
+    "plane_mathematics.js",
+    "sequence_mathematics.js",
+    "state.js",
+    "stories.js",
+    "draw.js",
+    "controls.js",
+    "line.js",
+    "matrix.js",
+    "plane.js",
+    "sequence.js",
+    "main.js",
+)
+
+
+def explorer_page() -> str:
+    """The whole page, to be opened from a file, served or hosted anywhere.
+
+    The content security policy names the hashes of the one style and the one script, so that a browser runs nothing
+    else and asks no address for anything.
+
+    Returns:
+        HTML, UTF-8.
+
+    Example:
+        >>> page = explorer_page()
+        >>> page.startswith("<!doctype html>"), "http://" in page.split("<script>")[0]
+        (True, False)
+    """
+    style = _asset("style.css")
+    script = '"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS)
+    if "</script" in script or "</style" in style:
+        raise AssertionError("an asset closes its own element")
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    page = _asset("index.html")
+    for mark, content in (("{{policy}}", policy), ("{{style}}", style), ("{{script}}", script)):
+        page = page.replace(mark, content, 1)
+    return page
+
+
+def _asset(name: str) -> str:
+    return files("probattn.teach.explorer").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """As the policy writes it: of the text between the tags."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,211 @@
+"""The command line as a user runs it: in another process, on real text, with things going wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import xarray
+
+SMALL = ["--steps", "24", "--context", "16", "--dim", "8", "--layers", "1", "--batch", "8"]
+# Where the command line is under test and not the claims.
+QUICK = [*SMALL, "--claims", "jacobian"]
+PROBATTN = [sys.executable, "-m", "probattn"]
+
+# One worker runs this file, so that the whole verification runs once.
+pytestmark = pytest.mark.xdist_group("verify")
+
+
+def run(*arguments, cwd=None, **options):
+    return subprocess.run([*PROBATTN, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    result = run("verify", *SMALL, "--out", "out", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result, folder / "out"
+
+
+def test_verify_writes_everything(finished):
+    result, out = finished
+    assert sorted(entry.name for entry in out.iterdir()) == [
+        "checkpoint.pt",
+        "claims.json",
+        "config.json",
+        "figures",
+        "fit.nc",
+        "report.html",
+    ]
+    assert len(list((out / "figures").glob("*.png"))) == 19
+    assert "claim objective: supported" in result.stdout
+    assert result.stderr == ""
+
+
+def test_claims_follow_their_schema(finished):
+    content = json.loads((finished[1] / "claims.json").read_text())
+    assert content["schema"] == 1
+    assert [claim["id"] for claim in content["claims"]] == [
+        "jacobian",
+        "barrier",
+        "margin",
+        "normalisation",
+        "objective",
+        "consistency",
+        "stationarity",
+        "recovery",
+        "calibration",
+        "robustness",
+        "decoding",
+        "tightness",
+    ]
+    for claim in content["claims"]:
+        assert claim["kind"] in ("identity", "statistical", "empirical")
+        assert claim["verdict"] in ("supported", "supported_within", "not_supported", "not_run")
+        for name, bound in claim["bound"].items():
+            assert claim["measured"][name] <= bound
+
+
+def test_the_fit_opens_with_plain_xarray(finished):
+    with xarray.open_datatree(finished[1] / "fit.nc") as tree:
+        assert tree["posterior"]["bilinear"].dims == ("chain", "draw", "head", "key_feature", "query_feature")
+        assert tree["posterior"]["margin"].shape == (1, 1, 64, 16)
+        assert "history_objective" in tree["constant_data"]
+        assert tree.attrs["version_torch"]
+
+
+def test_the_record_says_how_it_was_made(finished):
+    record = json.loads((finished[1] / "config.json").read_text())
+    assert "verify" in record["environment"]["command"]
+    assert record["environment"]["versions"]["pyro-ppl"]
+    assert record["model"]["kind"] == "logdet"
+    assert record["fit"]["steps_taken"] == 24
+    assert len(record["corpus"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--corpus", "missing.txt"], "corpus missing.txt: no such file"),
+        (["--corpus", "binary.bin"], "a binary file"),
+        (["--corpus", "empty.txt"], "the file is empty"),
+        (["--context", "9999999"], "too short for a context of 9999999"),
+        (["--kind", "log"], "kind is 'log'"),
+        (["--prior", "none"], "prior is 'none'"),
+        (["--weight", "0"], "--weight 0 leaves the attention prior out"),
+        (["--weight", "-1"], "weight is -1.0"),
+        (["--dtype", "half"], "--dtype is 'half'"),
+        (["--device", "tpu"], "--device is 'tpu'; use auto, cpu or cuda"),
+        (["--steps", "many"], "'many' is not a valid"),
+        (["--colour", "red"], "No such option"),
+        (["--out", "empty.txt"], "--out empty.txt: cannot be written"),
+        (["--out", "damaged", "--resume"], "checkpoint damaged/checkpoint.pt: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
+    (tmp_path / "binary.bin").write_bytes(b"\0\1\2" * 50)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"PK")
+    before = sorted(tmp_path.rglob("*"))
+    result = run("verify", *QUICK, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("probattn: ")
+    assert result.stderr.count("\n") == 1
+    if message.startswith("'many'"):
+        assert "integer" in result.stderr
+    else:
+        assert message in result.stderr
+    made = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
+    assert all(path.is_dir() for path in made), "half a result was left behind"
+
+
+def test_cuda_without_cuda():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    result = run("verify", "--device", "cuda")
+    assert result.returncode == 2
+    assert "torch finds no CUDA device; use --device cpu or auto" in result.stderr
+
+
+def test_a_traceback_only_with_debug(tmp_path):
+    assert "Traceback" not in run("verify", "--corpus", "missing", cwd=tmp_path).stderr
+    assert "Traceback" in run("verify", "--corpus", "missing", "--debug", cwd=tmp_path).stderr
+
+
+def test_a_broken_identity_is_status_one(tmp_path):
+    program = (
+        "import probattn.inference.claims.jacobian as claim\n"
+        "claim.BOUND = {**claim.BOUND, 'max_abs_error': -1.0}\n"
+        "from probattn.cli.app import main\n"
+        f"main(['verify', *{QUICK!r}, '--out', 'out'])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 1
+    assert "an identity that must hold did not: jacobian" in result.stderr
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def contents(path):
+    with xarray.open_datatree(path) as tree:
+        return [tree[group].to_dataset().load() for group in ("posterior", "constant_data")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
+def test_killed_and_resumed_is_the_unbroken_run(tmp_path, number):
+    options = ["verify", *QUICK, "--steps", "400"]
+    unbroken = run(*options, "--out", "unbroken", cwd=tmp_path)
+    assert unbroken.returncode == 0, unbroken.stderr
+    checkpoint = tmp_path / "broken" / "checkpoint.pt"
+    process = subprocess.Popen(
+        [*PROBATTN, *options, "--out", "broken"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    if number == signal.SIGINT:
+        assert b"--resume" in stderr
+    assert not (tmp_path / "broken" / "report.html").exists(), "the run ended before it was killed"
+    resumed = run(*options, "--out", "broken", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "fit step 50:" not in resumed.stdout  # it did go on instead of starting anew
+    for group, expected in zip(
+        contents(tmp_path / "broken" / "fit.nc"), contents(tmp_path / "unbroken" / "fit.nc"), strict=True
+    ):
+        xarray.testing.assert_equal(group, expected)
+
+
+def test_wikitext(tmp_path):
+    text = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2" / "valid.txt"
+    if not text.exists():
+        pytest.skip("WikiText-2 is not here; it is data, not part of the repository")
+    result = run(
+        "verify",
+        *QUICK,
+        "--corpus",
+        str(text),
+        "--heldout",
+        str(text.with_name("test.txt")),
+        "--out",
+        "out",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_and_version():
+    assert "verify" in run("--help").stdout
+    assert "verify" in run().stdout
+    assert run("--version").stdout.startswith("probattn 0.")
+    for option in ("--seed", "--device", "--dtype", "--out", "--resume"):
+        assert option in run("verify", "--help").stdout

@@ -1,0 +1,226 @@
+"""``probattn fit`` as a user runs it: every method, killed and resumed, in two processes, with things going wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import xarray
+from posteriors import sequences
+
+from probattn.inference.results.fit_file import Fit
+
+PROBATTN = [sys.executable, "-m", "probattn", "fit"]
+QUICK = {
+    "nuts": ["--chains", "2", "--warmup", "30", "--draws", "40"],
+    "laplace": ["--draws", "120"],
+    "svi": ["--steps", "200", "--draws", "120"],
+    "map": ["--steps", "100"],
+}
+
+TWO_PROCESSES = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "probattn",
+]
+
+
+def run(*arguments, cwd, **options):
+    return subprocess.run([*PROBATTN, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    np.savez(folder / "hidden.npz", u=sequences()[:4, :10].numpy())
+    return folder
+
+
+def posterior(path):
+    with xarray.open_datatree(path) as tree:
+        return tree["posterior"].to_dataset().load()
+
+
+@pytest.mark.parametrize("method", QUICK)
+def test_every_method_writes_a_judged_posterior(folder, method):
+    result = run("--data", "hidden.npz", "--method", method, *QUICK[method], "--out", method, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    out = folder / method
+    assert "verdict" in result.stdout
+    names = {entry.name for entry in out.iterdir()}
+    assert {"fit.nc", "diagnosis.json", "summary.csv", "config.json", "figures"} <= names
+    figures = {entry.name for entry in (out / "figures").iterdir()}
+    assert "margins.png" in figures
+    assert ("chains.png" in figures) == (method == "nuts")
+    with xarray.open_datatree(out / "fit.nc") as tree:  # plain xarray
+        assert tree["posterior"]["bilinear"].dims == ("chain", "draw", "head", "key_feature", "query_feature")
+        assert tree.attrs["method"] == method
+        assert tree.attrs["seed"] == 0
+        assert tree.attrs["hardware"]
+        assert tree.attrs["version_torch"]
+    diagnosis = json.loads((out / "diagnosis.json").read_text())
+    assert diagnosis["verdict"] in ("reliable", "usable with care", "not reliable")
+    record = json.loads((out / "config.json").read_text())
+    assert record["data"]["shape"] == [4, 10, 2]
+    assert record["method"]["name"] == method
+    if method == "nuts":
+        assert record["method"]["chain_method"] == "vectorised"
+    assert "bilinear[0, 0, 0]" in (out / "summary.csv").read_text()
+    assert not [entry for entry in out.iterdir() if entry.name.endswith(".partial")]
+    assert Fit.load(out / "fit.nc").method == method
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "kept"),
+    [
+        ("nuts", ["--chains", "2", "--warmup", "20", "--draws", "600"], "nuts.pt"),
+        ("svi", ["--steps", "1500", "--draws", "60", "--particles", "2"], "svi.pt"),
+        ("map", ["--steps", "3000"], "map.pt"),
+    ],
+)
+def test_killed_and_resumed_is_the_unbroken_fit(folder, method, options, kept):
+    command = ["--data", "hidden.npz", "--method", method, *options]
+    whole = run(*command, "--out", f"whole-{method}", cwd=folder)
+    assert whole.returncode == 0, whole.stderr
+    out = folder / f"broken-{method}"
+    process = subprocess.Popen(
+        [*PROBATTN, *command, "--out", out.name], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (out / kept).exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not (out / "fit.nc").exists(), "the run ended before it was killed"
+    resumed = run(*command, "--out", out.name, "--resume", cwd=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(resumed.stdout.splitlines()) < len(whole.stdout.splitlines())  # it went on instead of starting anew
+    xarray.testing.assert_equal(posterior(out / "fit.nc"), posterior(folder / f"whole-{method}" / "fit.nc"))
+
+
+@pytest.mark.parametrize("method", ["svi", "map"])
+def test_two_processes_are_one(folder, method):
+    command = ["fit", "--data", "hidden.npz", "--method", method, *QUICK[method], "--shards", "2"]
+    one = run(*command[1:], "--out", f"one-{method}", cwd=folder)
+    assert one.returncode == 0, one.stderr
+    two = subprocess.run(
+        [*TWO_PROCESSES, *command, "--out", f"two-{method}"], capture_output=True, text=True, cwd=folder, timeout=300
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("verdict") == 1  # one of the processes speaks
+    record = json.loads((folder / f"two-{method}" / "config.json").read_text())
+    assert record["processes"] == 2
+    alone, shared = (posterior(folder / f"{kind}-{method}" / "fit.nc") for kind in ("one", "two"))
+    # The sum of two gradients is the same in either order; rounding is all that may differ.
+    xarray.testing.assert_allclose(shared, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sampler_in_two_processes_is_refused(folder):
+    result = subprocess.run(
+        [*TWO_PROCESSES, "fit", "--data", "hidden.npz", "--method", "nuts"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert "--method nuts runs in one process and 2 were started; use svi or map" in result.stderr
+
+
+def test_comparison_with_the_naive_fit(folder):
+    result = run(
+        *(
+            "--data",
+            "hidden.npz",
+            "--method",
+            "laplace",
+            "--draws",
+            "200",
+            "--compare",
+            "jacobian",
+            "--out",
+            "compared",
+        ),
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stderr
+    content = json.loads((folder / "compared" / "comparison.json").read_text())
+    assert [model["name"] for model in content["models"]] == ["as asked", "without the Jacobian"]
+    assert (folder / "compared" / "figures" / "comparison.png").exists()
+    assert "compared  without the Jacobian: elpd" in result.stdout
+
+
+def test_a_text_gives_the_posterior_of_its_attention_stage(folder):
+    (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 60)
+    small = ["--context", "12", "--dim", "4", "--stage-rank", "1", "--steps", "60", "--sequences", "6"]
+    result = run(*("--corpus", "text.txt", *small, "--method", "nuts", *QUICK["nuts"], "--out", "text"), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    tree = Fit.load(folder / "text" / "fit.nc").to_datatree()
+    assert tree["posterior"]["query"].shape[2:] == (1, 1, 4)
+    assert tree.attrs["power"] > 0
+    assert "raised to a power" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --data with hidden states or --corpus with a text"),
+        (["--data", "missing.npz"], "data missing.npz: no such file"),
+        (["--data", "nan.npy"], "is not finite: nan at index (0, 1, 1)"),
+        (["--data", "several.npz"], "holds 2 arrays (a, b); name one with --array"),
+        (["--data", "short.npy"], "T is 2; with fewer than 3 tokens"),
+        (["--data", "hidden.npz", "--method", "gibbs"], "--method is 'gibbs'; use one of nuts, svi, laplace, map"),
+        (["--data", "hidden.npz", "--chains", "9999999"], "use at most"),
+        (["--data", "hidden.npz", "--guide", "full"], "guide is 'full'"),
+        (["--data", "hidden.npz", "--mask", "causal"], "mask is 'causal'"),
+        (["--data", "hidden.npz", "--compare", "mask"], "comparing masks needs value and output maps"),
+        (["--data", "hidden.npz", "--method", "map", "--compare", "heads"], "--compare needs draws"),
+        (["--data", "one.npy", "--method", "laplace", "--compare", "jacobian"], "one sequence only"),
+        (["--data", "hidden.npz", "--sequences", "-1"], "--sequences is -1"),
+        (["--data", "constant.npy", "--standardise"], "all numbers are equal"),
+        (["--data", "hidden.npz", "--out", "short.npy"], "--out short.npy: cannot be written"),
+        (["--data", "hidden.npz", "--out", "damaged", "--resume"], "nuts.pt: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
+    states = sequences()[:3, :6].numpy().copy()
+    np.savez(tmp_path / "hidden.npz", u=states)
+    np.savez(tmp_path / "several.npz", a=states, b=states)
+    np.save(tmp_path / "short.npy", states[:, :2])
+    np.save(tmp_path / "one.npy", states[:1])
+    np.save(tmp_path / "constant.npy", np.ones_like(states))
+    states[0, 1, 1] = np.nan
+    np.save(tmp_path / "nan.npy", states)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "nuts.pt").write_bytes(b"PK")
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("probattn: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not list(tmp_path.rglob("fit.nc"))
+
+
+def test_a_fit_cut_short_is_named(folder):
+    from probattn.errors import InputError
+
+    assert (
+        run("--data", "hidden.npz", "--method", "map", "--steps", "30", "--out", "to-cut", cwd=folder).returncode == 0
+    )
+    whole = (folder / "to-cut" / "fit.nc").read_bytes()
+    for size in (10, len(whole) // 2):
+        (folder / "cut.nc").write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"cut\.nc: cannot be read .*; it is damaged or no netCDF: fit again"):
+            Fit.load(folder / "cut.nc")
+    with pytest.raises(InputError, match=r"no such file; give the fit\.nc of a run"):
+        Fit.load(folder / "missing.nc")

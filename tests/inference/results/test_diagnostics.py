@@ -1,0 +1,184 @@
+"""Each finding, from a fit made to show it, and its absence from one that is well."""
+
+import json
+
+import numpy as np
+import pytest
+
+from probattn.inference.results.diagnosis import diagnose
+from probattn.inference.results.fit_file import Fit
+
+CHAINS, DRAWS, SEQUENCES = 4, 200, 6
+
+
+def healthy(method="nuts", **attributes):
+    generator = np.random.default_rng(4)
+
+    def normal(*shape):
+        return generator.normal(size=(CHAINS, DRAWS, *shape))
+
+    bilinear = 0.1 * normal(1, 2, 2)
+    # A likelihood that knows the parameters well, so that the prior does not matter.
+    likelihood = -0.5 * ((bilinear / 0.1) ** 2).sum((-3, -2, -1))[..., None] / SEQUENCES + 0.1 * normal(SEQUENCES)
+    groups = {
+        "posterior": {
+            "bilinear": bilinear,
+            "noise_scale": np.exp(0.1 * normal(2)),
+            "smallest_margin": 0.7 + 0.05 * normal(),
+            "smallest_abs_det": np.full((CHAINS, DRAWS), 0.5),
+            "regime": np.zeros((CHAINS, DRAWS, 2), dtype=np.int8),
+        },
+        "sample_stats": {
+            "diverging": np.zeros((CHAINS, DRAWS), dtype=bool),
+            "energy": normal(),
+            "tree_depth": np.full((CHAINS, DRAWS), 3.0),
+        },
+        "log_likelihood": {"u": likelihood},
+        "log_prior": {"bilinear": -0.5 * (bilinear**2).sum((-3, -2, -1)), "noise_scale": 0.01 * normal()},
+    }
+    dims = {
+        "bilinear": ["head", "key_feature", "query_feature"],
+        "log_likelihood.u": ["sequence"],
+        "log_prior.bilinear": [],
+    }
+    if method != "nuts":
+        groups = {name: {k: v.reshape(1, -1, *v.shape[2:]) for k, v in group.items()} for name, group in groups.items()}
+    return Fit(method, groups, dims, {}, {"max_depth": 10, "power": 1.0, "jacobian": 1, **attributes})
+
+
+def finding(diagnosis, about):
+    (found,) = [found for found in diagnosis.findings if found.about == about]
+    return found
+
+
+def test_a_healthy_fit_is_reliable():
+    diagnosis = diagnose(healthy())
+    assert diagnosis.verdict == "reliable"
+    assert {found.level for found in diagnosis.findings} <= {"good", "note"}
+    assert "verdict  reliable" in str(diagnosis)
+    assert diagnosis.numbers["rhat"] < 1.01
+    assert diagnosis.numbers["ess_bulk"] > 400
+    json.dumps(diagnosis.as_dict(), allow_nan=False)
+
+
+def test_chains_that_disagree():
+    fit = healthy()
+    fit.groups["posterior"]["bilinear"][0] += 0.3
+    diagnosis = diagnose(fit)
+    found = finding(diagnosis, "R-hat")
+    assert found.level == "problem"
+    assert "bilinear[0" in found.words
+    assert "run longer" in found.words
+    assert diagnosis.verdict == "not reliable"
+
+
+def test_one_chain_cannot_be_compared():
+    fit = healthy()
+    fit = Fit(
+        "nuts", {g: {k: v[:1] for k, v in vs.items()} for g, vs in fit.groups.items()}, fit.dims, {}, fit.attributes
+    )
+    found = finding(diagnose(fit), "R-hat")
+    assert found.level == "warning"
+    assert "--chains 4" in found.words
+
+
+def test_sticky_chains_have_few_effective_draws():
+    fit = healthy()
+    fit.groups["posterior"]["noise_scale"][:] = np.repeat(fit.groups["posterior"]["noise_scale"][:, ::50], 50, axis=1)
+    found = finding(diagnose(fit), "bulk ESS")
+    assert found.level == "warning"
+    assert "raise --draws to about" in found.words
+
+
+@pytest.mark.parametrize(("gap", "place"), [(0.01, "at the fold boundary"), (0.5, "away from the boundary")])
+def test_divergences_are_located(gap, place):
+    fit = healthy()
+    fit.groups["sample_stats"]["diverging"][0, :12] = True
+    fit.groups["posterior"]["smallest_abs_det"][0, :9] = gap
+    diagnosis = diagnose(fit)
+    found = finding(diagnosis, "divergences")
+    assert found.words.startswith(f"12 {place}: {9 if gap < 0.05 else 0} of them end within 0.05 of det J = 0;")
+    assert found.level == "problem"
+    assert diagnosis.numbers["divergences_near_boundary"] == (9 if gap < 0.05 else 0)
+    assert ("tighten the prior" in found.words) == (gap < 0.05)
+
+
+def test_energies_that_are_explored_slowly():
+    fit = healthy()
+    fit.groups["sample_stats"]["energy"][:] = np.cumsum(fit.groups["sample_stats"]["energy"], axis=1)
+    assert finding(diagnose(fit), "E-BFMI").level == "warning"
+
+
+def test_trees_that_end_by_their_depth():
+    fit = healthy()
+    fit.groups["sample_stats"]["tree_depth"][:, :20] = 10
+    found = finding(diagnose(fit), "trees")
+    assert found.words.startswith("10 % of the trajectories")
+    assert "--max-depth" in found.words
+
+
+@pytest.mark.parametrize(
+    ("notes", "level", "words"),
+    [
+        ({"khat_guide": 0.3, "corrected": 0}, "good", "0.30: the approximation is close"),
+        ({"khat_guide": 0.6, "corrected": 0}, "warning", "usable for means, not for tails"),
+        ({"khat_guide": 1.2, "corrected": 0}, "problem", "use --guide full_rank or flow, or --method nuts"),
+        (
+            {"khat_guide": 1.2, "corrected": 1, "khat": 0.2, "importance_ess": 300.0},
+            "good",
+            "1.20 for the approximation",
+        ),
+        ({"khat_guide": 1.2, "corrected": 1, "khat": 0.2, "importance_ess": 30.0}, "warning", "Raise --draws"),
+    ],
+)
+def test_khat_of_an_approximation(notes, level, words):
+    found = finding(diagnose(healthy("svi", **notes)), "k-hat")
+    assert found.level == level
+    assert words in found.words
+
+
+def test_how_an_optimisation_ended():
+    assert finding(diagnose(healthy("svi", stopped="steps", steps=9)), "convergence").level == "warning"
+    assert finding(diagnose(healthy("svi", stopped="converged", steps=9)), "convergence").level == "good"
+    assert finding(diagnose(healthy("laplace", flat_directions=4)), "flat directions").words.startswith("4 directions")
+    assert finding(diagnose(healthy("map")), "uncertainty").level == "warning"
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.02, "warning"), (0.5, "problem")])
+def test_draws_that_fold(share, level):
+    fit = healthy()
+    fit.groups["posterior"]["regime"][:, : int(share * DRAWS)] = 2
+    found = finding(diagnose(fit), "regime at the data")
+    assert found.level == level
+    assert "tighten the prior" in found.words
+
+
+def test_heads_that_were_matched_and_likelihoods_that_cannot_be_compared():
+    assert "25 % of the draws" in finding(diagnose(healthy(heads_reordered=0.25)), "heads").words
+    assert "raised to a power" in finding(diagnose(healthy(power=0.1)), "leave-one-out").words
+    naive = diagnose(healthy(jacobian=0))
+    assert finding(naive, "likelihood").level == "problem"
+    assert naive.verdict == "not reliable"
+
+
+def test_one_sequence_cannot_be_left_out():
+    fit = healthy()
+    fit.groups["log_likelihood"]["u"] = fit.groups["log_likelihood"]["u"][..., :1]
+    assert "one sequence only" in finding(diagnose(fit), "leave-one-out").words
+
+
+def test_a_sequence_that_decides_everything():
+    fit = healthy()
+    fit.groups["log_likelihood"]["u"][..., 0] = 12 * np.random.default_rng(1).standard_t(2, size=(CHAINS, DRAWS))
+    diagnosis = diagnose(fit)
+    assert diagnosis.numbers["loo_khat_bad"] == 1
+    assert "refit without them" in finding(diagnosis, "leave-one-sequence-out").words
+
+
+def test_a_prior_that_decides():
+    fit = healthy()
+    fit.groups["log_prior"]["bilinear"][:] = -50 * (fit.groups["posterior"]["bilinear"] ** 2).sum((-3, -2, -1))
+    fit.groups["log_likelihood"]["u"] *= 0.01
+    found = finding(diagnose(fit), "prior")
+    assert found.level == "warning"
+    assert "the data say little of them" in found.words

@@ -1,0 +1,560 @@
+"""Runs that are alike in all but what is compared, corruptions at their rates, and verdicts that turn."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from probattn.errors import InputError
+from probattn.inference import robustness
+from probattn.inference.claims.claim import Settings
+from probattn.inference.claims.robustness import quick_study, robustness_claim
+from probattn.inference.studies.robustness.study import (
+    CLEAN,
+    FAMILIES,
+    Record,
+    evaluate,
+    label,
+    run_study,
+    substitute_characters,
+    swap_characters,
+)
+from probattn.inference.studies.robustness.summary import (
+    LITERAL,
+    LITERAL_AT_PLAIN_SCALE,
+    NEGATIVE,
+    POSITIVE,
+    Summary,
+    judge_study,
+    paired_difference,
+    summarise,
+)
+from probattn.inference.studies.robustness.table import draw_study, escape, render_table
+from probattn.inference.studies.robustness.training import ARMS, VARIANTS, Arm, Study, batches, train
+from probattn.models.corpus import UNKNOWN, Corpus, Windows
+from probattn.models.gpt import CharacterGPT
+
+TINY = Study(
+    seeds=(0, 1), steps=6, batch=4, warmup=2, context=8, dim=8, layers=1, heads=2, rank=2, windows=6, learning_rate=1e-2
+)
+PLAIN = Arm("plain")
+BARRIER = Arm(LITERAL, "embeddings", "logdet", 0.05)
+
+
+@pytest.fixture(scope="module")
+def text():
+    words = ["one ", "two ", "three ", "four ", "five ", "six "]
+    drawn = "".join(words[k] for k in np.random.default_rng(0).integers(0, 6, 400))
+    return Corpus("words", drawn[:1200], drawn[1200:1500], (*sorted(set(drawn)), UNKNOWN))
+
+
+def same(first, second):
+    return all(one.equal(other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+
+
+class TestTraining:
+    def test_batches_depend_on_the_seed_alone_and_hold_successors(self, text):
+        tokens = text.encode(text.text)
+        first, again, other = (list(batches(tokens, TINY, seed)) for seed in (0, 0, 1))
+        assert len(first) == TINY.steps
+        assert all(a[0].equal(b[0]) and a[1].equal(b[1]) for a, b in zip(first, again, strict=True))
+        assert not first[0][0].equal(other[0][0])
+        assert not first[0][0].equal(first[1][0])
+        for inputs, targets in first:
+            assert inputs.shape == (4, 8)
+            assert inputs[:, 1:].equal(targets[:, :-1])
+
+    def test_all_arms_of_a_seed_see_the_same_batches_from_the_same_start(self, text, monkeypatch):
+        seen = {}
+        step = CharacterGPT.embed
+
+        def spy(model, tokens):
+            seen.setdefault(arm.name, []).append((tokens.clone(), model.table.detach().clone()))
+            return step(model, tokens)
+
+        monkeypatch.setattr(CharacterGPT, "embed", spy)
+        for arm in ARMS[:6] + ARMS[-1:] + VARIANTS[:1] + VARIANTS[-1:]:
+            train(replace(arm, steer=None), 0, text, TINY)
+        plain = seen.pop("plain")
+        other = seen.pop(NEGATIVE)
+        assert not plain[0][0].equal(other[0][0])
+        for found in seen.values():
+            assert all(a[0].equal(b[0]) for a, b in zip(plain, found, strict=True))
+            assert found[0][1].equal(plain[0][1])
+
+    def test_it_is_reproducible_and_leaves_the_random_state(self, text):
+        arm = Arm("all at once", "embeddings", "singular_value", 0.1, positions=0.5, windows=0.5, relative_noise=0.1)
+        before = torch.random.get_rng_state()
+        first, second = train(arm, 3, text, TINY), train(arm, 3, text, TINY)
+        assert torch.random.get_rng_state().equal(before)
+        assert same(first.model, second.model)
+        assert first.path == second.path
+        assert len(first.path) == TINY.steps + 1
+
+    @pytest.mark.parametrize("arm", [*ARMS[5:], *VARIANTS], ids=lambda arm: arm.name)
+    def test_each_arm_does_something(self, text, arm):
+        short = replace(TINY, steps=3)
+        plain, found = train(PLAIN, 0, text, short), train(arm, 0, text, short)
+        assert found.diverged is None
+        assert not same(plain.model, found.model)
+
+    def test_steering_follows_the_path(self, text):
+        leader = train(replace(BARRIER, weight=5.0), 0, text, TINY)
+        free = train(PLAIN, 0, text, TINY)
+        steered = train(Arm("steered", steer=LITERAL), 0, text, TINY, path=leader.path)
+        assert max(abs(a - b) for a, b in zip(free.path, leader.path, strict=True)) > 1e-3
+        assert steered.path == pytest.approx(leader.path, rel=1e-6)
+        last = list(batches(text.encode(text.text), TINY, 0))[-1][0]
+        assert float(steered.model.embed(last).detach().square().mean().sqrt()) == pytest.approx(
+            leader.path[-1], rel=1e-5
+        )
+        # Scale is all that it takes over: steered along its own path, plain training is plain training.
+        own = train(Arm("steered", steer="plain"), 0, text, TINY, path=free.path)
+        torch.testing.assert_close(own.model(last), free.model(last), atol=1e-4, rtol=1e-4)
+
+    def test_a_frozen_stage_keeps_its_values(self, text):
+        free = train(replace(BARRIER, weight=1.0), 0, text, TINY)
+        frozen = train(replace(BARRIER, weight=1.0, frozen=True), 0, text, TINY)
+        start = train(replace(BARRIER, weight=1.0, frozen=True), 0, text, replace(TINY, steps=1))
+        assert same(frozen.stage, start.stage)
+        assert not same(frozen.stage, free.stage)
+        assert not same(frozen.model, train(PLAIN, 0, text, TINY).model)
+
+    def test_divergence_is_seen(self, text):
+        found = train(replace(BARRIER, weight=1e38), 0, text, replace(TINY, steps=40))
+        assert found.diverged is not None
+        assert len(found.path) == found.diverged + 1
+
+    @pytest.mark.parametrize(
+        ("fields", "word"),
+        [
+            ({"placement": "nowhere"}, "placement"),
+            ({"kind": "cubic"}, "kind"),
+            ({"weight": -1.0}, "weight"),
+            ({"positions": 0.0}, "positions"),
+            ({"windows": 2.0}, "windows"),
+        ],
+    )
+    def test_arms_that_cannot_be(self, fields, word):
+        with pytest.raises(InputError, match=word):
+            Arm("x", **fields)
+
+    @pytest.mark.parametrize(
+        ("fields", "word"), [({"seeds": (0, 0)}, "seeds"), ({"steps": 0}, "steps"), ({"learning_rate": 0.0}, "rate")]
+    )
+    def test_studies_that_cannot_be(self, fields, word):
+        with pytest.raises(InputError, match=word):
+            Study(**fields)
+
+    def test_what_cannot_be_trained(self, text):
+        with pytest.raises(InputError, match="path"):
+            train(Arm("steered", steer="plain"), 0, text, TINY)
+        with pytest.raises(InputError, match="longer text"):
+            train(PLAIN, 0, replace(text, text="one two "), TINY)
+
+
+class TestCorruptions:
+    @pytest.mark.parametrize("rate", [0.02, 0.1, 0.5])
+    def test_swaps_have_their_rate_and_move_no_character_twice(self, rate):
+        tokens = torch.arange(40).repeat(4000, 1)
+        found = swap_characters(tokens, rate, torch.Generator().manual_seed(0))
+        assert found.sort(1).values.equal(tokens)
+        begun = found[:, :-1] == tokens[:, :-1] + 1
+        assert int((found - tokens).abs().max()) == 1
+        assert not bool((begun[:, :-1] & begun[:, 1:]).any())
+        # The same at every place, to four standard errors.
+        assert float((begun.double().mean(0) - rate).abs().max()) < 4 * math.sqrt(rate * (1 - rate) / 4000)
+
+    def test_substitutions_have_their_rate_and_their_frequencies(self):
+        frequency = torch.tensor([60, 30, 10, 0])
+        tokens = torch.zeros(400, 100, dtype=torch.long)
+        found = substitute_characters(tokens, 0.1, frequency, torch.Generator().manual_seed(0))
+        assert float((found != tokens).double().mean()) == pytest.approx(0.1, abs=0.006)
+        counts = torch.bincount(found[found != tokens], minlength=4).double()
+        assert counts[0] == counts[3] == 0
+        assert float(counts[1] / counts.sum()) == pytest.approx(0.75, abs=0.03)
+
+    def test_none_at_rate_zero(self):
+        tokens, generator = torch.randint(5, (3, 7)), torch.Generator()
+        assert swap_characters(tokens, 0.0, generator).equal(tokens)
+        assert substitute_characters(tokens, 0.0, torch.ones(5), generator).equal(tokens)
+
+    def test_what_cannot_be(self):
+        tokens, generator = torch.zeros(1, 4, dtype=torch.long), torch.Generator()
+        with pytest.raises(InputError, match="rate"):
+            swap_characters(tokens, 0.6, generator)
+        with pytest.raises(InputError, match="rate"):
+            substitute_characters(tokens, 1.1, torch.ones(2), generator)
+        with pytest.raises(InputError, match="single"):
+            substitute_characters(tokens, 0.1, torch.tensor([1, 0]), generator)
+
+    def test_bits_of_a_model_that_knows_nothing(self, text):
+        model = CharacterGPT(TINY.gpt(len(text.vocabulary)))
+        torch.nn.init.zeros_(model.readout.weight)
+        torch.nn.init.zeros_(model.readout.bias)
+        windows = text.windows(8, heldout=True)
+        losses = evaluate(model, windows, torch.bincount(text.encode(text.text)), 0)
+        assert set(losses) == {
+            CLEAN,
+            *(label(family, level) for family, levels in FAMILIES.items() for level in levels),
+        }
+        for values in losses.values():
+            np.testing.assert_allclose(values, math.log2(len(text.vocabulary)), rtol=1e-6)
+
+    def test_relative_noise_does_not_see_a_scale_that_the_model_undoes(self, text):
+        """Ten times the embeddings change absolute noise, not relative noise, where a layer norm comes first."""
+        model = CharacterGPT(replace(TINY.gpt(len(text.vocabulary)), layers=1))
+        for name, part in model.named_parameters():
+            if name.startswith("blocks") and ("output" in name or "perceptron.2" in name):
+                torch.nn.init.zeros_(part)  # the layer adds nothing: logits depend on LN(u) alone
+        windows = Windows(*(part[:20] for part in text.windows(8, heldout=True)))
+        frequency = torch.bincount(text.encode(text.text))
+        before = evaluate(model, windows, frequency, 0)
+        with torch.no_grad():
+            model.table.mul_(10)
+            model.positions.mul_(10)
+        after = evaluate(model, windows, frequency, 0)
+        np.testing.assert_allclose(after["relative noise 0.4"], before["relative noise 0.4"], rtol=1e-3)
+        moved = [np.abs(found["absolute noise 0.5"] - found[CLEAN]).mean() for found in (before, after)]
+        assert moved[1] < 0.3 * moved[0]
+
+
+class TestStudy:
+    arms = (PLAIN, BARRIER, Arm("steered", steer=LITERAL))
+
+    def test_an_interrupted_study_goes_on_and_computes_nothing_twice(self, text, tmp_path, monkeypatch):
+        whole = run_study(self.arms, TINY, text)
+        real, calls = robustness._measure, []
+
+        def counted(arm, seed, *rest):
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            calls.append((arm.name, seed))
+            return real(arm, seed, *rest)
+
+        monkeypatch.setattr(robustness, "_measure", counted)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(self.arms, TINY, text, folder=tmp_path)
+        first = calls.copy()
+        assert len(list(tmp_path.glob("*.json"))) == 3
+        calls.clear()
+        monkeypatch.setattr(
+            robustness, "_measure", lambda arm, seed, *rest: calls.append((arm.name, seed)) or real(arm, seed, *rest)
+        )
+        lines = []
+        found = run_study(self.arms, TINY, text, folder=tmp_path, report=lines.append)
+        assert sorted(first + calls) == sorted((arm.name, seed) for arm in self.arms for seed in TINY.seeds)
+        assert len(lines) == 6
+        assert sum("read in" in line for line in lines) == 3
+        for one, other in zip(whole, found, strict=True):
+            assert (one.arm, one.seed, one.path, one.facts) == (other.arm, other.seed, other.path, other.facts)
+            np.testing.assert_allclose(one.losses[CLEAN], other.losses[CLEAN], atol=1e-6)
+        calls.clear()
+        run_study(self.arms, TINY, text, folder=tmp_path)
+        assert not calls
+
+        # Another setting of one arm makes it and its follower anew; a damaged file is made anew; nothing else is.
+        changed = (PLAIN, replace(BARRIER, weight=0.1), self.arms[2])
+        (tmp_path / "plain-1.json").write_text("{")
+        run_study(changed, TINY, text, folder=tmp_path)
+        assert sorted(calls) == [(LITERAL, 0), (LITERAL, 1), ("plain", 1), ("steered", 0), ("steered", 1)]
+        calls.clear()
+        run_study(changed, replace(TINY, steps=7), text, folder=tmp_path)
+        assert len(calls) == 6
+        calls.clear()
+        run_study(changed, replace(TINY, steps=7), replace(text, heldout=text.heldout[:-1]), folder=tmp_path)
+        assert len(calls) == 6
+
+    def test_processes_share_it(self, text, tmp_path):
+        alone = run_study(self.arms[:2], TINY, text)
+        shared = run_study(self.arms[:2], TINY, text, folder=tmp_path, jobs=2)
+        for one, other in zip(alone, shared, strict=True):
+            assert (one.arm, one.seed, one.path) == (other.arm, other.seed, other.path)
+            np.testing.assert_array_equal(one.losses[CLEAN], other.losses[CLEAN])
+
+    def test_a_record_survives_its_file(self, text, tmp_path):
+        (record,) = (
+            r for r in run_study(self.arms[:2], TINY, text, folder=tmp_path) if r.arm == LITERAL and r.seed == 0
+        )
+        content = json.loads((tmp_path / "embeddings-logdet-0.05-0.json").read_text())
+        read = Record.from_dict(content)
+        assert read.facts == record.facts
+        assert {"rms", "parameter_norm", "heads_determinant_0.5", "stage_determinant_negative"} <= set(read.facts)
+        assert set(read.losses) == set(record.losses)
+        assert content["environment"]["versions"]["torch"] == torch.__version__
+
+    def test_a_diverged_run_is_reported_and_so_is_its_follower(self, text):
+        wild = replace(BARRIER, weight=1e38)
+        study, lines = replace(TINY, steps=40), []
+        records = run_study((PLAIN, wild, self.arms[2]), study, text, report=lines.append)
+        assert [record.diverged is None for record in records] == [True] * 2 + [False] * 4
+        assert sum("diverged at step" in line for line in lines) == 4
+        summary = summarise(records, (PLAIN, wild, self.arms[2]), resamples=50)
+        assert set(summary.arms[LITERAL].diverged) == {0, 1}
+        assert not summary.arms[LITERAL].holds("relative noise", {})
+        table = render(summary, records, (PLAIN, wild, self.arms[2]), study)
+        assert f"seed 1 at step {records[3].diverged}" in table
+
+    @pytest.mark.parametrize(
+        "arms",
+        [
+            (PLAIN, PLAIN),
+            (PLAIN, Arm("steered", steer="missing")),
+            (PLAIN, Arm("first", steer="plain"), Arm("second", steer="first")),
+        ],
+    )
+    def test_arms_that_do_not_fit_together(self, text, arms):
+        with pytest.raises(InputError):
+            run_study(arms, TINY, text)
+
+
+class TestDifference:
+    def test_intervals_cover(self):
+        """Differences with effects of seeds, of windows and of both: 95 % intervals hold the truth so often, about."""
+        generator, held = np.random.default_rng(0), 0
+        for k in range(200):
+            values = generator.normal(size=(5, 1)) + generator.normal(size=(1, 30)) + generator.normal(size=(5, 30))
+            low, high = paired_difference(0.3 + values, resamples=200, seed=k).interval()
+            held += low <= 0.3 <= high
+        assert 0.91 <= held / 200 <= 1.0
+
+    def test_the_error_of_seeds_alone(self):
+        values = np.array([[1.0], [2.0], [3.0], [6.0]]).repeat(50, axis=1)
+        found = paired_difference(values, resamples=20_000)
+        assert found.mean == 3.0
+        assert found.error == pytest.approx(np.std(values[:, 0], ddof=1) / 2, rel=0.02)
+
+    def test_several_at_once_are_wider(self):
+        found = paired_difference(np.random.default_rng(0).normal(size=(5, 20)))
+        assert found.interval(10)[0] < found.interval()[0] < found.mean < found.interval()[1] < found.interval(10)[1]
+
+
+JUDGED = (
+    PLAIN,
+    Arm(NEGATIVE, reseed=1000),
+    Arm(POSITIVE, relative_noise=0.2),
+    BARRIER,
+    Arm("embeddings one_sided 0.05", "embeddings", "one_sided", 0.05),
+    Arm(LITERAL_AT_PLAIN_SCALE, "embeddings", "logdet", 0.05, steer="plain"),
+)
+
+
+def planted(effects, *, arms=JUDGED, seeds=5, windows=40, diverged=()):
+    """Records in which arms differ from plain by given amounts, by family, beside noise of seeds and windows."""
+    effects = {POSITIVE: {"relative noise": -0.3}, **effects}
+    records = []
+    for seed in range(seeds):
+        shared = np.random.default_rng(seed).normal(2.3, 0.2, windows)
+        for k, arm in enumerate(arms):
+            generator = np.random.default_rng([seed, k])
+            own = effects.get(arm.name, {})
+            names = [(CLEAN, CLEAN), *((f, label(f, level)) for f, levels in FAMILIES.items() for level in levels)]
+            luck = generator.normal(0, 0.002)
+            losses = {
+                name: shared
+                + 0.5 * (family != CLEAN)
+                + own.get(family, 0.0)
+                + luck
+                + generator.normal(0, 0.01, windows)
+                for family, name in names
+            }
+            facts = {"rms": 0.5, "parameter_norm": 10.0, "heads_determinant_negative": 0.0}
+            facts |= {
+                f"heads_{kind}_{q:g}": q for kind in ("determinant", "singular_value") for q in robustness.QUANTILES
+            }
+            stopped = 7 if (arm.name, seed) in diverged else None
+            records.append(Record(arm.name, seed, stopped, {} if stopped else losses, facts, [0.5, 0.6]))
+    return records
+
+
+def verdict_of(effects, **options):
+    return judge_study(summarise(planted(effects, **options), options.get("arms", JUDGED), resamples=300))
+
+
+def render(summary, records, arms, study=TINY):
+    environment = {
+        "command": "probattn verify",
+        "date": "2000-01-01",
+        "processor": "a | b",
+        "cores": 2,
+        "device": "cpu",
+        "python": "3",
+        "versions": {"torch": "2"},
+    }
+    return render_table(summary, judge_study(summary), records, arms, study, "a|<b>.txt", environment, ["figure"])
+
+
+class TestVerdict:
+    def test_a_planted_effect_is_found(self):
+        found = verdict_of({LITERAL: {"relative noise": -0.05, "absolute noise": -0.05}})
+        assert found.overall == "supported"
+        assert found.condition is None
+        assert LITERAL in found.words["relative noise"]
+
+    def test_a_null_is_not(self):
+        found = verdict_of({})
+        assert found.overall == "not_supported"
+        assert "0 of 2" in found.words["relative noise"]
+        assert "differs from plain training in 0 of 5" in found.words["negative control"]
+
+    def test_scale_alone_is_absolute_noise_alone(self):
+        found = verdict_of({LITERAL: {"absolute noise": -0.05, "relative noise": 0.02}})
+        assert found.overall == "supported_within"
+        assert found.condition.startswith(f"only under absolute noise ({LITERAL})")
+        assert "not a matter of scale: not supported" in found.condition
+
+    def test_a_gain_that_stays_at_the_plain_scale(self):
+        gain = {"absolute noise": -0.05}
+        found = verdict_of({LITERAL: gain, LITERAL_AT_PLAIN_SCALE: gain})
+        assert "not a matter of scale: supported" in found.words["scale"]
+
+    def test_robustness_that_costs_accuracy_does_not_count(self):
+        found = verdict_of({LITERAL: {"relative noise": -0.2, "absolute noise": -0.2, CLEAN: 0.04}})
+        assert found.overall == "not_supported"
+
+    def test_a_gain_too_small_to_matter_is_none(self):
+        """One that is sure, but less than a hundredth of the half bit that the corruption costs."""
+        exact = [record for record in planted({}) if record.arm == "plain"]
+        for gain, overall in ((0.004, "not_supported"), (0.006, "supported")):
+            records = planted({})
+            for k, record in enumerate(records):
+                if record.arm == LITERAL:
+                    losses = {
+                        name: values - gain * (name != CLEAN) for name, values in exact[record.seed].losses.items()
+                    }
+                    records[k] = replace(record, losses=losses)
+            summary = summarise(records, JUDGED, resamples=300)
+            assert summary.arms[LITERAL].differences["relative noise"].interval()[1] < 0
+            assert judge_study(summary).overall == overall
+
+    def test_one_percent_is_the_limit(self):
+        gain = {"relative noise": -0.2}
+        assert verdict_of({LITERAL: {**gain, CLEAN: 0.015}}).overall == "supported"
+        assert verdict_of({LITERAL: {**gain, CLEAN: 0.025}}).overall == "not_supported"
+
+    def test_a_positive_control_that_fails_leaves_nothing_to_say(self):
+        found = verdict_of({POSITIVE: {"relative noise": 0.0}})
+        assert found.overall == "not_run"
+        assert "positive control" in found.condition
+
+    def test_a_diverged_run_shows_nothing(self):
+        effect = {LITERAL: {"relative noise": -0.05}}
+        assert verdict_of(effect, diverged={(LITERAL, 2)}).overall == "not_supported"
+        assert verdict_of(effect, diverged={("plain", 2)}).overall == "not_run"
+
+    def test_an_effect_of_other_arms_does_not_speak_for_the_barrier(self):
+        gain = {"relative noise": -0.5, "absolute noise": -0.5}
+        mixed = Arm("mixed", "heads", "one_sided", 0.05, relative_noise=0.2, reference=POSITIVE)
+        effects = {POSITIVE: gain, LITERAL_AT_PLAIN_SCALE: gain, "mixed": gain}
+        assert verdict_of(effects, arms=(*JUDGED, mixed)).overall == "not_supported"
+
+    def test_seeds_that_disagree_are_no_evidence(self):
+        records = planted({LITERAL: {"relative noise": -0.02}})
+        wild = [
+            replace(record, losses={name: values + 0.05 * (record.seed - 2) for name, values in record.losses.items()})
+            if record.arm == LITERAL
+            else record
+            for record in records
+        ]
+        assert judge_study(summarise(wild, JUDGED, resamples=300)).overall == "not_supported"
+
+    def test_many_arms_are_adjusted_for(self):
+        """Twenty arms of which one is lucky by what a single interval would take for an effect."""
+        arms = (*JUDGED, *(replace(BARRIER, name=f"arm {k}") for k in range(20)))
+        records = planted({}, arms=arms)
+        summary = summarise(records, arms, resamples=300)
+        error = summary.arms["arm 0"].differences["relative noise"].error
+        lucky = {"arm 0": {"relative noise": -4 * error - summary.arms["arm 0"].differences["relative noise"].mean}}
+        found = judge_study(summarise(planted(lucky, arms=arms), arms, resamples=300))
+        assert found.overall == "not_supported"
+        assert "arm 0" not in found.words["relative noise"]
+
+
+@pytest.fixture(scope="module")
+def records():
+    return planted({LITERAL: {"absolute noise": -0.05}}, diverged={("embeddings one_sided 0.05", 1)})
+
+
+class TestResults:
+    def test_a_summary_survives_json(self, records):
+        summary = summarise(records, JUDGED, resamples=50)
+        again = Summary.from_dict(json.loads(json.dumps(summary.as_dict())))
+        assert judge_study(again) == judge_study(summary)
+        assert again == summary
+
+    def test_the_table_has_everything_and_escapes_it(self, records):
+        table = render(summarise(records, JUDGED, resamples=50), records, JUDGED)
+        assert "**Verdict: supported within limits.**" in table
+        assert "seed 1 at step 7" in table
+        assert r"a\|\<b\>.txt" in table
+        assert escape(LITERAL) in table
+        assert "relative noise 0.4" in table
+        assert "![figure](figure.png)" in table
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert all(not line.replace(r"\|", "").endswith("| |") for line in rows)
+        for block in table.split("\n\n"):
+            widths = {line.replace(r"\|", "").count("|") for line in block.splitlines() if line.startswith("|")}
+            assert len(widths) <= 1
+
+    def test_figures(self, records):
+        figures = draw_study(summarise(records, JUDGED, resamples=50))
+        assert list(figures) == ["robustness-differences", "robustness-noise", "robustness-norms"]
+        for figure in figures.values():
+            figure.savefig("/dev/null", format="png")
+
+
+class TestClaim:
+    @pytest.fixture
+    def small(self, subject, text):
+        return replace(subject, corpus=text)
+
+    def test_quick_form(self, small):
+        claim = robustness_claim(small, Settings(), quick=replace(TINY, seeds=(0, 1, 2)))
+        assert "Quick form" in claim.statement
+        assert claim.measured["control_permuted_holds_zero"] >= 0.75
+        assert claim.measured["seeds"] == 3
+        assert (claim.condition is not None) == (claim.verdict in ("supported_within", "not_run"))
+
+    def test_the_quick_form_is_as_small_as_the_subject(self, small):
+        study = quick_study(small)
+        assert (study.context, study.dim, study.layers, study.heads) == (24, 8, 1, 2)
+
+    def test_full_form_writes_its_results(self, small, tmp_path, monkeypatch):
+        arms = (PLAIN, BARRIER)
+        settings = Settings(full=True, named=True, folder=tmp_path)
+        claim = robustness_claim(small, settings, study=TINY, arms=arms)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert {"robustness.md", "robustness.json", "robustness", "robustness-differences.png"} <= names
+        assert "Of 1 ways" in claim.statement
+        # Such a file is read in, where it ships with the package and is of the same study.
+        (tmp_path / "studies").mkdir()
+        (tmp_path / "robustness.json").rename(tmp_path / "studies" / "robustness.json")
+        monkeypatch.setattr("probattn.inference.claims.robustness.resources.files", lambda name: tmp_path)
+        read = robustness_claim(small, Settings(full=True), study=TINY, arms=arms, quick=TINY)
+        assert dict(read.measured) == dict(claim.measured)
+        assert (read.verdict, read.condition) == (claim.verdict, claim.condition)
+        other = robustness_claim(small, Settings(full=True), study=replace(TINY, steps=5), arms=arms, quick=TINY)
+        assert "Quick form" in other.statement
+
+    def test_without_a_text(self, subject):
+        claim = robustness_claim(replace(subject, corpus=None), Settings())
+        assert claim.verdict == "not_run"
+        assert "text" in claim.condition
+
+    def test_with_too_short_a_text(self, small, text):
+        short = replace(small, corpus=replace(text, heldout=text.heldout[:10]))
+        assert robustness_claim(short, Settings(), quick=TINY).verdict == "not_run"
+
+
+def test_the_declared_arms_fit_together():
+    every = (*ARMS, *VARIANTS)
+    named = {arm.name: arm for arm in every}
+    assert len(named) == len(every)
+    assert all(arm.steer is None or named[arm.steer].steer is None for arm in every)
+    assert all(arm.reference in named for arm in every)
+    assert {"plain", LITERAL, LITERAL_AT_PLAIN_SCALE, POSITIVE, NEGATIVE} <= set(named)
+    assert all(arm.reason for arm in every)
+    assert sum(arm.barrier for arm in every) == 17

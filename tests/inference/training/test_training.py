@@ -1,0 +1,247 @@
+"""Training with the barrier: what is logged, what a checkpoint holds, and that going on from one changes nothing."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from probattn.errors import InputError, NonFinitePenaltyError
+from probattn.hf.barrier import attach_barrier
+from probattn.inference.training.run import TrainOptions, train
+from probattn.inference.training.trainer import LogBarrierTrainer, last_whole_checkpoint
+from probattn.models.causal_lm import CharacterTokeniser, build_causal_lm, load_causal_lm
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+OPTIONS = TrainOptions(
+    layers=1,
+    dim=16,
+    heads=2,
+    context=24,
+    batch=8,
+    steps=12,
+    save_every=4,
+    evaluate_every=6,
+    evaluate_windows=16,
+    log_every=1,
+    warmup=2,
+    learning_rate=3e-3,
+    weight=0.5,
+    kind="smooth",
+    positions=0.5,
+    dropout=0.1,
+    precision="float64",
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog; " * 120, encoding="utf-8")
+    return str(path)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {line["step"]: line["objective"] for line in lines(folder) if "objective" in line}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole")
+    seen = []
+    return out, train(replace(OPTIONS, out=out, corpus=text), seen.append), seen
+
+
+def test_a_run_leaves_a_model_its_alphabet_and_its_figures(whole):
+    out, result, seen = whole
+    assert {entry.name for entry in out.iterdir()} == {
+        "model",
+        "metrics.jsonl",
+        "config.json",
+        "checkpoint-8",
+        "checkpoint-12",
+    }
+    trained = [line for line in lines(out) if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 13))
+    for line in trained:
+        assert line["cross_entropy"] == line["loss"]
+        assert line["objective"] == pytest.approx(line["cross_entropy"] + 0.5 * line["penalty"], abs=1e-12)
+        assert line["penalty"] > 0
+        layer, head, sequence, position = line["support"]
+        assert layer == 0
+        assert head in (0, 1)
+        assert 0 <= sequence < 8
+        assert 0 <= position < 24
+    assert trained[-1]["cross_entropy"] < trained[0]["cross_entropy"]
+    assert len(seen) >= 12
+    assert seen[0].startswith("step 1: loss")
+    assert json.loads((out / "config.json").read_text())["identity"]["weight"] == 0.5
+
+    model, tokeniser = load_causal_lm(out / "model")
+    assert isinstance(tokeniser, CharacterTokeniser)
+    assert "".join(tokeniser.pieces(tokeniser.encode("fox"))) == "fox"
+    assert not any("stage" in name or "probattn" in name for name in model.state_dict())
+    assert "probattn" not in (out / "model" / "config.json").read_text()
+    assert result["cross_entropy"] == [line for line in lines(out) if "eval_loss" in line][-1]["eval_loss"]
+
+
+@pytest.mark.filterwarnings("ignore:You are resuming training:UserWarning")
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(whole, text, tmp_path):
+    out = tmp_path / "run"
+    options = replace(OPTIONS, out=out, corpus=text)
+    train(options)
+    shutil.rmtree(out / "checkpoint-12")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "torn')  # what a killed process may leave
+    result = train(replace(options, resume=True))
+    assert losses(out) == losses(whole[0])
+    assert result == whole[1]
+    # The control: another seed is another run.
+    other = train(replace(options, out=tmp_path / "other", seed=1))
+    assert other["cross_entropy"] != result["cross_entropy"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+def test_a_half_written_checkpoint_is_passed_over_and_said(whole, text, tmp_path, file):
+    out = tmp_path / "run"
+    options = replace(OPTIONS, out=out, corpus=text)
+    train(options)
+    damaged = out / "checkpoint-12" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    warned = []
+    assert last_whole_checkpoint(out, warned.append) == out / "checkpoint-8"
+    assert len(warned) == 1
+    assert "checkpoint-12 is not whole" in warned[0]
+    if file == "model.safetensors":
+        seen = []
+        assert train(replace(options, resume=True), seen.append) == whole[1]
+        assert any("checkpoint-12 is not whole" in line for line in seen)
+
+
+def test_accumulation_does_not_change_the_run(text, tmp_path):
+    plain = replace(OPTIONS, corpus=text, positions=1.0, dropout=0.0, save_every=0, out=tmp_path / "plain")
+    parts = replace(plain, accumulate=4, out=tmp_path / "parts")
+    train(plain)
+    train(parts)
+    expected, found = losses(tmp_path / "plain"), losses(tmp_path / "parts")
+    # The Trainer keeps its sum of losses in single precision.
+    assert found == pytest.approx(expected, rel=1e-6)
+    unweighted = replace(plain, weight=0.1, out=tmp_path / "weight")
+    train(unweighted)
+    assert [line["cross_entropy"] for line in lines(tmp_path / "weight") if "loss" in line][-1] != pytest.approx(
+        [line["cross_entropy"] for line in lines(tmp_path / "plain") if "loss" in line][-1], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mistral", "gemma2", "qwen3"])
+def test_every_architecture_trains_and_goes_on_from_its_folder(architecture, text, tmp_path):
+    first = replace(
+        OPTIONS, architecture=architecture, steps=2, log_every=1, save_every=0, corpus=text, out=tmp_path / "first"
+    )
+    before = train(first)
+    again = replace(first, model=tmp_path / "first" / "model", out=tmp_path / "second", placement="embeddings")
+    after = train(again)
+    assert after["cross_entropy"] < before["cross_entropy"] + 0.1
+    assert before["penalty"] > 0
+    assert after["penalty"] > 0
+
+
+def test_without_a_weight_there_is_no_barrier(text, tmp_path):
+    train(replace(OPTIONS, weight=0.0, steps=2, save_every=0, corpus=text, out=tmp_path))
+    assert all("penalty" not in line for line in lines(tmp_path))
+
+
+def test_a_penalty_that_is_not_finite_stops_and_keeps_the_checkpoint(text, tmp_path):
+    options = replace(OPTIONS, out=tmp_path, corpus=text, save_every=1, warmup=0, learning_rate=1e200)
+    with pytest.raises(NonFinitePenaltyError, match=r"layer 0, head \d, position \d+ of sequence \d+"):
+        train(options)
+    assert last_whole_checkpoint(tmp_path) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 9, "accumulate": 2}, "a multiple of 2"),
+        ({"dim": 15}, "does not divide"),
+        ({"kind": "log"}, "logdet, one_sided"),
+        ({"positions": 0.0}, "must lie in"),
+        ({"weight": -1.0}, "not negative"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"precision": "fp16"}, "needs a CUDA device"),
+        ({"learning_rate": float("nan")}, "positive and finite"),
+    ],
+)
+def test_options_that_cannot_be_used(change, message):
+    if change == {"precision": "fp16"} and torch.cuda.is_available():
+        pytest.skip("fp16 can be used here")
+    with pytest.raises(InputError, match=message):
+        replace(OPTIONS, **change)
+
+
+def test_what_cannot_be_trained_on(text, tmp_path, whole):
+    options = replace(OPTIONS, corpus=text, out=tmp_path / "run")
+    with pytest.raises(InputError, match="do not fill one --batch"):
+        train(replace(options, batch=4096))
+    with pytest.raises(InputError, match="no such folder"):
+        train(replace(options, model=tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no config\.json"):
+        train(replace(options, model=tmp_path / "empty"))
+    with pytest.raises(InputError, match="24 positions"):
+        train(replace(options, model=whole[0] / "model", context=25))
+    with pytest.raises(InputError, match="add --resume"):
+        train(replace(options, out=whole[0]))
+    with pytest.raises(InputError, match=r"has weight 0\.5, this one 0\.1"):
+        train(replace(options, out=whole[0], weight=0.1, resume=True))
+
+
+def test_a_loss_made_outside_the_model_is_coupled_too(tmp_path):
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 7, (8, 6))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+
+    def gradients(folder, **options):
+        torch.manual_seed(1)
+        model = build_causal_lm("gpt2", 7, layers=1, dim=8, heads=2, context=6).double()
+        arguments = transformers.TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=8,
+            max_steps=1,
+            learning_rate=1.0,
+            optim="sgd",
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            **options.pop("arguments", {}),
+        )
+        barrier = attach_barrier(model, options.pop("weight"), "smooth")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        LogBarrierTrainer(model, arguments, train_dataset=data, barrier=barrier, **options).train()
+        return {name: before[name] - value for name, value in model.state_dict().items()}
+
+    def own(outputs, labels, num_items_in_batch=None):
+        flat = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(*flat, reduction="sum") / num_items_in_batch
+
+    inside = gradients(tmp_path / "inside", weight=5.0)
+    outside = gradients(tmp_path / "outside", weight=5.0, compute_loss_func=own)
+    plain = gradients(tmp_path / "plain", weight=0.0, compute_loss_func=own)
+    # Single precision: the library computes its own loss in it.
+    torch.testing.assert_close(outside, inside, rtol=1e-5, atol=1e-7)
+    assert any((outside[name] - plain[name]).abs().max() > 1e-4 for name in plain)
+    smoothed = gradients(tmp_path / "smooth", weight=5.0, arguments={"label_smoothing_factor": 0.1})
+    unweighted = gradients(tmp_path / "smooth0", weight=0.0, arguments={"label_smoothing_factor": 0.1})
+    for name in plain:  # the penalty adds the same to both losses
+        torch.testing.assert_close(smoothed[name] - unweighted[name], outside[name] - plain[name], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,132 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probattn import regime
+from probattn.errors import InputError
+from probattn.folds.line import largest_sensitivity, turning_points
+from probattn.folds.search import find_fold
+from probattn.models.scalar import scalar_attention
+from probattn.solve.context import Past
+from support import attention_like, tokens
+
+GRID = torch.linspace(-40, 40, 20_001, dtype=torch.float64).unsqueeze(-1)
+
+
+@settings(max_examples=150)
+@given(seed=st.integers(0, 10**6), heads=st.integers(1, 3), length=st.integers(2, 8), size=st.floats(0.1, 5))
+def test_the_bracket_encloses_what_a_grid_sees(seed, heads, length, size):
+    past = Past.of(attention_like(seed, heads, 1, 1, 1, size=size), tokens(seed, length, 1))
+    bracket = largest_sensitivity(past)
+    seen = float((1 - past.mean_and_jacobian(GRID)[1]).max())
+    assert seen <= bracket.upper + 1e-9 or bracket.lower > 1  # above the threshold the search stops
+    assert bracket.lower <= bracket.upper
+    if bracket.lower > 0:
+        attained = 1 - past.mean_and_jacobian(torch.tensor([bracket.at]).double())[1]
+        assert float(attained) == pytest.approx(bracket.lower)
+    assert (bracket.lower > 1) >= (seen > 1)
+
+
+@pytest.mark.parametrize("excess", [-1e-6, -1e-9, 1e-9, 1e-6])
+def test_decided_next_to_the_boundary(excess):
+    past = Past.of(scalar_attention(1 + excess), torch.tensor([[-1.0], [1.0]]).double())
+    bracket = largest_sensitivity(past)
+    assert (bracket.lower > 1, bracket.upper < 1) == (excess > 0, excess < 0)
+
+
+@settings(max_examples=100)
+@given(seed=st.integers(0, 10**6), heads=st.integers(1, 3), length=st.integers(2, 8), size=st.floats(0.1, 5))
+def test_turning_points_are_all_the_zeros_of_the_jacobian(seed, heads, length, size):
+    past = Past.of(attention_like(seed, heads, 1, 1, 1, size=size), 2 * tokens(seed, length, 1))
+    points = turning_points(past)
+    slope = past.mean_and_jacobian(GRID)[1].flatten()
+    seen = int((slope[1:] * slope[:-1] < 0).sum())
+    inside = points[points.abs() < 40]
+    assert len(points) % 2 == 0
+    assert len(inside) >= seen
+    if len(points):
+        at = past.mean_and_jacobian(points.unsqueeze(-1))[1].flatten()
+        assert at.abs().max() < 1e-9 * (1 + slope.abs().max())
+        sides = torch.stack([points - 1e-6, points + 1e-6]).unsqueeze(-1)
+        before, after = past.mean_and_jacobian(sides)[1].flatten(1)
+        assert (before * after < 0).all()
+
+
+def test_a_narrow_fold_is_not_overlooked():
+    # Just beyond the boundary the two turning points are 6e-4 apart.
+    points = turning_points(Past.of(scalar_attention(1 + 1e-7), torch.tensor([[-1.0], [1.0]]).double()))
+    assert len(points) == 2
+    assert float(points[1] - points[0]) == pytest.approx(2 * (1e-7) ** 0.5, rel=1e-3)
+
+
+def test_a_tail_of_nearly_equal_tokens_is_searched_to_its_end():
+    past = Past.of(scalar_attention(-1.0), torch.tensor([[0.0], [1.0], [1.0 + 1e-5]]).double())
+    bracket = largest_sensitivity(past)
+    assert bracket.upper < 1
+    assert bracket.lower == 0
+
+
+@pytest.mark.parametrize("dim", [2, 4])
+def test_search_agrees_with_brute_force(dim):
+    found = folded = 0
+    for seed in range(60):
+        past = Past.of(attention_like(seed, 1, dim, dim, size=0.8), tokens(seed, 6, dim))
+        candidates = torch.cat([1.5 * tokens(seed, 4000, dim), 0.5 * tokens(seed + 1, 4000, dim)])
+        if bool((torch.linalg.det(past.mean_and_jacobian(candidates)[1]) < 0).any()):
+            folded += 1
+            witness = find_fold(past)
+            if witness is not None:
+                found += 1
+                assert float(torch.linalg.det(past.mean_and_jacobian(witness)[1])) < 0
+    assert folded > 10
+    assert found >= 0.99 * folded
+
+
+def test_search_says_none_where_a_contraction_certifies():
+    past = Past.of(attention_like(0, 2, 2, 3, 2, size=0.01), 0.3 * tokens(0, 5, 3))
+    assert float(past.contraction_bound()) < 1
+    assert find_fold(past) is None
+
+
+@settings(max_examples=200)
+@given(seed=st.integers(0, 10**7), length=st.integers(3, 8), a=st.floats(-6, 6))
+def test_regime_on_a_line_is_right(seed, length, a):
+    u = tokens(seed, length, 1)
+    found = regime(scalar_attention(a), u)
+    folds = [bool((Past.of(scalar_attention(a), u[:i]).mean_and_jacobian(GRID)[1] < 0).any()) for i in range(2, length)]
+    if any(folds):
+        assert str(found) == "folded"
+        assert found.proved
+        past = Past.of(scalar_attention(a), u[: found.position])
+        assert float(past.mean_and_jacobian(found.witness.unsqueeze(0))[1]) < 0
+    if str(found) == "certified":
+        assert not any(folds)
+
+
+@pytest.mark.slow
+def test_regime_never_certifies_a_fold_over_ten_thousand_pasts():
+    wrong = missed = folded = 0
+    for seed in range(10_000):
+        generator = torch.Generator().manual_seed(seed)
+        length = int(torch.randint(2, 9, (1,), generator=generator))
+        u = torch.randn(length + 1, 1, generator=generator, dtype=torch.float64)
+        attention = scalar_attention(float(4 * torch.rand(1, generator=generator)))
+        fold = bool((Past.of(attention, u[:length]).mean_and_jacobian(GRID[8000:12_001:4])[1] < 0).any())
+        found = regime(attention, u)
+        wrong += fold and str(found) == "certified"
+        folded += fold
+        missed += fold and found.witness is None
+    assert folded > 1000
+    assert wrong == 0
+    assert missed <= 0.01 * folded
+
+
+def test_bad_pasts():
+    flat = Past.of(attention_like(0), tokens(0, 4, 3))
+    with pytest.raises(InputError, match="largest_sensitivity needs one-dimensional tokens"):
+        largest_sensitivity(flat)
+    with pytest.raises(InputError, match="turning_points needs"):
+        turning_points(flat)
+    with pytest.raises(InputError, match="without batch axes"):
+        find_fold(Past.of(attention_like(0), tokens(0, 2, 4, 3)))
