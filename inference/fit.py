@@ -17,7 +17,7 @@ from probattn.attention import Mask
 from probattn.errors import InputError
 from probattn.inference.methods.draws import Draws, feasible_start
 from probattn.inference.methods.laplace import fit_laplace
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import MapConfig, fit_map
 from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
 from probattn.inference.methods.svi import SviConfig, fit_svi
@@ -55,7 +55,7 @@ class FitOptions:
         standardise: subtract the mean of all tokens and divide by their root mean square, one number each.
         method: "nuts", "svi", "laplace" or "map".
         heads, rank, value_dim, mask, prior_scale, jacobian: of the :class:`EmbeddingModel`. Without rank and value_dim
-            the bilinear matrix itself is the parameter, with either its factors are.
+            the QK matrix itself is the parameter, with either its factors are.
         nuts, svi, map, language: options of the methods and of the language model. Their seed is ``seed``.
         laplace_draws: draws of the Laplace approximation.
         compare: fit these variants too and compare them by leave-one-sequence-out: of "jacobian", "mask", "heads".
@@ -104,7 +104,7 @@ class FitOptions:
     @property
     def parameters(self) -> Parameters:
         """What the sites of the model are."""
-        return "bilinear" if self.rank is None and self.value_dim is None else "factors"
+        return "qk_matrix" if self.rank is None and self.value_dim is None else "factors"
 
 
 def fit(options: FitOptions, report: Report | None = None) -> tuple[Fit, Diagnosis]:
@@ -128,7 +128,7 @@ def fit(options: FitOptions, report: Report | None = None) -> tuple[Fit, Diagnos
                 "start it plainly (nuts with --chain-method process takes several cores)."
             )
         model, u, facts = _problem(options, report)
-        target = Target(model, u)
+        target = LogDensity(model, u)
         others = variants(model, options.compare)  # refused before the work, not after it
         draws = _infer(options, target, report)
         record = {
@@ -220,7 +220,7 @@ def _stage_of_language_model(options: FitOptions, report: Report) -> tuple[Embed
 def _compare(
     options: FitOptions, models: Mapping[str, EmbeddingModel], own: Draws, u: Tensor, report: Report
 ) -> list[Compared]:
-    def infer(name: str, target: Target) -> Draws:
+    def infer(name: str, target: LogDensity) -> Draws:
         if name == AS_ASKED:
             return own
         report(f"fitting {name}")
@@ -232,7 +232,7 @@ def _compare(
     return compared
 
 
-def _infer(options: FitOptions, target: Target, report: Report, variant: str = "") -> Draws:
+def _infer(options: FitOptions, target: LogDensity, report: Report, variant: str = "") -> Draws:
     described = json.dumps({**identify(target.model, target.data), "device": options.device.type}, sort_keys=True)
     checkpoint = options.out / f"{'-'.join(filter(None, (options.method, variant)))}.pt"
     if options.method == "laplace":
@@ -301,7 +301,7 @@ def _write_comparison(out: Path, compared: list[Compared]) -> None:
     write_atomically(out / "figures" / "comparison.png", partial(figure.savefig, format="png", dpi=130))
 
 
-_SUMMARISED = ("bilinear", "transport", "noise_scale", "smallest_margin")
+_SUMMARISED = ("qk_matrix", "ov_matrix", "noise_scale", "smallest_margin")
 
 
 def _figures(found: Fit) -> dict[str, Any]:

@@ -194,13 +194,13 @@ def _as_fit(subject: Subject, corpus: Corpus, result: MapResult, record: Mapping
     attention, u = subject.attention, subject.tokens(_EVALUATED)
     point = {name: value.numpy()[None, None] for name, value in subject.values.items()}
     implied = {
-        "bilinear": attention.bilinear.numpy()[None, None],
+        "qk_matrix": attention.qk_matrix.numpy()[None, None],
         "log_abs_det": attention.logabsdet(u)[1].numpy()[None, None],
         "margin": stability_margin(attention, u).numpy()[None, None],
     }
     history = {f"history_{name}": np.asarray(values) for name, values in result.history.items()}
     dims = {
-        "bilinear": ["head", "key_feature", "query_feature"],
+        "qk_matrix": ["head", "key_feature", "query_feature"],
         "log_abs_det": ["window", "token"],
         "margin": ["window", "token"],
         "embedding": ["character", "feature"],

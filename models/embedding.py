@@ -18,7 +18,7 @@ from probattn.solve.search import Selection
 
 __all__ = ["EmbeddingModel", "Parameters"]
 
-Parameters = Literal["factors", "bilinear"]
+Parameters = Literal["factors", "qk_matrix"]
 
 
 class EmbeddingModel(SequenceModel):
@@ -28,7 +28,7 @@ class EmbeddingModel(SequenceModel):
         W_Q, W_K \sim N(0, s^2 / p), \quad [W_V \sim N(0, s^2 / p),\; W_O \sim N(0, s^2 / d_v)], \quad
         \log \sigma_j \sim N(0, t^2), \quad u^{(n)} \sim \mathrm{LatentAttention}(W, \sigma)
 
-    or, with ``parameters="bilinear"``, the identified matrix itself: A_h ~ N(0, s^2 / p) entry by entry, W_V = W_O = I.
+    or, with ``parameters="qk_matrix"``, the identified matrix itself: A_h ~ N(0, s^2 / p) entry by entry, W_V = W_O = I.
 
     Only the products A = c W_K^T W_Q and W_O W_V and the multiset of heads are identified: read those, not the factors.
 
@@ -40,7 +40,7 @@ class EmbeddingModel(SequenceModel):
         value_dim: dv; None fixes W_V = W_O = I.
         prior_scale: s.
         mask: as in :class:`CausalAttention`.
-        parameters: "factors" (W_Q, W_K) or "bilinear" (A, of full rank).
+        parameters: "factors" (W_Q, W_K) or "qk_matrix" (A, of full rank).
         noise_spread: t.
         noise_scale: sigma where it is known; None infers it.
         power: lambda, the power to which the density of the sequences is raised (of a posterior tempered by it, as in
@@ -48,12 +48,12 @@ class EmbeddingModel(SequenceModel):
         jacobian: whether the likelihood has its log-determinants. Without them it is not a density of u; the choice is
             there to show what a naive fit of the residuals gets wrong.
 
-    Sites: ``query``, ``key``, [``value``, ``output``] or ``bilinear``; [``noise_scale``]; and ``u`` in the plate
+    Sites: ``query``, ``key``, [``value``, ``output``] or ``qk_matrix``; [``noise_scale``]; and ``u`` in the plate
     ``sequences``. Every expression is written for leading batch axes, so particles and parallel predictive draws
     vectorise.
 
     Raises:
-        InputError: a size below 1, a scale that is not positive, a rank or value size beside ``bilinear``.
+        InputError: a size below 1, a scale that is not positive, a rank or value size beside ``qk_matrix``.
 
     Example:
         >>> _ = pyro.set_rng_seed(0)
@@ -94,8 +94,8 @@ class EmbeddingModel(SequenceModel):
         }
         if parameters not in get_args(Parameters):
             raise InputError(f"parameters is {parameters!r}; use one of {', '.join(get_args(Parameters))}.")
-        if parameters == "bilinear" and (rank is not None or value_dim is not None):
-            raise InputError("a bilinear A has full rank and W_V = W_O = I; for a rank or a value size use factors.")
+        if parameters == "qk_matrix" and (rank is not None or value_dim is not None):
+            raise InputError("a QK matrix A has full rank and W_V = W_O = I; for a rank or a value size use factors.")
         rank = dim if rank is None else rank
         sizes = {
             "length": length,
@@ -149,7 +149,7 @@ class EmbeddingModel(SequenceModel):
 
     def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
         """The prior of every parameter."""
-        shapes: dict[str, tuple[int, int]] = {"bilinear": (self.dim, self.dim)}
+        shapes: dict[str, tuple[int, int]] = {"qk_matrix": (self.dim, self.dim)}
         if self.parameters_as == "factors":
             shapes = {"query": (self.rank, self.dim), "key": (self.rank, self.dim)}
         if self.value_dim is not None:
@@ -170,7 +170,7 @@ class EmbeddingModel(SequenceModel):
 
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
         """The attention with given values of the sites, (*batch, H, ., .) each."""
-        if self.parameters_as == "bilinear":
-            return CausalAttention.from_bilinear(values["bilinear"], mask=self.mask)
+        if self.parameters_as == "qk_matrix":
+            return CausalAttention.from_qk_matrix(values["qk_matrix"], mask=self.mask)
         value, output = values.get("value"), values.get("output")
         return CausalAttention(values["query"], values["key"], value, output, mask=self.mask)

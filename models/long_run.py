@@ -86,7 +86,7 @@ def long_run(
         torch.manual_seed(seed)
         noise = noise_distribution(noise_scale, last, dim, like=like).sample((sequences,))  # (N, T, p)
     noise = noise.expand(*batch, last, dim).reshape(flat, last, dim)
-    transport, bilinear = (_side_by_side(part, batch, 3) for part in (attention.transport, attention.bilinear))
+    ov_matrix, qk_matrix = (_side_by_side(part, batch, 3) for part in (attention.ov_matrix, attention.qk_matrix))
     start = _side_by_side(attention.start, batch, 1)
     limits = torch.as_tensor(limit, dtype=like.dtype).unsqueeze(-1).expand(batch).reshape(flat)
     inclusive, copies = attention.mask == "inclusive", 2 if symmetric else 1
@@ -103,15 +103,15 @@ def long_run(
                 u = eps + start
             else:
                 filled = copies * (n - 1)
-                own = (transport, bilinear) if inclusive else None
+                own = (ov_matrix, qk_matrix) if inclusive else None
                 u, missed = follow_root(moved[..., :filled, :], pulled[..., :filled, :], eps, own)
                 unsolved += missed
             solved += len(alive)
             row = u.unsqueeze(-2).unsqueeze(-2)  # (B, 1, 1, p)
             for copy in range(copies):
                 place = copies * (n - 1) + copy
-                moved[..., place, :] = (1 - 2 * copy) * (row @ transport.mT).squeeze(-2)
-                pulled[..., place, :] = (1 - 2 * copy) * (row @ bilinear).squeeze(-2)
+                moved[..., place, :] = (1 - 2 * copy) * (row @ ov_matrix.mT).squeeze(-2)
+                pulled[..., place, :] = (1 - 2 * copy) * (row @ qk_matrix).squeeze(-2)
             total, squares = total + u, squares + u.unsqueeze(-1) * u.unsqueeze(-2)
         centre = torch.zeros_like(total) if symmetric else total / n
         covariance = squares / n - centre.unsqueeze(-1) * centre.unsqueeze(-2)
@@ -119,12 +119,12 @@ def long_run(
         if bool(gone.any()):
             escape[alive[gone]] = n
             stay = ~gone
-            noise, transport, bilinear, start, limits, moved, pulled, total, squares, alive, covariance = (
+            noise, ov_matrix, qk_matrix, start, limits, moved, pulled, total, squares, alive, covariance = (
                 part[stay]
                 for part in (
                     noise,
-                    transport,
-                    bilinear,
+                    ov_matrix,
+                    qk_matrix,
                     start,
                     limits,
                     moved,
@@ -158,9 +158,9 @@ def _mean_and_slope(
     query = u.unsqueeze(-2).unsqueeze(-1)  # (B, 1, p, 1)
     row = u.unsqueeze(-2).unsqueeze(-2)  # (B, 1, 1, p)
     if own is not None:
-        transport, bilinear = own
-        moved = torch.cat([moved, row @ transport.mT], dim=-2)
-        pulled = torch.cat([pulled, row @ bilinear], dim=-2)
+        ov_matrix, qk_matrix = own
+        moved = torch.cat([moved, row @ ov_matrix.mT], dim=-2)
+        pulled = torch.cat([pulled, row @ qk_matrix], dim=-2)
     weights = torch.softmax((pulled @ query).squeeze(-1), dim=-1).unsqueeze(-2)  # (B, H, 1, n)
     average = weights @ moved  # (B, H, 1, p)
     key = weights @ pulled

@@ -26,11 +26,11 @@ def scalar_attention(a: float | Tensor, *, mask: Mask = "strict") -> CausalAtten
         mask: as in :class:`CausalAttention`.
 
     Example:
-        >>> scalar_attention(0.5).bilinear
+        >>> scalar_attention(0.5).qk_matrix
         tensor([[[0.5000]]], dtype=torch.float64)
     """
     slope = a if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64)
-    return CausalAttention.from_bilinear(slope[..., None, None, None], mask=mask)
+    return CausalAttention.from_qk_matrix(slope[..., None, None, None], mask=mask)
 
 
 class ScalarModel(SequenceModel):

@@ -24,7 +24,7 @@ from probattn.errors import InputError, require_finite
 from probattn.moments.dense import SUPPORTED, attention_weights, norm_bound, refined
 from probattn.moments.operators import past_moments
 
-__all__ = ["CausalAttention", "Evaluation", "Mask", "require_mask"]
+__all__ = ["CausalAttention", "Mask", "MeanAndFactors", "require_mask"]
 
 Mask = Literal["strict", "inclusive"]
 
@@ -39,7 +39,7 @@ def require_mask(mask: str) -> None:
         raise InputError(f"mask is {mask!r}; use one of {', '.join(map(repr, get_args(Mask)))}.")
 
 
-class Evaluation(NamedTuple):
+class MeanAndFactors(NamedTuple):
     """What one pass over a sequence yields.
 
     Attributes:
@@ -48,7 +48,7 @@ class Evaluation(NamedTuple):
     """
 
     mean: Tensor
-    factors: blocks.Sensitivity
+    factors: blocks.JacobianFactors
 
 
 class CausalAttention:
@@ -82,7 +82,7 @@ class CausalAttention:
 
     Example:
         >>> A = torch.tensor([[0.5]], dtype=torch.float64)
-        >>> attention = CausalAttention.from_bilinear(A)
+        >>> attention = CausalAttention.from_qk_matrix(A)
         >>> u = torch.tensor([[-1.0], [1.0], [0.0]], dtype=torch.float64)
         >>> attention.jacobian(u).flatten()  # 1 - a Var: nothing seen, one token seen, variance 1
         tensor([1.0000, 1.0000, 0.5000], dtype=torch.float64)
@@ -165,7 +165,7 @@ class CausalAttention:
                 require_finite(name, tensor)
 
     @classmethod
-    def from_bilinear(cls, matrix: Tensor, *, mask: Mask = "strict", start: Tensor | None = None) -> CausalAttention:
+    def from_qk_matrix(cls, matrix: Tensor, *, mask: Mask = "strict", start: Tensor | None = None) -> CausalAttention:
         """The simplest instance, l_is = u_s^T A u_i with W_V = W_O = I.
 
         Args:
@@ -180,9 +180,7 @@ class CausalAttention:
             InputError: if the matrix is not square.
         """
         if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-            raise InputError(
-                f"the bilinear form has shape {tuple(matrix.shape)}; it must be square, (*batch, H, p, p)."
-            )
+            raise InputError(f"the QK matrix has shape {tuple(matrix.shape)}; it must be square, (*batch, H, p, p).")
         matrix = matrix.unsqueeze(0) if matrix.dim() == 2 else matrix
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand(matrix.shape)
         return cls(matrix, identity, scale=1.0, mask=mask, start=start)
@@ -211,12 +209,12 @@ class CausalAttention:
         return self.query.shape[-1]
 
     @property
-    def bilinear(self) -> Tensor:
+    def qk_matrix(self) -> Tensor:
         """A_h = c W_K^T W_Q, (*batch, H, p, p): identified by the logits, as the factors are not."""
         return self.key.mT @ self.scaled_query
 
     @property
-    def transport(self) -> Tensor:
+    def ov_matrix(self) -> Tensor:
         """C_h = W_O W_V, (*batch, H, p, p): identified by the mean, as the factors are not."""
         return self.output @ self.value
 
@@ -262,14 +260,14 @@ class CausalAttention:
             self.mask == other.mask and all(torch.equal(mine[name], theirs[name]) for name in mine)
         )
 
-    def evaluate(self, u: Tensor) -> Evaluation:
+    def mean_and_factors(self, u: Tensor) -> MeanAndFactors:
         """Mean and the factored blocks in one pass over the sequence.
 
         Args:
             u: tokens, (*batch, T, p).
 
         Returns:
-            An :class:`Evaluation`. Time O(H T^2 r dv), memory O(H T r dv) forward and backward: weights exist for a
+            An :class:`MeanAndFactors`. Time O(H T^2 r dv), memory O(H T r dv) forward and backward: weights exist for a
             block of rows at a time, but in derivatives beyond the first.
 
         Raises:
@@ -303,8 +301,8 @@ class CausalAttention:
             pull = query @ self.key  # c W_K^T q_i, (*batch, H, T, p)
             own = self.value.unsqueeze(-3) + away.unsqueeze(-1) * pull.unsqueeze(-2)
             own = weight.unsqueeze(-1) * own  # (*batch, H, T, dv, p)
-        factors = blocks.Sensitivity(cov, self.scaled_query, self.output, own)
-        return Evaluation(self._assemble_mean(average), factors)
+        factors = blocks.JacobianFactors(cov, self.scaled_query, self.output, own)
+        return MeanAndFactors(self._assemble_mean(average), factors)
 
     def weights(self, u: Tensor) -> Tensor:
         """Attention weights alpha, (*batch, H, T, T); a row sums to one, but for row 1 of a strict mask."""
@@ -338,12 +336,12 @@ class CausalAttention:
             determinant.
         """
         identity = torch.eye(self.dim, dtype=u.dtype, device=u.device)
-        return identity - blocks.sensitivity(self.evaluate(u).factors)
+        return identity - blocks.mean_jacobian(self.mean_and_factors(u).factors)
 
     def logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Sign and log|det J_i| by the cheapest exact route.
 
-        Square matrices of size min(p, H r, H dv), or min(p, H dv) under the inclusive mask; see ``blocks.reduced``.
+        Square matrices of size min(p, H r, H dv), or min(p, H dv) under the inclusive mask; see ``blocks.sylvester_core``.
 
         Args:
             u: tokens, (*batch, T, p).
@@ -351,12 +349,12 @@ class CausalAttention:
         Returns:
             sign and log|det J_i|, (*batch, T) each.
         """
-        return blocks.logabsdet(blocks.reduced(self.evaluate(u).factors))
+        return blocks.logabsdet_one_minus(blocks.sylvester_core(self.mean_and_factors(u).factors))
 
     def residual_and_logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The residual e, (*batch, T, p), and log|det J_i|, (*batch, T): all that the density needs, in one pass."""
-        evaluation = self.evaluate(u)
-        return u - evaluation.mean, blocks.logabsdet(blocks.reduced(evaluation.factors))[1]
+        evaluation = self.mean_and_factors(u)
+        return u - evaluation.mean, blocks.logabsdet_one_minus(blocks.sylvester_core(evaluation.factors))[1]
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)

@@ -69,13 +69,13 @@ def log_barrier(
         InputError: unknown kind, sharpness not positive, or shapes that do not fit.
 
     Example:
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
         >>> log_barrier(attention, torch.tensor([[-1.0], [1.0], [0.0]]))[-1]  # -log(1 - 0.5)
         tensor(0.6931)
     """
     require_penalty(kind, sharpness)
-    factors = attention.evaluate(u).factors
-    matrix = blocks.sensitivity(factors) if kind == "singular_value" else blocks.reduced(factors)
+    factors = attention.mean_and_factors(u).factors
+    matrix = blocks.mean_jacobian(factors) if kind == "singular_value" else blocks.sylvester_core(factors)
     return penalty_and_margin(matrix, attention.dim, kind, sharpness)[0]
 
 
@@ -104,9 +104,9 @@ def penalty_and_margin(matrix: Tensor, dim: int, kind: BarrierKind, sharpness: f
         if kind == "spectral":
             margin = 1 - blocks.largest_real_eigenvalue(matrix, dim)
         else:
-            margin = blocks.smallest_singular_value(matrix)
+            margin = blocks.smallest_singular_value_one_minus(matrix)
         return -margin.clamp(0.0, 1.0).log(), margin
-    sign, logabs = blocks.logabsdet(matrix)
+    sign, logabs = blocks.logabsdet_one_minus(matrix)
     literal, margin = -logabs, sign * logabs.exp()
     if kind == "logdet":
         return literal, margin
@@ -136,7 +136,7 @@ def stability_margin(attention: CausalAttention, u: Tensor, kind: MarginKind = "
         InputError: unknown kind, shapes that do not fit, or u not finite (with the position).
 
     Example:
-        >>> attention = CausalAttention.from_bilinear(2.0 * torch.eye(2))
+        >>> attention = CausalAttention.from_qk_matrix(2.0 * torch.eye(2))
         >>> past = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
         >>> u = torch.cat([past, torch.zeros(1, 2)])  # det = (1 - 2)^2
         >>> [round(float(stability_margin(attention, u, kind)[-1]), 6) for kind in ("determinant", "spectral")]
@@ -180,7 +180,7 @@ def support_tokens(
         InputError: k outside 1..T, and whatever :func:`stability_margin` raises.
 
     Example:
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
         >>> support_tokens(attention, torch.tensor([[-1.0], [1.0], [0.0], [5.0]]), k=1).positions
         tensor([2])
     """
@@ -192,13 +192,13 @@ def support_tokens(
 
 
 def _margin(attention: CausalAttention, u: Tensor, kind: MarginKind) -> Tensor:
-    factors = attention.evaluate(u).factors
+    factors = attention.mean_and_factors(u).factors
     if kind == "singular_value":
-        return blocks.smallest_singular_value(blocks.sensitivity(factors))
-    core = blocks.reduced(factors)
+        return blocks.smallest_singular_value_one_minus(blocks.mean_jacobian(factors))
+    core = blocks.sylvester_core(factors)
     if kind == "spectral":
         return 1 - blocks.largest_real_eigenvalue(core, attention.dim)
-    sign, logabs = blocks.logabsdet(core)
+    sign, logabs = blocks.logabsdet_one_minus(core)
     return sign * logabs.exp()
 
 

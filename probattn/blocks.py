@@ -15,10 +15,17 @@ from torch import Tensor
 from probattn.moments import cpu
 from probattn.numerics.derivatives import first_order_only
 
-__all__ = ["Sensitivity", "largest_real_eigenvalue", "logabsdet", "reduced", "sensitivity", "smallest_singular_value"]
+__all__ = [
+    "JacobianFactors",
+    "largest_real_eigenvalue",
+    "logabsdet_one_minus",
+    "mean_jacobian",
+    "smallest_singular_value_one_minus",
+    "sylvester_core",
+]
 
 
-class Sensitivity(NamedTuple):
+class JacobianFactors(NamedTuple):
     r"""M_i = dmu_i/du_i in factors, :math:`M_i = \sum_h W_O^h (\mathrm{Cov}_i^h(v, k)\, c W_Q^h + \mathrm{own}_i^h)`.
 
     Attributes:
@@ -35,15 +42,15 @@ class Sensitivity(NamedTuple):
     own: Tensor | None
 
 
-def _stacked_output(factors: Sensitivity) -> Tensor:
+def _stacked_output(factors: JacobianFactors) -> Tensor:
     return factors.output.movedim(-3, -2).flatten(-2)  # (*batch, p, H dv)
 
 
-def sensitivity(factors: Sensitivity) -> Tensor:
+def mean_jacobian(factors: JacobianFactors) -> Tensor:
     """Multiply the factors out: M_i = I - J_i as dense blocks.
 
     Args:
-        factors: see :class:`Sensitivity`.
+        factors: see :class:`JacobianFactors`.
 
     Returns:
         M, (*batch, T, p, p). Time and memory O(T p^2 H dv) and O(T p^2).
@@ -56,14 +63,14 @@ def sensitivity(factors: Sensitivity) -> Tensor:
     return change
 
 
-def reduced(factors: Sensitivity) -> Tensor:
+def sylvester_core(factors: JacobianFactors) -> Tensor:
     r"""The smallest matrix K_i with :math:`\det(I - K_i) = \det J_i` and the non-zero eigenvalues of M_i.
 
     Of size m = min(p, H r, H dv) under the strict mask and min(p, H dv) under the inclusive one: the heads' keys, the
     heads' values, or the features, whichever are fewest. With one head and dv = p this is the r x r route.
 
     Args:
-        factors: see :class:`Sensitivity`.
+        factors: see :class:`JacobianFactors`.
 
     Returns:
         K, (*batch, T, m, m). Derived here.
@@ -73,7 +80,7 @@ def reduced(factors: Sensitivity) -> Tensor:
     keys = heads * rank if factors.own is None else dim  # the own term has no factor of rank r
     values = heads * value_dim
     if dim <= min(keys, values):
-        return sensitivity(factors)
+        return mean_jacobian(factors)
 
     output = _stacked_output(factors)  # (*batch, p, H dv)
     if keys <= values:
@@ -89,7 +96,7 @@ def reduced(factors: Sensitivity) -> Tensor:
     return core.movedim(-4, -3).flatten(-3, -2)  # (*batch, T, H dv, H dv)
 
 
-def logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def logabsdet_one_minus(matrix: Tensor) -> tuple[Tensor, Tensor]:
     r"""Sign and log of the absolute value of det(I - K), exactly; no power series.
 
     .. math:: d \log|\det(I - K)| = -\mathrm{tr}((I - K)^{-1} dK)
@@ -102,7 +109,7 @@ def logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
         times. Cost O(m^3) a matrix; on a processor up to m = 64 the matrices go through its vector units together.
 
     Example:
-        >>> sign, value = logabsdet(torch.tensor([[3.0]]))  # det = 1 - 3
+        >>> sign, value = logabsdet_one_minus(torch.tensor([[3.0]]))  # det = 1 - 3
         >>> float(sign), round(float(value.exp()), 6)
         (-1.0, 2.0)
     """
@@ -170,7 +177,7 @@ class _LogAbsDetForward(_LogAbsDet):
         return None, -(inverse * tangent).sum((-2, -1)), inverse @ tangent.mT @ inverse
 
 
-def smallest_singular_value(matrix: Tensor) -> Tensor:
+def smallest_singular_value_one_minus(matrix: Tensor) -> Tensor:
     """sigma_min(I - M), the distance in spectral norm from J to the nearest singular matrix (Eckart and Young).
 
     Args:

@@ -119,7 +119,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
     implicit-function theorem, sequential in T. Source: derived here (theory, section 2).
 
     Example:
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
         >>> process = LatentAttention(attention, noise_scale=1.0, length=3)
         >>> process.event_shape, process.log_prob(torch.tensor([[-1.0], [1.0], [0.0]]))
         (torch.Size([3, 1]), tensor(-5.9500))

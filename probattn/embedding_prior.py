@@ -122,8 +122,8 @@ class AttentionStage(nn.Module):
         if padding is not None and not bool(padding.all()):
             raise InputError("the inclusive mask of the stage needs sequences without padding; use mask='strict'.")
         attention = self.attention()
-        evaluation = attention.evaluate(u)
-        matrix = (blocks.sensitivity if kind == "singular_value" else blocks.reduced)(evaluation.factors)
+        evaluation = attention.mean_and_factors(u)
+        matrix = (blocks.mean_jacobian if kind == "singular_value" else blocks.sylvester_core)(evaluation.factors)
         values, margins = penalty_and_margin(matrix, attention.dim, kind, sharpness)  # (batch, T)
         if self.prior == "full":
             constant = u.shape[-1] * (math.log(2 * math.pi) / 2 + math.log(self.noise_scale))

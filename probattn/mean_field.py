@@ -173,7 +173,7 @@ def mean_field_flow(
     """
     _require(attention, noise_covariance)
     dim = attention.dim
-    carried = attention.transport.sum(-3)
+    carried = attention.ov_matrix.sum(-3)
 
     def unpack(state: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
         whole = torch.as_tensor(state, dtype=torch.float64)
@@ -205,7 +205,7 @@ def mean_field_flow(
 
 def _block(attention: CausalAttention, covariance: Tensor) -> Tensor:
     """I - M(V), (p, p)."""
-    change = (attention.transport @ covariance @ attention.bilinear).sum(-3)
+    change = (attention.ov_matrix @ covariance @ attention.qk_matrix).sum(-3)
     return torch.eye(attention.dim, dtype=change.dtype) - change
 
 
@@ -270,6 +270,6 @@ def _newton(attention: CausalAttention, noise_covariance: Tensor, start: Tensor)
     passed = (eigenvalues.imag.abs() < 1e-9) & (eigenvalues.real <= 0)
     if slope >= 1 or bool(passed.any()) or float(torch.linalg.eigvalsh((v + v.mT) / 2)[0]) <= 0:
         return None
-    motion = torch.linalg.solve(block, attention.transport.sum(-3)) - torch.eye(dim, dtype=torch.float64)
+    motion = torch.linalg.solve(block, attention.ov_matrix.sum(-3)) - torch.eye(dim, dtype=torch.float64)
     drift = float(torch.linalg.eigvals(motion).real.max())
     return Stationary(v, slope, drift, float(torch.linalg.svdvals(block)[-1]))

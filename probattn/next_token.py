@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from probattn.distributions import expanded_shape, noise_distribution
 from probattn.errors import InputError
 from probattn.folds.branches import Branches
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.search import Selection, find_roots, hull_points, require_selection, solve_token
 
 __all__ = ["Mass", "NextToken"]
@@ -58,8 +58,8 @@ class NextToken(dist.TorchDistribution):
 
     Example:
         >>> from probattn.attention import CausalAttention
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[3.0]]).double())
-        >>> past = Past.of(attention, torch.tensor([[-1.0], [1.0]]).double())
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]]).double())
+        >>> past = Context.of(attention, torch.tensor([[-1.0], [1.0]]).double())
         >>> law = NextToken(past, 0.5)
         >>> len(law.roots(0.0)), round(law.mass().value, 4), law.mass().method
         (3, 2.2301, 'branches')
@@ -71,7 +71,7 @@ class NextToken(dist.TorchDistribution):
 
     def __init__(
         self,
-        past: Past,
+        past: Context,
         noise_scale: float | Tensor | None,
         *,
         scale_tril: Tensor | None = None,
@@ -249,7 +249,7 @@ class NextToken(dist.TorchDistribution):
         )
 
 
-def _require_resolved(noise: dist.TorchDistribution, past: Past) -> None:
+def _require_resolved(noise: dist.TorchDistribution, past: Context) -> None:
     """Refuse a noise smaller than the error to which u - mu(u) = eps is solved."""
     size = float(past.size.max()) if past.size.numel() else 0.0
     resolved = 1e3 * torch.finfo(past.moved.dtype).eps * (1 + size)

@@ -169,7 +169,7 @@ def attention_penalty(
     with torch.autocast(query.device.type, enabled=False):
         if joint:
             factors = _through_output(cov, output, query_map, scale)
-            matrix = blocks.sensitivity(factors) if kind == "singular_value" else blocks.reduced(factors)
+            matrix = blocks.mean_jacobian(factors) if kind == "singular_value" else blocks.sylvester_core(factors)
             matrix, size = matrix.unsqueeze(1), factors.output.shape[-2]  # (batch, 1, P, m, m)
         elif dim != rank:
             raise InputError(
@@ -187,7 +187,9 @@ def attention_penalty(
     return Penalty(values, margins.detach(), chosen, valid, length, tokens)
 
 
-def _through_output(cov: Tensor, output: Tensor | None, query_map: Tensor | None, scale: float) -> blocks.Sensitivity:
+def _through_output(
+    cov: Tensor, output: Tensor | None, query_map: Tensor | None, scale: float
+) -> blocks.JacobianFactors:
     heads, dim, rank = cov.shape[1], cov.shape[-2], cov.shape[-1]
     if output is None or query_map is None:
         raise InputError("the heads are taken jointly through both output and query_map; pass the two.")
@@ -196,7 +198,7 @@ def _through_output(cov: Tensor, output: Tensor | None, query_map: Tensor | None
             f"output has shape {tuple(output.shape)} and query_map {tuple(query_map.shape)}; they must be (p, "
             f"{heads * dim}) and ({heads * rank}, p)."
         )
-    return blocks.Sensitivity(
+    return blocks.JacobianFactors(
         cov,
         scale * query_map.to(cov.dtype).unflatten(0, (heads, rank)),  # (H, r, p)
         output.to(cov.dtype).unflatten(1, (heads, dim)).movedim(1, 0),  # (H, p, dv)

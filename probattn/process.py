@@ -9,7 +9,7 @@ from probattn.attention import CausalAttention
 from probattn.distributions import LatentAttention, noise_distribution
 from probattn.errors import InputError
 from probattn.next_token import NextToken
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.search import Selection, solve_token
 
 __all__ = ["AttentionProcess", "Path"]
@@ -33,7 +33,7 @@ class AttentionProcess:
         InputError: batch axes, or a noise that cannot be used.
 
     Example:
-        >>> process = AttentionProcess(CausalAttention.from_bilinear(torch.tensor([[0.05]]).double()), 1.0)
+        >>> process = AttentionProcess(CausalAttention.from_qk_matrix(torch.tensor([[0.05]]).double()), 1.0)
         >>> path = process.path(seed=0)
         >>> bool(torch.equal(path[0:5], path[0:300][:5])), path.computed
         (True, 300)
@@ -68,7 +68,7 @@ class AttentionProcess:
     def conditional(self, past: Tensor) -> NextToken:
         """The law of the next token after ``past``, (*batch, n, p)."""
         return NextToken(
-            Past.of(self.attention, past), self.noise_scale, scale_tril=self.scale_tril, selection=self.selection
+            Context.of(self.attention, past), self.noise_scale, scale_tril=self.scale_tril, selection=self.selection
         )
 
     def noise(self, seed: int, block: int) -> Tensor:
@@ -93,7 +93,7 @@ class Path:
         self.process, self.seed = process, seed
         self._tokens: list[Tensor] = []
         self._noise = process.noise(seed, 0)[:0]
-        self._past = Past.of(process.attention, self._noise)
+        self._past = Context.of(process.attention, self._noise)
 
     @property
     def computed(self) -> int:

@@ -28,7 +28,7 @@ class AttentionTransform(Transform):
         cache_size: 0 or 1, as in torch. A cache is stale after an in-place update of the parameters.
 
     Example:
-        >>> transform = AttentionTransform(CausalAttention.from_bilinear(torch.tensor([[0.5]])))
+        >>> transform = AttentionTransform(CausalAttention.from_qk_matrix(torch.tensor([[0.5]])))
         >>> u = torch.tensor([[-1.0], [1.0], [0.0]])
         >>> e = transform.inv(u)
         >>> bool(torch.allclose(transform(e), u, atol=1e-5)), float(transform.log_abs_det_jacobian(e, u).exp())

@@ -4,8 +4,8 @@
 - ``{verdicts}``: the table of all of them.
 - ``{measured}`NAME:KEY:FORMAT```: one number in a sentence, such as ``{measured}`jacobian:max_abs_error:.0e```.
 
-The claim ``robustness`` is a study of its own, read from ``inference/studies/results/robustness.json``; its keys are ``ARM on
-MEASURE`` (a difference with its interval) or ``ARM in CORRUPTION`` (a loss). ``bench:WORK against OTHER`` is a ratio of
+The claim ``robustness`` is a study of its own, read from ``inference/studies/results/robustness.json``; its keys are
+``ARM on MEASURE`` (a difference with its interval) or ``ARM in CORRUPTION`` (a loss). ``bench:WORK against OTHER`` is a ratio of
 ``results/bench/bench.json``. A name, a key or a file that does not exist fails the build.
 """
 

@@ -1,4 +1,4 @@
-"""NUTS on a 2 x 2 bilinear matrix and a noise scale, 8 sequences of 32 tokens: effective draws a second."""
+"""NUTS on a 2 x 2 QK matrix and a noise scale, 8 sequences of 32 tokens: effective draws a second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.inference.bench.harness import Row, Timing
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
 from probattn.inference.methods.nuts import NutsConfig
 from probattn.models.embedding import EmbeddingModel
@@ -37,7 +37,7 @@ def nuts(rounds: int, *, warmup: int = 150, draws: int = 150, chains: int = 32) 
     The figure is the smallest bulk effective sample size of the parameters a second, warm-up included.
     """
     model, u = _problem()
-    target = Target(model, u)
+    target = LogDensity(model, u)
     config = NutsConfig(warmup=warmup, draws=draws)
     competitors: dict[str, Callable[[], _Sampled]] = {
         "vectorised": lambda: _ours(target, McmcConfig(chains, "vectorised", config)),
@@ -56,7 +56,7 @@ def nuts(rounds: int, *, warmup: int = 150, draws: int = 150, chains: int = 32) 
             sampled = run()
             rates[name].append(_smallest_ess(sampled.draws) / sampled.seconds)
             taken[name].append(sampled.seconds)
-            means[name] = [round(float(m), 4) for m in sampled.draws["bilinear"].reshape(-1, 4).mean(0)]
+            means[name] = [round(float(m), 4) for m in sampled.draws["qk_matrix"].reshape(-1, 4).mean(0)]
     best = {name: max(found) for name, found in rates.items()}
     seconds = {name: Timing(min(found), float(np.median(found)), len(found)) for name, found in taken.items()}
     work = f"NUTS, smallest bulk ESS a second, {chains} vectorised chains, 2 x 2 matrix and noise scale, 8 x 32 tokens"
@@ -85,12 +85,12 @@ def nuts(rounds: int, *, warmup: int = 150, draws: int = 150, chains: int = 32) 
 
 
 def _problem() -> tuple[EmbeddingModel, Tensor]:
-    attention = CausalAttention.from_bilinear(torch.tensor(_A, dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor(_A, dtype=torch.float64))
     u = simulate(attention, 1.0, _LENGTH, _SEQUENCES, seed=0, selection="uniform").u
-    return EmbeddingModel(_LENGTH, 2, parameters="bilinear"), u
+    return EmbeddingModel(_LENGTH, 2, parameters="qk_matrix"), u
 
 
-def _ours(target: Target, config: McmcConfig) -> _Sampled:
+def _ours(target: LogDensity, config: McmcConfig) -> _Sampled:
     start = time.perf_counter()
     found = fit_nuts(target, config)
     seconds = time.perf_counter() - start
@@ -124,7 +124,7 @@ def _numpyro(u: Array, warmup: int, draws: int, chains: int) -> Callable[[], _Sa
     past = jnp.tril(jnp.ones((length, length), dtype=bool), -1)
 
     def model() -> None:
-        matrix = numpyro.sample("bilinear", dist.Normal(0.0, dim**-0.5).expand([1, dim, dim]).to_event(3))[0]
+        matrix = numpyro.sample("qk_matrix", dist.Normal(0.0, dim**-0.5).expand([1, dim, dim]).to_event(3))[0]
         scale = numpyro.sample("noise_scale", dist.LogNormal(0.0, 0.5).expand([dim]).to_event(1))
         logits = jnp.einsum("nip,qp,nsq->nis", data, matrix, data)
         weights = jnp.where(past, jax.nn.softmax(jnp.where(past, logits, -1e300), axis=-1), 0.0)

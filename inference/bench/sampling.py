@@ -51,7 +51,7 @@ def sequences(device: torch.device, rounds: int, batch: int = 64, length: int = 
     solution of each equation, where the library also looks for others.
     """
     torch.manual_seed(0)
-    attention = CausalAttention.from_bilinear(0.2 * torch.randn(dim, dim, device=device))
+    attention = CausalAttention.from_qk_matrix(0.2 * torch.randn(dim, dim, device=device))
     e = 0.5 * torch.randn(batch, length, dim, device=device)
     begin = time.perf_counter()
     naive = naive_sequence(attention, e)

@@ -66,7 +66,7 @@ def barrier_claim(subject: Subject, *, barrier: Callable[[CausalAttention, Tenso
 
 def _pair(a: float, *, dtype: torch.dtype = torch.float64) -> tuple[CausalAttention, Tensor]:
     """Past {+1, -1} and u = 0, with A = a: J = 1 - a and the residual of the last token is zero."""
-    return CausalAttention.from_bilinear(torch.tensor([[a]], dtype=dtype)), torch.tensor(
+    return CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=dtype)), torch.tensor(
         [[1.0], [-1.0], [0.0]], dtype=dtype
     )
 

@@ -26,7 +26,7 @@ from probattn.inference.claims.implementation import implementation_numbers
 from probattn.inference.studies.two_sample import TwoSample, holm, two_sample_test
 from probattn.models.scalar import scalar_attention
 from probattn.process import AttentionProcess
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.sequence import solve_sequence
 
 __all__ = ["consistency_claim", "three_token_excess"]
@@ -159,7 +159,7 @@ def _excess_formula_error() -> float:
     errors = []
     for slope in (0.3, 1.0, 3.0):
         for u1, u2 in generator.normal(scale=2.0, size=(10, 2)):
-            past = Past.of(scalar_attention(slope), torch.tensor([[u1], [u2]], dtype=torch.float64))
+            past = Context.of(scalar_attention(slope), torch.tensor([[u1], [u2]], dtype=torch.float64))
             exact = scalar_mass(past, 1.0).absolute - 1
             errors.append(abs(float(_pair_excess(slope, np.array(u1), np.array(u2))) - exact))
     return worst(*errors)
@@ -177,7 +177,7 @@ def _marginals() -> tuple[float, float, float]:
             whole = torch.cat([u.expand(len(grid), 2, 1), grid.view(-1, 1, 1)], dim=1)  # (G, 3, 1)
             density = LatentAttention(attention, 0.8, 3).log_prob(whole).exp()
             ratio = float(density.sum()) * step / float(LatentAttention(attention, 0.8, 2).log_prob(u).exp())
-            mass = scalar_mass(Past.of(attention, u), 0.8)
+            mass = scalar_mass(Context.of(attention, u), 0.8)
             over_mass = worst(over_mass, abs(ratio - mass.absolute))
             if not len(mass.turning_points):
                 unfolded = worst(unfolded, abs(ratio - 1))
@@ -192,7 +192,7 @@ def _prefix_tests(prefixes: Prefixes, draws: int) -> dict[str, TwoSample]:
     tests = {}
     for dim in (1, 2, 4):
         factor = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-        attention = CausalAttention.from_bilinear(0.03 * (factor - 2 * torch.eye(dim)))
+        attention = CausalAttention.from_qk_matrix(0.03 * (factor - 2 * torch.eye(dim)))
         short = prefixes(attention, _PREFIX, draws, 10 + dim)
         long = prefixes(attention, 16, draws, 20 + dim)
         tests[f"p = {dim}"] = two_sample_test(short, long, seed=dim)
@@ -226,7 +226,7 @@ def _lazy_and_eager(length: int) -> tuple[float, float]:
     """Entries that differ between a path extended in pieces and one drawn at once, and its distance to the solution."""
     generator = torch.Generator().manual_seed(4)
     matrix = -0.05 * torch.eye(4, dtype=torch.float64) + 0.01 * torch.randn(4, 4, generator=generator).double()
-    process = AttentionProcess(CausalAttention.from_bilinear(matrix), 1.0)
+    process = AttentionProcess(CausalAttention.from_qk_matrix(matrix), 1.0)
     lazy, eager = process.path(seed=1), process.path(seed=1)
     for end in (1, 7, 100, length):
         _ = lazy[0:end]

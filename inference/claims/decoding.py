@@ -96,7 +96,7 @@ def kl_divergence(logits: Tensor, others: Tensor) -> Tensor:
 def decode_windows(subject: Subject, size: Size = QUICK, *, prompt: int = PROMPT) -> Decoded:
     r"""Continue prompts by ancestral sampling up to the context length, and perturb the embeddings.
 
-    Sensitivity is the mean of :math:`KL(p(\cdot | u_{\le i}) \| p(\cdot | u_{\le i} + \delta))` over draws, with
+    JacobianFactors is the mean of :math:`KL(p(\cdot | u_{\le i}) \| p(\cdot | u_{\le i} + \delta))` over draws, with
     δ = level · rms(u) · z on the last token or on all. z is matched: "last" takes the same M vectors at every step of
     every window, so that steps do not differ by luck; "all" the same M sequences in every window, of which a step sees
     the beginning. Since the noise is relative, a table of larger embeddings wins nothing.

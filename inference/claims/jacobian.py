@@ -77,7 +77,7 @@ def jacobian_claim(
 
 def _strict_formula(attention: CausalAttention, u: Tensor) -> Tensor:
     """The blocks without the terms of the token's own weight: right under the strict mask alone."""
-    change = blocks.sensitivity(attention.evaluate(u).factors._replace(own=None))
+    change = blocks.mean_jacobian(attention.mean_and_factors(u).factors._replace(own=None))
     return torch.eye(u.shape[-1], dtype=u.dtype) - change
 
 

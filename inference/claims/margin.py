@@ -12,7 +12,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.barrier import MarginKind, stability_margin, support_tokens
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = ["margin_claim"]
 
@@ -87,7 +87,7 @@ def _errors(
     attention: CausalAttention, u: Tensor, margin: Callable[[CausalAttention, Tensor, MarginKind], Tensor]
 ) -> dict[str, float]:
     # The reference blocks come from the one-step residual map, a path through the code of its own.
-    blocks = torch.stack([Past.of(attention, u[:i]).mean_and_jacobian(u[i])[1] for i in range(len(u))])  # (T, p, p)
+    blocks = torch.stack([Context.of(attention, u[:i]).mean_and_jacobian(u[i])[1] for i in range(len(u))])  # (T, p, p)
     identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
     change = identity - blocks
     determinant = torch.linalg.det(blocks)
@@ -119,7 +119,7 @@ def _noise_gain_error(attention: CausalAttention, u: Tensor, smallest: Tensor, d
     """|de_i| / |du_i| along the direction of largest gain, by central differences, against sigma_min."""
     gaps, step = [], 1e-5
     for i in range(len(u)):
-        past = Past.of(attention, u[:i])
+        past = Context.of(attention, u[:i])
         ends = torch.stack([u[i] + step * direction[i], u[i] - step * direction[i]])
         noise = ends - past.mean(ends)
         slope = torch.linalg.vector_norm(noise[0] - noise[1]) / (2 * step)

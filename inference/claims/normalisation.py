@@ -16,7 +16,7 @@ from probattn.folds.mass import ScalarMass, scalar_mass
 from probattn.inference.claims.claim import Claim, Settings, Subject, judge, worst
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = ["normalisation_claim"]
 
@@ -36,7 +36,7 @@ def normalisation_claim(
     subject: Subject,
     settings: Settings | None = None,
     *,
-    mass: Callable[[Past, float], ScalarMass] = scalar_mass,
+    mass: Callable[[Context, float], ScalarMass] = scalar_mass,
     weights: Callable[[NextToken, int], tuple[Tensor, Tensor]] = NextToken.importance_weights,
 ) -> Claim:
     """Masses by quadrature (p = 1), cubature (p = 2) and importance sampling (p up to 8) against independent values.
@@ -119,14 +119,14 @@ def _several_dimensions(
             slopes = 2.0 * torch.rand(dim, generator=generator, dtype=torch.float64)
             points = torch.randn(8, dim, generator=generator, dtype=torch.float64)
             lines = [
-                Past.of(scalar_attention(float(a)), column.unsqueeze(-1))
+                Context.of(scalar_attention(float(a)), column.unsqueeze(-1))
                 for a, column in zip(slopes, points.mT, strict=True)
             ]
             exact.append(math.prod(scalar_mass(line, _NOISE).absolute for line in lines))
             basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
             axes = basis.mT.unsqueeze(1)  # (p, 1, p): head k sees coordinate k alone
             attention = CausalAttention(slopes.view(-1, 1, 1) * axes, axes, axes, axes.mT, scale=1.0)
-            law = NextToken(Past.of(attention, points @ basis.mT), _NOISE)
+            law = NextToken(Context.of(attention, points @ basis.mT), _NOISE)
             estimates.append(_estimate(law, weights))
     return exact, estimates
 
@@ -138,10 +138,10 @@ def _plane(
     generator = torch.Generator().manual_seed(seed + 4)
     exact, estimates, signed = [], [], 0.0
     for strength in (0.1, 0.5, 1.0):
-        attention = CausalAttention.from_bilinear(
+        attention = CausalAttention.from_qk_matrix(
             strength * torch.randn(2, 2, generator=generator, dtype=torch.float64)
         )
-        law = NextToken(Past.of(attention, torch.randn(8, 2, generator=generator, dtype=torch.float64)), _NOISE)
+        law = NextToken(Context.of(attention, torch.randn(8, 2, generator=generator, dtype=torch.float64)), _NOISE)
         values = law.past.moved.sum(-3)
         # The trapezoidal rule converges faster than any power for the smooth signed density; the kink of its modulus
         # at a fold leaves an error of the order of the cell, far below that of the estimates.
@@ -171,7 +171,7 @@ def _figure(exact: list[float], estimates: list[tuple[float, float, float, float
     return plotting.plot_masses(np.array(exact), found[:, 0], found[:, 1], found[:, 2], found[:, 3])
 
 
-def _cases(subject: Subject) -> Iterator[tuple[Past, float]]:
+def _cases(subject: Subject) -> Iterator[tuple[Context, float]]:
     generator = torch.Generator().manual_seed(subject.seed + 2)
     for a in (-2.0, 0.25, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0, 4.0):
         yield _past(a, torch.tensor([-1.0, 1.0], dtype=torch.float64)), 0.7
@@ -184,8 +184,8 @@ def _cases(subject: Subject) -> Iterator[tuple[Past, float]]:
             yield _past(a, tokens[:32]), 1.0
 
 
-def _past(a: float, tokens: Tensor) -> Past:
-    return Past.of(scalar_attention(a), tokens.unsqueeze(-1))
+def _past(a: float, tokens: Tensor) -> Context:
+    return Context.of(scalar_attention(a), tokens.unsqueeze(-1))
 
 
 def _first_axis(u: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _simulate(study: Study) -> Simulated:
     truths = torch.tensor(TRUTHS, dtype=torch.float64)
     matrices = truths.repeat(-(-study.replicates // len(truths)), 1, 1)[: study.replicates]
     values = {
-        "bilinear": matrices.unsqueeze(1),  # one head
+        "qk_matrix": matrices.unsqueeze(1),  # one head
         "noise_scale": torch.ones(study.replicates, study.dim, dtype=torch.float64),
     }
     with isolated(seed=study.seed + 7), torch.no_grad():

@@ -89,12 +89,12 @@ def balanced_noise(attention: CausalAttention, length: int, pasts: int, seed: in
     z = torch.randn(*shape, dim, generator=generator, dtype=torch.float64).flatten(0, 1)
     own = None
     if attention.mask == "inclusive":
-        maps = (attention.transport, attention.bilinear)
+        maps = (attention.ov_matrix, attention.qk_matrix)
         own = (maps[0].expand(len(z), *maps[0].shape), maps[1].expand(len(z), *maps[1].shape))
     rows = []
     for spread in _SPREADS:
         past = math.sqrt(spread) * tokens.unsqueeze(-3)  # (B, 1, n, p)
-        moved, pulled = past @ attention.transport.mT, past @ attention.bilinear
+        moved, pulled = past @ attention.ov_matrix.mT, past @ attention.qk_matrix
         gain = 1 / (1 - float(spread))
         variance = torch.full((_GROUPS,), float(spread) / gain**2, dtype=torch.float64)
         before, found = variance, torch.empty(0)
@@ -220,7 +220,7 @@ def _cases(full: bool) -> Mapping[str, CausalAttention]:
     """Attentions whose heads sum to the identity, so that mean field gives each of them the boundary 4/27."""
 
     def identity(dim: int, mask: Mask = "strict") -> CausalAttention:
-        return CausalAttention.from_bilinear(torch.eye(dim, dtype=torch.float64), mask=mask)
+        return CausalAttention.from_qk_matrix(torch.eye(dim, dtype=torch.float64), mask=mask)
 
     one = torch.ones(2, 1, 1, dtype=torch.float64)
     slopes = torch.tensor([1.5, 0.5], dtype=torch.float64).view(2, 1, 1)
@@ -274,7 +274,7 @@ def _closed_form_error() -> float:
 
 def _rotation(angle: float) -> CausalAttention:
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    return CausalAttention.from_bilinear(torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64))
+    return CausalAttention.from_qk_matrix(torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64))
 
 
 def _median(run: LongRun) -> Array:

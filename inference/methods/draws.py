@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from probattn.errors import InputError
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.runtime.isolation import isolated
 
 __all__ = ["RELIABLE", "Draws", "approximation", "curvature_guess", "feasible_start"]
@@ -39,7 +39,7 @@ class Draws:
     notes: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
-def feasible_start(target: Target, points: int, seed: int, *, spread: float = 0.1, tries: int = 30) -> Tensor:
+def feasible_start(target: LogDensity, points: int, seed: int, *, spread: float = 0.1, tries: int = 30) -> Tensor:
     """Points around the origin of unconstrained space where density and gradient are finite, (points, D).
 
     There the attention is nearly absent and every J_i nearly the identity: the side of the boundary where det J > 0.
@@ -69,7 +69,7 @@ def feasible_start(target: Target, points: int, seed: int, *, spread: float = 0.
     )
 
 
-def curvature_guess(target: Target, z: Tensor) -> Tensor:
+def curvature_guess(target: LogDensity, z: Tensor) -> Tensor:
     """A first guess of the posterior's covariance around points z, (C, D), from the curvature there, (C, D, D).
 
     The inverse of the Hessian's modulus, with no variance above one: the order of magnitude is what a sampler needs to
@@ -81,7 +81,7 @@ def curvature_guess(target: Target, z: Tensor) -> Tensor:
 
 
 def approximation(
-    target: Target,
+    target: LogDensity,
     method: str,
     law: Distribution,
     *,

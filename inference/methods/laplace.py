@@ -8,7 +8,7 @@ from torch.distributions import MultivariateNormal
 
 from probattn.errors import InputError
 from probattn.inference.methods.draws import Draws, approximation, feasible_start
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 
 __all__ = ["fit_laplace", "maximise"]
 
@@ -16,7 +16,7 @@ _FLAT = 1e-7
 _POLISH = 3
 
 
-def maximise(target: Target, start: Tensor, *, steps: int = 200, tolerance: float = 1e-8) -> Tensor:
+def maximise(target: LogDensity, start: Tensor, *, steps: int = 200, tolerance: float = 1e-8) -> Tensor:
     """The mode in unconstrained space from one start, (D,): L-BFGS with a strong Wolfe search, then Newton's steps.
 
     The search compares values, which at a maximum agree to rounding over a distance of sqrt(epsilon); Newton's steps
@@ -52,7 +52,7 @@ def maximise(target: Target, start: Tensor, *, steps: int = 200, tolerance: floa
     return mode
 
 
-def _polish(target: Target, mode: Tensor) -> tuple[Tensor, Tensor]:
+def _polish(target: LogDensity, mode: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's steps in the directions that are curved, as long as they make the gradient smaller; it comes too."""
     gradient = target.value_and_gradient(mode.unsqueeze(0))[1][0]
     for _ in range(_POLISH):
@@ -70,7 +70,7 @@ def _polish(target: Target, mode: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_laplace(
-    target: Target, *, draws: int = 2000, seed: int = 0, correct: bool = True, start: Tensor | None = None
+    target: LogDensity, *, draws: int = 2000, seed: int = 0, correct: bool = True, start: Tensor | None = None
 ) -> Draws:
     r"""Draws from N(z*, -H^{-1}) with H the Hessian of the log-density at its mode z*, one chain.
 

@@ -18,7 +18,7 @@ from torch.distributions import Transform, biject_to
 from probattn.errors import InputError
 from probattn.inference.runtime.isolation import isolated, require_local_parameters
 
-__all__ = ["Target"]
+__all__ = ["LogDensity"]
 
 
 _SCORES = 2**23
@@ -32,7 +32,7 @@ class _Site(NamedTuple):
     stop: int
 
 
-class Target:
+class LogDensity:
     r"""log p(theta, data) as a function of unconstrained z in R^D.
 
     .. math:: \log \pi(z) = \log p(\theta(z), \text{data}) + \log |\det \partial\theta / \partial z|
@@ -51,7 +51,7 @@ class Target:
 
     Example:
         >>> from probattn.models import ScalarModel
-        >>> target = Target(ScalarModel(4), torch.zeros(3, 4, 1).double())
+        >>> target = LogDensity(ScalarModel(4), torch.zeros(3, 4, 1).double())
         >>> target.dim, target.log_density(torch.zeros(5, 2).double()).shape
         (2, torch.Size([5]))
     """

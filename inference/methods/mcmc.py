@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from probattn.errors import InputError
 from probattn.inference.methods.draws import Draws, curvature_guess, feasible_start
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.nuts import NutsConfig, run_nuts
 from probattn.inference.runtime.checkpoint import load_checkpoint
 from probattn.inference.runtime.files import write_atomically
@@ -51,7 +51,7 @@ class McmcConfig:
 
 
 def fit_nuts(
-    target: Target,
+    target: LogDensity,
     config: McmcConfig,
     *,
     checkpoint: Path | None = None,
@@ -107,7 +107,7 @@ def fit_nuts(
     )
 
 
-def _require_memory(target: Target, config: McmcConfig) -> None:
+def _require_memory(target: LogDensity, config: McmcConfig) -> None:
     together = 1 if config.chain_method == "sequential" else config.chains
     data = target.data[0]
     # Weights and logits of every position against every other, forward and backward.
@@ -134,7 +134,7 @@ def _stock_chain(
     """One chain of Pyro's own NUTS; a finished one is kept on disk."""
     if resume and path is not None and path.exists():
         return load_checkpoint(path, identity)
-    target = Target(model, *data)
+    target = LogDensity(model, *data)
     columns: dict[str, list[float]] = {"lp": [], "step_size": [], "acceptance_rate": []}
 
     def keep(kernel: Any, _: Any, stage: str, __: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from probattn.errors import InputError
 from probattn.inference.methods.draws import Draws, approximation, feasible_start
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.minibatch import minibatch
 from probattn.inference.runtime.checkpoint import load_checkpoint
 from probattn.inference.runtime.distributed import my_shards, rank, shard, sum_over_processes
@@ -113,7 +113,7 @@ class _Progress:
 
 
 def fit_svi(
-    target: Target,
+    target: LogDensity,
     config: SviConfig,
     *,
     start: Tensor | None = None,
@@ -221,7 +221,7 @@ def fit_svi(
         )
 
 
-def _make_guide(target: Target, config: SviConfig, start: Tensor) -> AutoContinuous:
+def _make_guide(target: LogDensity, config: SviConfig, start: Tensor) -> AutoContinuous:
     at_start: dict[str, Any] = {"init_loc_fn": init_to_value(values=target.constrain(start)), "init_scale": 0.05}
     kinds: dict[str, Callable[..., AutoContinuous]] = {
         "mean_field": partial(AutoDiagonalNormal, **at_start),

@@ -26,7 +26,7 @@ from probattn.inference.claims.claim import Claim, Subject
 from probattn.inference.runtime.files import write_atomically
 from probattn.models.corpus import Corpus
 from probattn.models.scalar import scalar_attention
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = ["draw_figures", "render_report", "save_figures"]
 
@@ -175,7 +175,7 @@ def _line(subject: Subject) -> Tensor:
 
 
 def _panel(tokens: Tensor, a: float, critical: float, noise_scale: float = 0.7) -> dict[str, Any]:
-    past = Past.of(scalar_attention(a), tokens.unsqueeze(-1))
+    past = Context.of(scalar_attention(a), tokens.unsqueeze(-1))
     reach = float(tokens.abs().max()) + 3 * noise_scale
     u = torch.linspace(-reach, reach, 1200, dtype=torch.float64)
     mass = scalar_mass(past, noise_scale)
@@ -194,7 +194,7 @@ def _panel(tokens: Tensor, a: float, critical: float, noise_scale: float = 0.7) 
 
 def _mass_figure(tokens: Tensor, critical: float) -> Figure:
     slopes = np.linspace(0.2 * critical, 3 * critical, 40)
-    pasts = [Past.of(scalar_attention(float(a)), tokens.unsqueeze(-1)) for a in slopes]
+    pasts = [Context.of(scalar_attention(float(a)), tokens.unsqueeze(-1)) for a in slopes]
     return plotting.plot_mass(slopes, np.array([scalar_mass(past, 0.7).absolute for past in pasts]), critical)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from probattn.errors import InputError
 from probattn.inference.methods.draws import RELIABLE, Draws
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.models.embedding import EmbeddingModel
 
 __all__ = ["AS_ASKED", "Compared", "compare", "leave_one_out", "standard_error", "variants"]
@@ -95,7 +95,7 @@ def leave_one_out(fitted: Array, predictive: Array | None = None) -> tuple[Array
 def compare(
     models: Mapping[str, EmbeddingModel],
     u: Tensor,
-    infer: Callable[[str, Target], Draws],
+    infer: Callable[[str, LogDensity], Draws],
 ) -> list[Compared]:
     """Fit each model to the same sequences and compare them, best first.
 
@@ -113,12 +113,12 @@ def compare(
         raise InputError("one sequence only: leaving it out leaves nothing to predict it from; give at least two.")
     pointwise, unreliable, folded = {}, {}, {}
     for name, model in models.items():
-        target = Target(model, u)
+        target = LogDensity(model, u)
         draws = infer(name, target)
         flat = draws.z.reshape(-1, target.dim)
         shape = (*draws.z.shape[:2], len(u))
         own = target.evaluate(flat)["u"].reshape(shape).double().cpu().numpy()
-        proper = Target(model.altered(jacobian=True), u).evaluate(flat)["u"].reshape(shape).double().cpu().numpy()
+        proper = LogDensity(model.altered(jacobian=True), u).evaluate(flat)["u"].reshape(shape).double().cpu().numpy()
         pointwise[name], khat = leave_one_out(own, proper)
         unreliable[name] = int((khat > RELIABLE).sum())
         folded[name] = _folded(model, target.constrain(flat), u)

@@ -24,7 +24,7 @@ _VERDICTS = {
     "warning": "usable with care",
     "problem": "not reliable",
 }
-_JUDGED = ("bilinear", "transport", "noise_scale", "smallest_margin")
+_JUDGED = ("qk_matrix", "ov_matrix", "noise_scale", "smallest_margin")
 _SENSITIVE = 0.05  # power-scaling sensitivity that matters (Kallioinen et al., 2107.14054)
 _NEAR = 0.05  # |det J| below which a draw counts as at the boundary
 
@@ -237,7 +237,7 @@ def _regime(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
 def _prior(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     from arviz_stats import psense
 
-    present = [name for name in ("bilinear", "transport", "noise_scale") if name in fit.groups["posterior"]]
+    present = [name for name in ("qk_matrix", "ov_matrix", "noise_scale") if name in fit.groups["posterior"]]
     if np.asarray(fit.groups["posterior"][present[0]]).shape[1] < 100:
         return
     tree = fit.to_datatree()

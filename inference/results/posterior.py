@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probattn.barrier import stability_margin
 from probattn.inference.methods.draws import Draws
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.heads import match_heads
 from probattn.inference.runtime.isolation import isolated
@@ -30,8 +30,8 @@ _GROUP = 64  # draws at a time
 _PREDICTIVE_BYTES = 32 * 2**20
 
 _DIMS: Mapping[str, Sequence[str]] = {
-    "bilinear": ["head", "key_feature", "query_feature"],
-    "transport": ["head", "feature", "source_feature"],
+    "qk_matrix": ["head", "key_feature", "query_feature"],
+    "ov_matrix": ["head", "feature", "source_feature"],
     "query": ["head", "query_dim", "feature"],
     "key": ["head", "query_dim", "feature"],
     "value": ["head", "value_dim", "feature"],
@@ -45,7 +45,12 @@ _DIMS: Mapping[str, Sequence[str]] = {
 
 
 def assemble(
-    target: Target, draws: Draws, *, seed: int = 0, predictive: int = 50, attributes: Mapping[str, Any] | None = None
+    target: LogDensity,
+    draws: Draws,
+    *,
+    seed: int = 0,
+    predictive: int = 50,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Fit:
     """All groups of a fit of a :class:`ScalarModel` or an :class:`EmbeddingModel`.
 
@@ -57,7 +62,7 @@ def assemble(
         attributes: versions, hardware and the like.
 
     Returns:
-        :class:`Fit` with the groups posterior (sites, the products ``bilinear`` and ``transport``, and on the first
+        :class:`Fit` with the groups posterior (sites, the products ``qk_matrix`` and ``ov_matrix``, and on the first
         sequences log|det J|, margin, the regime of the draw at the sequence's own tokens, and the smallest of each),
         sample_stats, log_likelihood a sequence, log_prior a site, prior, prior_predictive, posterior_predictive,
         observed_data and constant_data. Heads are matched across draws.
@@ -110,29 +115,29 @@ def assemble(
 def _with_products(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sites with what is identified of them."""
     attention = model.attention_of(sites)
-    products = {"bilinear": attention.bilinear}
+    products = {"qk_matrix": attention.qk_matrix}
     if "value" in sites:
-        products["transport"] = attention.transport
+        products["ov_matrix"] = attention.ov_matrix
     return {**products, **sites}
 
 
 def _match(sites: dict[str, Tensor], chains: int, count: int) -> float:
     """Bring the heads of all draws into one order, in place; the share of draws that needed it."""
-    heads = sites["bilinear"].shape[1]
+    heads = sites["qk_matrix"].shape[1]
     if heads == 1:
         return 0.0
-    products = torch.cat([sites[name].flatten(2) for name in ("bilinear", "transport") if name in sites], dim=-1)
+    products = torch.cat([sites[name].flatten(2) for name in ("qk_matrix", "ov_matrix") if name in sites], dim=-1)
     order = torch.from_numpy(match_heads(products.reshape(chains, count, heads, -1).detach().cpu().numpy()))
     order = order.reshape(-1, heads).to(products.device)
     rows = torch.arange(len(order), device=order.device).unsqueeze(1)
-    for name in set(sites) & {"bilinear", "transport", "query", "key", "value", "output"}:
+    for name in set(sites) & {"qk_matrix", "ov_matrix", "query", "key", "value", "output"}:
         sites[name] = sites[name][rows, order]
     return float((order != torch.arange(heads, device=order.device)).any(-1).double().mean())
 
 
 def _derived(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
     """Log-determinants, margins and regime at the tokens of some sequences, (S, ...) each."""
-    raw = {name: sites[name] for name in sites if name in {"a", "bilinear", "query", "key", "value", "output"}}
+    raw = {name: sites[name] for name in sites if name in {"a", "qk_matrix", "query", "key", "value", "output"}}
     total = len(next(iter(raw.values())))
     parts: dict[str, list[Tensor]] = {name: [] for name in ("log_abs_det", "margin", "regime", "smallest_abs_det")}
     with torch.no_grad():

@@ -26,7 +26,7 @@ from probattn.barrier import stability_margin
 from probattn.errors import InputError
 from probattn.inference.methods.draws import Draws, curvature_guess, feasible_start
 from probattn.inference.methods.laplace import fit_laplace
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
 from probattn.inference.methods.nuts import NutsConfig, run_nuts
 from probattn.inference.methods.svi import SviConfig, fit_svi
@@ -53,7 +53,7 @@ class Study:
     Attributes:
         replicates: data sets.
         sequences, length, dim: N, T, p of each.
-        prior_scale, noise_spread: of the :class:`EmbeddingModel`, whose parameter is the bilinear matrix A.
+        prior_scale, noise_spread: of the :class:`EmbeddingModel`, whose parameter is the QK matrix A.
         ranked: L, posterior draws that a rank counts among.
         seed: of everything random.
     """
@@ -77,7 +77,7 @@ class Study:
         return EmbeddingModel(
             self.length,
             self.dim,
-            parameters="bilinear",
+            parameters="qk_matrix",
             prior_scale=self.prior_scale,
             noise_spread=self.noise_spread,
             jacobian=jacobian,
@@ -109,7 +109,9 @@ def simulate_study(study: Study) -> Simulated:
     """
     model = study.model()
     asked = 2 * study.replicates
-    prior = Target(model, torch.zeros(1, study.length, study.dim, dtype=torch.float64)).prior_draws(asked, study.seed)
+    prior = LogDensity(model, torch.zeros(1, study.length, study.dim, dtype=torch.float64)).prior_draws(
+        asked, study.seed
+    )
     with isolated(seed=study.seed + 1), torch.no_grad():
         u, lawful = draw_data_sets(model, prior, study.sequences)
     kept = lawful.nonzero().squeeze(-1)[: study.replicates]
@@ -138,7 +140,7 @@ def quantities(model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor) -
     """
     lifted = {name: value.unsqueeze(2) for name, value in values.items()}  # (S, R, 1, *event) beside u's (R, N)
     attention = model.attention_of(lifted)
-    products = attention.bilinear.squeeze(2).flatten(2)  # (S, R, H p p)
+    products = attention.qk_matrix.squeeze(2).flatten(2)  # (S, R, H p p)
     found = {f"A[{k // model.dim % model.dim}, {k % model.dim}]": products[..., k] for k in range(products.shape[-1])}
     if "noise_scale" in values:
         found |= {f"noise_scale[{k}]": values["noise_scale"][..., k] for k in range(model.dim)}
@@ -163,7 +165,7 @@ def rank_truth(
     Returns:
         By quantity, ranks from 0 to L and errors of the posterior mean, (R,) each.
     """
-    target = Target(model, u)
+    target = LogDensity(model, u)
     with torch.no_grad():
         truth = quantities(model, {name: value.unsqueeze(0) for name, value in values.items()}, u)
         groups = draws.transpose(0, 1).split(max(1, _SCORES // (u.numel() * u.shape[-2])))
@@ -187,7 +189,7 @@ def _thinned(draws: Draws, count: int) -> Tensor:
 
 def _nuts(model: EmbeddingModel, u: Tensor, count: int, seed: int) -> Tensor:
     """One vectorised chain a data set, every fourth draw."""
-    target = Target(model, u)
+    target = LogDensity(model, u)
     start = feasible_start(target, len(u), seed)
     config = NutsConfig(warmup=200, draws=4 * count, seed=seed)
     run = run_nuts(target.value_and_gradient, start, config, covariance=curvature_guess(target, start))
@@ -201,23 +203,23 @@ def _without_jacobian(sampler: Sampler) -> Sampler:
     return sample
 
 
-def _one_by_one(fit: Callable[[Target, int, int], Draws]) -> Sampler:
+def _one_by_one(fit: Callable[[LogDensity, int, int], Draws]) -> Sampler:
     def sample(model: EmbeddingModel, u: Tensor, count: int, seed: int) -> Tensor:
-        return torch.stack([_thinned(fit(Target(model, one), count, seed + k), count) for k, one in enumerate(u)])
+        return torch.stack([_thinned(fit(LogDensity(model, one), count, seed + k), count) for k, one in enumerate(u)])
 
     return sample
 
 
-def _fit_laplace(target: Target, count: int, seed: int, *, correct: bool) -> Draws:
+def _fit_laplace(target: LogDensity, count: int, seed: int, *, correct: bool) -> Draws:
     return fit_laplace(target, draws=4 * count, seed=seed, correct=correct)
 
 
-def _fit_pyro(target: Target, count: int, seed: int) -> Draws:
+def _fit_pyro(target: LogDensity, count: int, seed: int) -> Draws:
     config = NutsConfig(warmup=200, draws=4 * count, seed=seed)
     return fit_nuts(target, McmcConfig(chains=1, chain_method="sequential", nuts=config))
 
 
-def _fit_svi(target: Target, count: int, seed: int, **options: Any) -> Draws:
+def _fit_svi(target: LogDensity, count: int, seed: int, **options: Any) -> Draws:
     return fit_svi(target, SviConfig(draws=4 * count, seed=seed, shards=1, **options))
 
 

@@ -19,7 +19,7 @@ from scipy.special import log_ndtr, ndtr
 
 from probattn.errors import InputError
 from probattn.folds.line import turning_points
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = ["Branches", "Rule"]
 
@@ -63,14 +63,14 @@ class Branches:
     Example:
         >>> import torch
         >>> from probattn.attention import CausalAttention
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[3.0]]).double())
-        >>> past = Past.of(attention, torch.tensor([[-1.0], [1.0]]).double())  # e(u) = u - tanh(3 u)
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]]).double())
+        >>> past = Context.of(attention, torch.tensor([[-1.0], [1.0]]).double())  # e(u) = u - tanh(3 u)
         >>> branches = Branches(past, 0.5, "uniform")
         >>> branches.roots(0.0).round(4).tolist(), round(branches.mass, 12), round(branches.cdf(0.0), 12)
         ([-0.9949, 0.0, 0.9949], 1.0, 0.5)
     """
 
-    def __init__(self, past: Past, noise_scale: float, rule: Rule = "all") -> None:
+    def __init__(self, past: Context, noise_scale: float, rule: Rule = "all") -> None:
         if rule not in get_args(Rule):
             raise InputError(f"rule is {rule!r}; use one of {', '.join(map(repr, get_args(Rule)))}.")
         if not noise_scale > 0:

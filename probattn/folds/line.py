@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from probattn.errors import InputError, require_finite
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = ["Bracket", "largest_sensitivity", "turning_points"]
 
@@ -38,7 +38,7 @@ class Bracket:
     at: float
 
 
-def largest_sensitivity(past: Past, *, threshold: float = 1.0, tolerance: float = 1e-10) -> Bracket:
+def largest_sensitivity(past: Context, *, threshold: float = 1.0, tolerance: float = 1e-10) -> Bracket:
     r"""Enclose :math:`\sup_u M(u)`, M = 1 - J, for one-dimensional tokens under the strict mask, by branch and bound.
 
     On an interval of half-width w about c two bounds hold, and the smaller counts:
@@ -62,8 +62,8 @@ def largest_sensitivity(past: Past, *, threshold: float = 1.0, tolerance: float 
     Example:
         >>> from probattn.attention import CausalAttention
         >>> tokens = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.9]]).double())
-        >>> bracket = largest_sensitivity(Past.of(attention, tokens))  # stops once it lies below one
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.9]]).double())
+        >>> bracket = largest_sensitivity(Context.of(attention, tokens))  # stops once it lies below one
         >>> bracket.upper < 1, 0.8 < bracket.lower <= 0.9
         (True, True)
     """
@@ -91,7 +91,7 @@ def largest_sensitivity(past: Past, *, threshold: float = 1.0, tolerance: float 
     return Bracket(best, upper, at)
 
 
-def turning_points(past: Past) -> Tensor:
+def turning_points(past: Context) -> Tensor:
     """All tokens u where det J(u) = 0 and changes sign, for one-dimensional tokens under the strict mask.
 
     Intervals where M stays on one side of one are dropped by the bounds of :func:`largest_sensitivity`; where M' keeps
@@ -147,7 +147,7 @@ class _Line:
     reach: float  # |M| <= _FAR beyond
 
     @classmethod
-    def of(cls, past: Past, name: str) -> _Line | None:
+    def of(cls, past: Context, name: str) -> _Line | None:
         """None where M vanishes everywhere."""
         attention = past.attention
         if attention.dim != 1 or past.moved.dim() != 3 or attention.mask != "strict":

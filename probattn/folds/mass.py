@@ -20,7 +20,7 @@ from torch import Tensor
 
 from probattn.errors import InputError
 from probattn.folds.line import turning_points
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = ["ScalarMass", "next_token_density", "scalar_mass"]
 
@@ -47,7 +47,7 @@ class ScalarMass:
     turning_points: NDArray[np.float64]
 
 
-def next_token_density(past: Past, u: Tensor, noise_scale: float, *, jacobian: bool = True) -> Tensor:
+def next_token_density(past: Context, u: Tensor, noise_scale: float, *, jacobian: bool = True) -> Tensor:
     """N(e(u); 0, sigma^2) det J(u) with its sign, on a grid of one-dimensional candidates.
 
     Args:
@@ -66,7 +66,7 @@ def next_token_density(past: Past, u: Tensor, noise_scale: float, *, jacobian: b
     return density * block[..., 0, 0] if jacobian else density
 
 
-def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> ScalarMass:
+def scalar_mass(past: Context, noise_scale: float, *, jacobian: bool = True) -> ScalarMass:
     r"""Z of one past with one-dimensional tokens, by quadrature and, independently, from the turning points.
 
     Between the turning points e is monotone, so each piece holds the mass \|Phi(e(b)/sigma) - Phi(e(a)/sigma)\|; the
@@ -86,8 +86,8 @@ def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> Sca
     Example:
         >>> from probattn.attention import CausalAttention
         >>> tokens = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)  # e(u) = u - tanh(a u)
-        >>> attentions = [CausalAttention.from_bilinear(torch.tensor([[a]]).double()) for a in (0.9, 3.0)]
-        >>> masses = [scalar_mass(Past.of(attention, tokens), 0.5) for attention in attentions]
+        >>> attentions = [CausalAttention.from_qk_matrix(torch.tensor([[a]]).double()) for a in (0.9, 3.0)]
+        >>> masses = [scalar_mass(Context.of(attention, tokens), 0.5) for attention in attentions]
         >>> [round(mass.absolute, 6) for mass in masses], [len(mass.turning_points) for mass in masses]
         ([1.0, 2.230141], [0, 2])
     """
@@ -122,10 +122,10 @@ def scalar_mass(past: Past, noise_scale: float, *, jacobian: bool = True) -> Sca
     return ScalarMass(float(np.abs(panels).sum()), float(panels.sum()), float(pieces.sum()), turning)
 
 
-def _residual(past: Past, points: NDArray[np.float64]) -> NDArray[np.float64]:
+def _residual(past: Context, points: NDArray[np.float64]) -> NDArray[np.float64]:
     u = _tensor(points, past).unsqueeze(-1)
     return np.asarray((u - past.mean(u)).squeeze(-1).numpy(), dtype=np.float64)
 
 
-def _tensor(points: NDArray[np.float64], past: Past) -> Tensor:
+def _tensor(points: NDArray[np.float64], past: Context) -> Tensor:
     return torch.as_tensor(points, dtype=past.moved.dtype, device=past.moved.device)

@@ -15,7 +15,7 @@ from probattn.errors import require_finite
 from probattn.folds.line import largest_sensitivity
 from probattn.folds.search import find_fold
 from probattn.solve.bound import contraction_bound, projection_slack
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = ["Regime", "regime"]
 
@@ -68,15 +68,15 @@ def regime(
 
     Example:
         >>> past = torch.tensor([[-1.0], [1.0], [0.0]])
-        >>> [str(regime(CausalAttention.from_bilinear(torch.tensor([[a]])), past)) for a in (0.9, 1.5)]
+        >>> [str(regime(CausalAttention.from_qk_matrix(torch.tensor([[a]])), past)) for a in (0.9, 1.5)]
         ['certified', 'folded']
     """
     require_finite("u", u)
     attention, u = attention.detach(), u.detach()
-    factors = attention.evaluate(u).factors
-    core = blocks.reduced(factors)
+    factors = attention.mean_and_factors(u).factors
+    core = blocks.sylvester_core(factors)
     require_finite("J", core)
-    sign, logabs = blocks.logabsdet(core)
+    sign, logabs = blocks.logabsdet_one_minus(core)
     spectral = 1 - blocks.largest_real_eigenvalue(core, attention.dim)
     # A batched start does not enter the blocks, but it makes a batch of processes all the same.
     batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
@@ -142,7 +142,7 @@ def _on_a_line(attention: CausalAttention, u: Tensor) -> Regime | None:
     slack = sum(float(part.sum()) for part in projection_slack(wide)) * float(u.abs().max())
     highest, undecided = 0.0, False
     for i in range(2, len(u)):
-        past = Past.of(wide, u[:i].double())
+        past = Context.of(wide, u[:i].double())
         bracket = largest_sensitivity(past)
         # What rounding of the projected past may change, relative to its spread.
         spread = float(torch.stack(past.spread).clamp(min=1e-300).amin())
@@ -165,7 +165,7 @@ def _searched(attention: CausalAttention, u: Tensor) -> Regime | None:
     if attention.mask != "strict":
         return None
     for i in reversed(range(2, len(u))):
-        witness = find_fold(Past.of(attention, u[:i]))
+        witness = find_fold(Context.of(attention, u[:i]))
         if witness is not None:
             at = ", ".join(f"{float(x):.4g}" for x in witness)
             return Regime("folded", f"det J < 0 at u = ({at}) after {i} tokens, found by search", True, i, witness)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from probattn import blocks
 from probattn.errors import InputError, require_finite
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = ["find_fold"]
 
 
-def find_fold(past: Past, *, starts: int = 64, steps: int = 60, scale: float = 1.0, seed: int = 0) -> Tensor | None:
+def find_fold(past: Context, *, starts: int = 64, steps: int = 60, scale: float = 1.0, seed: int = 0) -> Tensor | None:
     """Search for a token with det J < 0, which proves that some noise has several solutions.
 
     Gradient ascent on the largest real eigenvalue of M = I - J, in steps normalised to the spread of the past, from
@@ -35,7 +35,7 @@ def find_fold(past: Past, *, starts: int = 64, steps: int = 60, scale: float = 1
     Example:
         >>> from probattn.attention import CausalAttention
         >>> corners = torch.tensor([[1.0, 0.2], [-1.0, -0.2], [0.1, 1.0]], dtype=torch.float64)
-        >>> folded = Past.of(CausalAttention.from_bilinear(3 * torch.eye(2, dtype=torch.float64)), corners)
+        >>> folded = Context.of(CausalAttention.from_qk_matrix(3 * torch.eye(2, dtype=torch.float64)), corners)
         >>> witness = find_fold(folded)
         >>> float(torch.linalg.det(folded.mean_and_jacobian(witness)[1])) < 0
         True

@@ -33,8 +33,8 @@ def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
         batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
         return torch.full((*batch, u.shape[-2]), torch.inf, dtype=u.dtype, device=u.device)
     tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
-    moved = tokens @ attention.transport.mT  # W_O v_s, (*batch, H, T, p)
-    pulled = tokens @ attention.bilinear  # c W_Q^T k_s, (*batch, H, T, p)
+    moved = tokens @ attention.ov_matrix.mT  # W_O v_s, (*batch, H, T, p)
+    pulled = tokens @ attention.qk_matrix  # c W_Q^T k_s, (*batch, H, T, p)
     largest = torch.linalg.vector_norm(tokens, dim=-1).cummax(-1).values  # (*batch, 1, T)
     slack_moved, slack_pulled = projection_slack(attention)
     spread_moved = _past_diameter(moved) + slack_moved.unsqueeze(-1) * largest
@@ -49,7 +49,7 @@ def projection_slack(attention: CausalAttention) -> tuple[Tensor, Tensor]:
     Distances of tokens that share a large offset keep few digits, and a bound that proves must not be too small.
     """
     unit = 8 * (attention.dim + 1) * torch.finfo(attention.query.dtype).eps
-    norms = (torch.linalg.matrix_norm(attention.transport), torch.linalg.matrix_norm(attention.bilinear))
+    norms = (torch.linalg.matrix_norm(attention.ov_matrix), torch.linalg.matrix_norm(attention.qk_matrix))
     return unit * norms[0], unit * norms[1]
 
 

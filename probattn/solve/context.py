@@ -17,11 +17,11 @@ from probattn.errors import InputError
 from probattn.moments.dense import attention_weights
 from probattn.solve.bound import projection_slack
 
-__all__ = ["Past"]
+__all__ = ["Context"]
 
 
 @dataclass(frozen=True)
-class Past:
+class Context:
     """A past, as the next token sees it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Past:
     size: Tensor
 
     @classmethod
-    def of(cls, attention: CausalAttention, u: Tensor) -> Past:
+    def of(cls, attention: CausalAttention, u: Tensor) -> Context:
         """The past u_1..u_n.
 
         Args:
@@ -54,20 +54,20 @@ class Past:
                 f"the past has shape {tuple(u.shape)}; it must be (*batch, n, p) with p = {attention.dim}."
             )
         tokens = u.unsqueeze(-3)  # (*batch, 1, n, p)
-        moved, pulled = tokens @ attention.transport.mT, tokens @ attention.bilinear
+        moved, pulled = tokens @ attention.ov_matrix.mT, tokens @ attention.qk_matrix
         norm = torch.linalg.vector_norm(u, dim=-1)
         size = norm.amax(-1) if u.shape[-2] else norm.new_zeros(u.shape[:-2])
         return cls(attention, moved, pulled, (_diameter(moved), _diameter(pulled)), size)
 
-    def extend(self, u: Tensor) -> Past:
+    def extend(self, u: Tensor) -> Context:
         """The past with one more token u, (*batch, p); O(H n p), so that a path of T tokens costs O(H T^2 p)."""
         token = u.unsqueeze(-2).unsqueeze(-2)  # (*batch, 1, 1, p)
-        moved, pulled = token @ self.attention.transport.mT, token @ self.attention.bilinear
+        moved, pulled = token @ self.attention.ov_matrix.mT, token @ self.attention.qk_matrix
         spread = (_widened(self.spread[0], self.moved, moved), _widened(self.spread[1], self.pulled, pulled))
         size = torch.maximum(self.size, torch.linalg.vector_norm(u, dim=-1))
-        return Past(self.attention, _append(self.moved, moved), _append(self.pulled, pulled), spread, size)
+        return Context(self.attention, _append(self.moved, moved), _append(self.pulled, pulled), spread, size)
 
-    def select(self, index: tuple[Tensor, ...], batch: torch.Size) -> Past:
+    def select(self, index: tuple[Tensor, ...], batch: torch.Size) -> Context:
         """The pasts at some places of the batch that this one expands to, (K,).
 
         Args:
@@ -76,7 +76,9 @@ class Past:
         """
         moved, pulled = (part.expand(*batch, *part.shape[-3:])[index] for part in (self.moved, self.pulled))
         spread = (self.spread[0].expand(*batch, -1)[index], self.spread[1].expand(*batch, -1)[index])
-        return Past(self.attention.expand(batch).select(index), moved, pulled, spread, self.size.expand(batch)[index])
+        return Context(
+            self.attention.expand(batch).select(index), moved, pulled, spread, self.size.expand(batch)[index]
+        )
 
     @property
     def length(self) -> int:
@@ -91,7 +93,7 @@ class Past:
         """Mean, (*candidates, *batch, p), and J = d(u - mu)/du, (*candidates, *batch, p, p), at candidate tokens u.
 
         Example:
-            >>> past = Past.of(CausalAttention.from_bilinear(torch.tensor([[0.5]])), torch.tensor([[-1.0], [1.0]]))
+            >>> past = Context.of(CausalAttention.from_qk_matrix(torch.tensor([[0.5]])), torch.tensor([[-1.0], [1.0]]))
             >>> mean, jacobian = past.mean_and_jacobian(torch.tensor([[0.0], [2.0]]))  # mean = tanh(a u)
             >>> mean.flatten(), jacobian.flatten()
             (tensor([0.0000, 0.7616]), tensor([0.5000, 0.7900]))
@@ -108,8 +110,8 @@ class Past:
         token = u.unsqueeze(-2).unsqueeze(-2)  # (*candidates, *batch, 1, 1, p)
         moved, pulled = self.moved, self.pulled
         if inclusive:
-            moved = _append(moved, token @ self.attention.transport.mT)
-            pulled = _append(pulled, token @ self.attention.bilinear)
+            moved = _append(moved, token @ self.attention.ov_matrix.mT)
+            pulled = _append(pulled, token @ self.attention.qk_matrix)
         weights = attention_weights(token, pulled)  # (*candidates, *batch, H, 1, n)
         average = weights @ moved  # (*candidates, *batch, H, 1, p)
         mean = average.squeeze(-2).sum(-2)  # (*candidates, *batch, p)
@@ -119,8 +121,8 @@ class Past:
         centred = pulled - weights @ pulled  # (*candidates, *batch, H, n, p)
         change = (weights.mT * (moved - average)).mT @ centred  # Cov(o, g), (*candidates, *batch, H, p, p)
         if inclusive:
-            attraction = token @ self.attention.bilinear.mT  # A u, (*candidates, *batch, H, 1, p)
-            own = self.attention.transport + (moved[..., -1:, :] - average).mT @ attraction
+            attraction = token @ self.attention.qk_matrix.mT  # A u, (*candidates, *batch, H, 1, p)
+            own = self.attention.ov_matrix + (moved[..., -1:, :] - average).mT @ attraction
             change = change + weights[..., -1:] * own
         return mean, identity - change.sum(-3)
 

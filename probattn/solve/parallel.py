@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.rows import Tokens
 from probattn.solve.search import STARTS, newton_step, residual_tolerance, without_rival
 
@@ -55,7 +55,7 @@ _GAIN = 4.0  # a sweep that reduces the residual by less is followed by one of N
 
 
 @torch.no_grad()
-def unique_prefix(attention: CausalAttention, e: Tensor) -> tuple[Past, Tensor]:
+def unique_prefix(attention: CausalAttention, e: Tensor) -> tuple[Context, Tensor]:
     """The solution up to the first position where it is not known to be one of its kind, in any element of the batch.
 
     Args:
@@ -68,12 +68,12 @@ def unique_prefix(attention: CausalAttention, e: Tensor) -> tuple[Past, Tensor]:
         sweeps of O(H T^2 p); memory linear in T.
 
     Example:
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.1]]))
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.1]]))
         >>> past, u = unique_prefix(attention, torch.tensor([[1.0], [-1.0], [0.3]]))
         >>> past.length, u.flatten()  # the last is 0.3 + sigmoid(0.1 u)
         (3, tensor([1.0000, 0.0000, 0.8205]))
     """
-    past = Past.of(attention, e[..., :0, :])
+    past = Context.of(attention, e[..., :0, :])
     if attention.mask == "inclusive" or e.shape[-2] == 0:
         return past, e[..., :0, :]
     first = e[..., 0, :] + attention.start
@@ -91,7 +91,7 @@ def unique_prefix(attention: CausalAttention, e: Tensor) -> tuple[Past, Tensor]:
     return past, torch.cat(stretches, dim=-2)
 
 
-def _stretch(past: Past, certified: bool) -> int:
+def _stretch(past: Context, certified: bool) -> int:
     """How many tokens to solve for together: as many as there are, while what is held for each of them fits."""
     n = past.length
     held = n * math.prod(past.moved.shape[:-2]) * (2 if certified else STARTS)
@@ -101,16 +101,16 @@ def _stretch(past: Past, certified: bool) -> int:
     return max(_FIRST if n == 1 else _LEAST, min(n, fits))
 
 
-def _joined(past: Past, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _joined(past: Context, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """o_s and g_s of the past and of the stretch u, (*batch, H, n + m, p), and who sees whom, (m, n + m)."""
     tokens = u.unsqueeze(-3)
-    moved = torch.cat([past.moved, tokens @ past.attention.transport.mT], dim=-2)
-    pulled = torch.cat([past.pulled, tokens @ past.attention.bilinear], dim=-2)
+    moved = torch.cat([past.moved, tokens @ past.attention.ov_matrix.mT], dim=-2)
+    pulled = torch.cat([past.pulled, tokens @ past.attention.qk_matrix], dim=-2)
     n, m = past.length, u.shape[-2]
     return moved, pulled, torch.ones(m, n + m, dtype=torch.bool, device=u.device).tril(n - 1)
 
 
-def _sweep(past: Past, noise: Tensor) -> Tensor | None:
+def _sweep(past: Context, noise: Tensor) -> Tensor | None:
     """The tokens after ``past`` for noise (*batch, m, p), each to its tolerance; None where sweeps do not get there."""
     u = noise + Tokens(past.moved, past.pulled).mean(noise)
     before, slow = math.inf, False
@@ -131,7 +131,7 @@ def _sweep(past: Past, noise: Tensor) -> Tensor | None:
     return None
 
 
-def _certified(past: Past, u: Tensor) -> tuple[Past, int]:
+def _certified(past: Context, u: Tensor) -> tuple[Context, int]:
     """The past with those of the tokens u, (*batch, m, p), that are certified, and how many they are."""
     moved, pulled, visible = _joined(past, u)
     n = past.length
@@ -141,24 +141,24 @@ def _certified(past: Past, u: Tensor) -> tuple[Past, int]:
     )
     sizes = _sizes(past, u)
     # The pasts of each token of the stretch and of the one after it, along a first axis of the diameters.
-    prefixes = Past(past.attention, moved, pulled, (first, second), sizes)
+    prefixes = Context(past.attention, moved, pulled, (first, second), sizes)
     certified = _everywhere(prefixes.contraction_bound() < 1)  # (m + 1,)
     count = int(certified[:-1].long().cumprod(0).sum())
     end = n + count
     spread = (first[count], second[count])
-    return Past(past.attention, moved[..., :end, :], pulled[..., :end, :], spread, sizes[count]), count
+    return Context(past.attention, moved[..., :end, :], pulled[..., :end, :], spread, sizes[count]), count
 
 
-def _searched(past: Past, noise: Tensor, u: Tensor) -> tuple[Past, int]:
+def _searched(past: Context, noise: Tensor, u: Tensor) -> tuple[Context, int]:
     """The past with the tokens u before the first for which the search finds a rival, and how many they are."""
     moved, pulled, visible = _joined(past, u)
     sizes = _sizes(past, u)
     # The bound is past one already and does not decrease: these diameters need no care.
-    joined = Past(past.attention, moved, pulled, past.spread, sizes[-1])
+    joined = Context(past.attention, moved, pulled, past.spread, sizes[-1])
     alone = without_rival(joined, visible, noise.movedim(-2, 0), u.movedim(-2, 0))  # (m, *batch)
     count = int(_everywhere(alone).long().cumprod(0).sum())
     end = past.length + count
-    return Past(past.attention, moved[..., :end, :], pulled[..., :end, :], past.spread, sizes[count]), count
+    return Context(past.attention, moved[..., :end, :], pulled[..., :end, :], past.spread, sizes[count]), count
 
 
 def _everywhere(holds: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _everywhere(holds: Tensor) -> Tensor:
     return holds.unsqueeze(-1).flatten(1).all(1)
 
 
-def _sizes(past: Past, u: Tensor) -> Tensor:
+def _sizes(past: Context, u: Tensor) -> Tensor:
     """The largest norm before each token of the stretch and after the last, (m + 1, *batch)."""
     norms = torch.linalg.vector_norm(u, dim=-1).movedim(-1, 0)
     return torch.cat([past.size.expand(norms.shape[1:]).unsqueeze(0), norms]).cummax(0).values

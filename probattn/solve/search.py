@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.rows import Tokens
 
 __all__ = [
@@ -50,7 +50,7 @@ def require_selection(selection: str) -> None:
         raise InputError(f"selection is {selection!r}; use one of {', '.join(map(repr, get_args(Selection)))}.")
 
 
-def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) -> tuple[Tensor, Tensor]:
+def solve_token(past: Context, noise: Tensor, selection: Selection, position: int) -> tuple[Tensor, Tensor]:
     """One step: the token, (*sample, *batch, p), and where more than one solution was found, (*sample, *batch).
 
     Args:
@@ -106,7 +106,7 @@ def solve_token(past: Past, noise: Tensor, selection: Selection, position: int) 
     return _polish(past, noise, chosen, slope), several
 
 
-def without_rival(past: Past, visible: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+def without_rival(past: Context, visible: Tensor, noise: Tensor, u: Tensor) -> Tensor:
     """Where the search of :func:`solve_token`, from the same starts, finds no solution beside a known one, (m, *batch).
 
     Args:
@@ -124,7 +124,7 @@ def without_rival(past: Past, visible: Tensor, noise: Tensor, u: Tensor) -> Tens
     return alone
 
 
-def find_roots(past: Past, noise: Tensor, starts: int = _MORE_STARTS) -> Tensor:
+def find_roots(past: Context, noise: Tensor, starts: int = _MORE_STARTS) -> Tensor:
     """The solutions u of u - mu(u) = eps that Newton's method finds from many starts, (K, p), nearest to eps first.
 
     All of them are distinct solutions; whether they are all solutions is proved in one dimension alone, by
@@ -141,8 +141,8 @@ def find_roots(past: Past, noise: Tensor, starts: int = _MORE_STARTS) -> Tensor:
 
     Example:
         >>> from probattn.attention import CausalAttention
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[3.0]]).double())
-        >>> past = Past.of(attention, torch.tensor([[-1.0], [1.0]]).double())
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]]).double())
+        >>> past = Context.of(attention, torch.tensor([[-1.0], [1.0]]).double())
         >>> find_roots(past, torch.zeros(1).double()).flatten().abs().round(decimals=4)
         tensor([0.0000, 0.9949, 0.9949], dtype=torch.float64)
     """
@@ -170,7 +170,7 @@ def find_roots(past: Past, noise: Tensor, starts: int = _MORE_STARTS) -> Tensor:
     return roots[torch.linalg.vector_norm(roots - noise, dim=-1).argsort()]
 
 
-def _choose(past: Past, noise: Tensor, u: Tensor, solved: Tensor, tolerance: Tensor, selection: Selection) -> Tensor:
+def _choose(past: Context, noise: Tensor, u: Tensor, solved: Tensor, tolerance: Tensor, selection: Selection) -> Tensor:
     """Index of the start whose root is taken, (*sample, *batch)."""
     if selection == "uniform" and len(u) > 1:
         apart = torch.linalg.vector_norm(u.unsqueeze(1) - u.unsqueeze(0), dim=-1) > _same_root(tolerance)
@@ -198,7 +198,7 @@ def _spread_out(values: Tensor, noise: Tensor) -> Tensor:
     return values.view(len(values), *[1] * (noise.dim() + 1 - values.dim()), *values.shape[1:])
 
 
-def _vertices(past: Past, visible: Tensor | None = None) -> Tensor:
+def _vertices(past: Context, visible: Tensor | None = None) -> Tensor:
     """Values that the mean can come near, far from each other, (starts, m, *batch, p), for m rows of ``visible``."""
     if past.length == 0:
         return past.moved.new_empty(0, 1, *past.moved.shape[:-3], past.attention.dim)
@@ -229,7 +229,7 @@ def _vertices(past: Past, visible: Tensor | None = None) -> Tensor:
     return torch.cat([corners, inside]).movedim(-2, 1)
 
 
-def hull_points(past: Past, count: int) -> Tensor:
+def hull_points(past: Context, count: int) -> Tensor:
     """Random points of the hull of what the mean can be, half of them corners with each head on a token of its own.
 
     Args:
@@ -294,7 +294,7 @@ def _iterate(function: _Map, noise: Tensor, u: Tensor, iterations: int) -> tuple
     return u, mean, jacobian
 
 
-def _polish(past: Past, noise: Tensor, u: Tensor, jacobian: Tensor) -> Tensor:
+def _polish(past: Context, noise: Tensor, u: Tensor, jacobian: Tensor) -> Tensor:
     """One more full step, which takes the residual from tolerance to rounding; kept only where it helps."""
     residual = u - past.mean(u) - noise
     polished = u - newton_step(jacobian, residual)
@@ -323,7 +323,7 @@ class _Map:
             (m, n); None: all of them.
     """
 
-    def __init__(self, past: Past, visible: Tensor | None = None) -> None:
+    def __init__(self, past: Context, visible: Tensor | None = None) -> None:
         self.past, self.visible = past, visible
         dense = past.length > 0 and past.attention.mask == "strict"
         self.tokens = Tokens(past.moved, past.pulled) if dense else None

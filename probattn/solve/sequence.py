@@ -19,7 +19,7 @@ from probattn.attention import CausalAttention
 from probattn.errors import InputError, SeveralSolutionsWarning, require_finite
 from probattn.moments.dense import attention_weights
 from probattn.numerics.derivatives import first_order_only
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.parallel import unique_prefix
 from probattn.solve.rows import Tokens
 from probattn.solve.search import Selection, require_selection, solve_token
@@ -68,7 +68,7 @@ def solve_sequence(
         SeveralSolutionsError: several solutions, under selection "unique".
 
     Example:
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]]))
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
         >>> u = solve_sequence(attention, torch.tensor([[1.0], [-1.0], [0.3]]))
         >>> bool(torch.allclose(attention.residual(u), torch.tensor([[1.0], [-1.0], [0.3]]), atol=1e-5))
         True
@@ -186,7 +186,7 @@ def _later_rows(attention: CausalAttention, u: Tensor, begin: int, end: int) -> 
     tokens = seen.unsqueeze(-3)
     diagonal = begin - 1 if attention.mask == "strict" else begin
     visible = torch.ones(end - begin, end, dtype=torch.bool, device=u.device).tril(diagonal)
-    return Tokens(tokens @ attention.transport.mT, tokens @ attention.bilinear).mean(seen[..., begin:, :], visible)
+    return Tokens(tokens @ attention.ov_matrix.mT, tokens @ attention.qk_matrix).mean(seen[..., begin:, :], visible)
 
 
 class _ImplicitSolution(torch.autograd.Function):
@@ -213,14 +213,14 @@ def _back_substitute(attention: CausalAttention, u: Tensor, gradient: Tensor) ->
     row exist while it is at work. Time O(H T^2 p), memory O(H T p). Derived here.
     """
     tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
-    moved, pulled = tokens @ attention.transport.mT, tokens @ attention.bilinear  # o and g, (*batch, H, T, p)
-    attraction = tokens @ attention.bilinear.mT  # A u_i
+    moved, pulled = tokens @ attention.ov_matrix.mT, tokens @ attention.qk_matrix  # o and g, (*batch, H, T, p)
+    attraction = tokens @ attention.qk_matrix.mT  # A u_i
     nothing = moved.new_zeros(moved.shape[:-2])  # the diameters of a past are not asked for
     own = 1 if attention.mask == "inclusive" else 0
     remaining = gradient.clone()
     result = torch.empty_like(remaining)
     for i in reversed(range(u.shape[-2])):
-        past = Past(attention, moved[..., :i, :], pulled[..., :i, :], (nothing, nothing), nothing[..., 0])
+        past = Context(attention, moved[..., :i, :], pulled[..., :i, :], (nothing, nothing), nothing[..., 0])
         _, jacobian = past.mean_and_jacobian(u[..., i, :])
         w = torch.linalg.solve(jacobian.mT, remaining[..., i, :])  # (*batch, p)
         result[..., i, :] = w
@@ -230,7 +230,7 @@ def _back_substitute(attention: CausalAttention, u: Tensor, gradient: Tensor) ->
         weights = attention_weights(tokens[..., i : i + 1, :], pulled[..., :seen, :])  # (*batch, H, 1, seen)
         average = weights @ moved[..., :seen, :]
         column = w[..., None, :, None]  # (*batch, 1, p, 1)
-        carried = (attention.transport.mT @ column).mT  # C^T w, (*batch, H, 1, p)
+        carried = (attention.ov_matrix.mT @ column).mT  # C^T w, (*batch, H, 1, p)
         reach = (moved[..., :i, :] - average) @ column  # (o_s - obar_i) . w, (*batch, H, i, 1)
         pull = carried + reach * attraction[..., i : i + 1, :]  # (*batch, H, i, p)
         remaining[..., :i, :] += (weights[..., :i].mT * pull).sum(-3)

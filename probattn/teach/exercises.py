@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention
-from probattn.blocks import smallest_singular_value
+from probattn.blocks import smallest_singular_value_one_minus
 from probattn.next_token import NextToken
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 __all__ = [
     "Feedback",
@@ -88,7 +88,7 @@ def check_block(answer: Block | None) -> Feedback:
         found = _tensor(answer, (dim, dim), "J_i", matrix, past, u)
         if isinstance(found, Feedback):
             return found
-        exact = Past.of(CausalAttention.from_bilinear(matrix), past).mean_and_jacobian(u)[1]
+        exact = Context.of(CausalAttention.from_qk_matrix(matrix), past).mean_and_jacobian(u)[1]
         if _close(found, exact, 1e-8):
             continue
         identity = torch.eye(dim, dtype=torch.float64)
@@ -113,7 +113,7 @@ def check_triangularity(answer: Tensor | None, attention: CausalAttention, u: Te
         u: the sequence, (T, p).
 
     Example:
-        >>> attention = CausalAttention.from_bilinear(torch.tensor([[0.5]], dtype=torch.float64))
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]], dtype=torch.float64))
         >>> check_triangularity(torch.eye(3).double(), attention, torch.tensor([[-1.0], [1.0], [0.0]]).double())
         not yet: its diagonal blocks are not the J_i of this sequence; is it the derivative of e, not of mu?
     """
@@ -175,7 +175,7 @@ def check_roots(answer: Count | None) -> Feedback:
         return _UNANSWERED
     past = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     for a, eps in _CASES:
-        law = NextToken(Past.of(CausalAttention.from_bilinear(torch.tensor([[a]], dtype=torch.float64)), past), 1.0)
+        law = NextToken(Context.of(CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=torch.float64)), past), 1.0)
         try:
             count = answer(a, eps)
         except Exception as error:  # whatever the reader's code raises
@@ -203,8 +203,8 @@ def check_mass(answer: float | None) -> Feedback:
     found = _number(answer, "Z")
     if isinstance(found, Feedback):
         return found
-    attention = CausalAttention.from_bilinear(torch.tensor([[_STRENGTH]], dtype=torch.float64))
-    past = Past.of(attention, torch.tensor([[-1.0], [1.0]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[_STRENGTH]], dtype=torch.float64))
+    past = Context.of(attention, torch.tensor([[-1.0], [1.0]], dtype=torch.float64))
     exact = NextToken(past, _NOISE).mass().value
     if abs(found / exact - 1) < 1e-3:
         return Feedback(True, "and it is the mean number of solutions, over the noise.")
@@ -233,9 +233,9 @@ def check_determinant(answer: Tensor | None) -> Feedback:
     if isinstance(matrix, Feedback):
         return matrix
     origin = torch.zeros(2, dtype=torch.float64)
-    block = Past.of(CausalAttention.from_bilinear(matrix), corners()).mean_and_jacobian(origin)[1]
+    block = Context.of(CausalAttention.from_qk_matrix(matrix), corners()).mean_and_jacobian(origin)[1]
     determinant = float(torch.linalg.det(block))
-    smallest = float(smallest_singular_value(torch.eye(2, dtype=torch.float64) - block))
+    smallest = float(smallest_singular_value_one_minus(torch.eye(2, dtype=torch.float64) - block))
     if abs(determinant - 1) > 1e-6:
         return _wrong(f"det J is {determinant:.6g}, not 1; what is the covariance of the corners at u = 0?")
     if smallest >= 0.05:
@@ -289,7 +289,7 @@ def check_previous_query(answer: Residual | None) -> Feedback:
         found = _tensor(answer, (6, 2), "e", matrix, u)
         if isinstance(found, Feedback):
             return found
-        expected, own = u.clone(), u - CausalAttention.from_bilinear(matrix).mean(u)
+        expected, own = u.clone(), u - CausalAttention.from_qk_matrix(matrix).mean(u)
         for i in range(1, len(u)):
             expected[i] -= torch.softmax(u[:i] @ matrix @ u[i - 1], 0) @ u[:i]
         if _close(found, own, 1e-8):

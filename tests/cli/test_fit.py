@@ -63,7 +63,7 @@ def test_every_method_writes_a_judged_posterior(folder, method):
     assert "margins.png" in figures
     assert ("chains.png" in figures) == (method == "nuts")
     with xarray.open_datatree(out / "fit.nc") as tree:  # plain xarray
-        assert tree["posterior"]["bilinear"].dims == ("chain", "draw", "head", "key_feature", "query_feature")
+        assert tree["posterior"]["qk_matrix"].dims == ("chain", "draw", "head", "key_feature", "query_feature")
         assert tree.attrs["method"] == method
         assert tree.attrs["seed"] == 0
         assert tree.attrs["hardware"]
@@ -75,7 +75,7 @@ def test_every_method_writes_a_judged_posterior(folder, method):
     assert record["method"]["name"] == method
     if method == "nuts":
         assert record["method"]["chain_method"] == "vectorised"
-    assert "bilinear[0, 0, 0]" in (out / "summary.csv").read_text()
+    assert "qk_matrix[0, 0, 0]" in (out / "summary.csv").read_text()
     assert not [entry for entry in out.iterdir() if entry.name.endswith(".partial")]
     assert Fit.load(out / "fit.nc").method == method
 

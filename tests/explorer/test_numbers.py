@@ -21,7 +21,7 @@ from probattn import CausalAttention, stability_margin
 from probattn.errors import SeveralSolutionsWarning
 from probattn.mean_field import stationary_covariance
 from probattn.models.scalar import scalar_attention
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.sequence import solve_sequence
 
 pytestmark = pytest.mark.xdist_group("explorer")
@@ -117,11 +117,11 @@ def test_the_curve_is_exact_and_the_witness_is_one(open_page, settle):
         settle(page)
         state, points = page.evaluate("probattn.state.plane"), tensor(page.evaluate("probattn.curve()"))
         _, attention = plane_attention(state)
-        past = Past.of(attention, tensor(state["tokens"][:-1]))
+        past = Context.of(attention, tensor(state["tokens"][:-1]))
         assert len(points) > 200
         assert float(torch.linalg.det(past.mean_and_jacobian(points)[1]).abs().max()) < TOLERANCE
         witness = page.evaluate("probattn.witness()")
-        seen = Past.of(attention, tensor(state["tokens"][: witness["position"]]))
+        seen = Context.of(attention, tensor(state["tokens"][: witness["position"]]))
         assert float(torch.linalg.det(seen.mean_and_jacobian(tensor(witness["at"]))[1])) < 0
 
 
@@ -133,7 +133,7 @@ def test_the_table_of_tokens(open_page, until, view, rows):
     until(page, f"document.querySelectorAll('#{view}-rows tr').length === {rows}")
     state = page.evaluate(f"probattn.state.{view}")
     tokens = tensor(state["tokens"]).view(rows, -1)
-    attention = CausalAttention.from_bilinear(tensor([[state["a"]]])) if view == "line" else plane_attention(state)[1]
+    attention = CausalAttention.from_qk_matrix(tensor([[state["a"]]])) if view == "line" else plane_attention(state)[1]
     margins = stability_margin(attention, tokens, state.get("kind", "determinant"))
     weights = attention.weights(tokens)[0, -1]
     for i in range(rows):

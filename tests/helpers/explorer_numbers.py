@@ -10,7 +10,7 @@ from probattn.folds.branches import Branches
 from probattn.folds.line import largest_sensitivity, turning_points
 from probattn.folds.mass import next_token_density, scalar_mass
 from probattn.solve.bound import contraction_bound
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.search import find_roots
 
 TOLERANCE = 1e-6
@@ -51,8 +51,8 @@ def differences(shown, expected):
 def line_expected(state):
     """What the library says of the state of the line."""
     tokens, a, sigma = tensor(state["tokens"]).unsqueeze(-1), state["a"], state["sigma"]
-    attention = CausalAttention.from_bilinear(tensor([[a]]))
-    past, u = Past.of(attention, tokens[:-1]), tokens[-1]
+    attention = CausalAttention.from_qk_matrix(tensor([[a]]))
+    past, u = Context.of(attention, tokens[:-1]), tokens[-1]
     mean = past.mean(u)
     weights = attention.weights(tokens)[0, -1, :-1]
     seen = regime(attention, tokens)
@@ -88,7 +88,9 @@ def line_expected(state):
 
 def check_smallest(shown, state):
     """The supremum of 1 - J lies where the page says, by the library's enclosure on either side."""
-    past = Past.of(CausalAttention.from_bilinear(tensor([[state["a"]]])), tensor(state["tokens"][:-1]).unsqueeze(-1))
+    past = Context.of(
+        CausalAttention.from_qk_matrix(tensor([[state["a"]]])), tensor(state["tokens"][:-1]).unsqueeze(-1)
+    )
     largest = 1 - float(shown["line.smallest"]["value"])
     assert largest_sensitivity(past, threshold=largest + 2 * TOLERANCE).upper < largest + 2 * TOLERANCE
     if largest > 1e-5:
@@ -100,14 +102,14 @@ def plane_attention(state):
         return tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
     A = turn(state["left"]) @ torch.diag(tensor([state["s1"], state["s2"]])) @ turn(state["right"]).T
-    return A, CausalAttention.from_bilinear(A)
+    return A, CausalAttention.from_qk_matrix(A)
 
 
 def plane_expected(state):
     """What the library says of the state of the plane, but for the solutions."""
     A, attention = plane_attention(state)
     tokens = tensor(state["tokens"])
-    mean, J = Past.of(attention, tokens[:-1]).mean_and_jacobian(tokens[-1])
+    mean, J = Context.of(attention, tokens[:-1]).mean_and_jacobian(tokens[-1])
     margins = {kind: stability_margin(attention, tokens, kind) for kind in ("determinant", "spectral")}
     distance = float(stability_margin(attention, tokens)[-1])
     seen = regime(attention, tokens, search=True)
@@ -147,7 +149,7 @@ def check_solutions(shown, state):
     """Every solution shown solves, and none that the library finds is missing."""
     _, attention = plane_attention(state)
     tokens = tensor(state["tokens"])
-    past = Past.of(attention, tokens[:-1])
+    past = Context.of(attention, tokens[:-1])
     noise = tokens[-1] - past.mean(tokens[-1])
     roots = tensor([float(x) for x in shown["plane.roots"]["value"].split()]).view(-1, 2)
     assert len(roots) == int(shown["plane.count"]["value"])

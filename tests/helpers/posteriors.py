@@ -49,7 +49,7 @@ class Linear(PyroModule):
 @cache
 def sequences():
     """8 sequences of 32 two-dimensional tokens from a known attention, (8, 32, 2)."""
-    return simulate(CausalAttention.from_bilinear(A), NOISE, length=32, sequences=8, seed=1).u
+    return simulate(CausalAttention.from_qk_matrix(A), NOISE, length=32, sequences=8, seed=1).u
 
 
 @cache
@@ -59,7 +59,7 @@ def short_sequences():
 
 
 def bilinear_model(u, **options):
-    return EmbeddingModel(u.shape[1], u.shape[2], parameters="bilinear", **{"prior_scale": 0.5, **options})
+    return EmbeddingModel(u.shape[1], u.shape[2], parameters="qk_matrix", **{"prior_scale": 0.5, **options})
 
 
 def moments(draws: Draws):

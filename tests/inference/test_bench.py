@@ -17,6 +17,7 @@ from probattn.inference.bench.penalty import dense_penalty, memory
 from probattn.inference.bench.run import PARTS, as_table, bench, broken_gates
 from probattn.inference.bench.sampling import naive_sequence
 from probattn.inference.runtime.environment import describe
+from probattn.moments import cpu
 from probattn.penalty import attention_penalty
 from probattn.plotting import plot_cost
 
@@ -72,7 +73,7 @@ def test_the_competitors_compute_the_same():
     torch.testing.assert_close(log_density(matrix, u), dense_log_density(matrix, u), rtol=1e-10, atol=1e-10)
     assert (log_density(matrix.mT, u) - dense_log_density(matrix, u)).abs().min() > 1e-3
 
-    attention = CausalAttention.from_bilinear(0.2 * torch.eye(2, dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(0.2 * torch.eye(2, dtype=torch.float64))
     e = 0.5 * torch.randn(2, 8, 2, dtype=torch.float64)
     torch.testing.assert_close(attention.residual(naive_sequence(attention, e, 1e-12)), e, rtol=1e-9, atol=1e-9)
 

@@ -68,7 +68,9 @@ def test_all_hold_on_real_text(subject):
 class TestJacobianTurns:
     def test_with_the_strict_formula_under_an_inclusive_mask(self, subject):
         def strict_formula(attention, u):
-            return torch.eye(u.shape[-1]) - blocks.sensitivity(attention.evaluate(u).factors._replace(own=None))
+            return torch.eye(u.shape[-1]) - blocks.mean_jacobian(
+                attention.mean_and_factors(u).factors._replace(own=None)
+            )
 
         claim = jacobian_claim(subject, blocks=strict_formula)
         assert claim.broken
@@ -83,7 +85,7 @@ class TestJacobianTurns:
 
     def test_with_a_power_series(self, subject):
         def series(attention, u):
-            core = blocks.reduced(attention.evaluate(u).factors)
+            core = blocks.sylvester_core(attention.mean_and_factors(u).factors)
             power, total = core, torch.zeros(core.shape[:-2], dtype=core.dtype)
             for k in range(1, 4):
                 total = total - power.diagonal(dim1=-2, dim2=-1).sum(-1) / k

@@ -1,4 +1,4 @@
-"""Sensitivity along decoding by independent routes, rank correlations against SciPy, and the verdicts that turn."""
+"""JacobianFactors along decoding by independent routes, rank correlations against SciPy, and the verdicts that turn."""
 
 import math
 from dataclasses import replace

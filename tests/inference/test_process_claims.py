@@ -13,7 +13,7 @@ from probattn.inference.claims.stationarity import balanced_noise, stationarity_
 from probattn.mean_field import CRITICAL
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 
 class TestConsistency:
@@ -35,7 +35,7 @@ class TestConsistency:
     def test_the_excess_is_the_mean_mass(self, slope):
         generator = torch.Generator().manual_seed(0)
         u = torch.randn(600, 2, generator=generator, dtype=torch.float64).cumsum(-1).unsqueeze(-1)
-        masses = torch.tensor([scalar_mass(Past.of(scalar_attention(slope), pair), 1.0).absolute - 1 for pair in u])
+        masses = torch.tensor([scalar_mass(Context.of(scalar_attention(slope), pair), 1.0).absolute - 1 for pair in u])
         error = float(masses.std()) / 600**0.5
         assert abs(float(masses.mean()) - three_token_excess(slope)) < 4 * error  # four standard errors
 

@@ -71,7 +71,7 @@ def test_extreme_logits_stay_finite(mask, dtype):
 
 def test_extreme_logits_are_the_hard_attention():
     # Two keys whose logits differ by 2e4: all weight on the first, to the last bit, in either order.
-    attention = CausalAttention.from_bilinear(torch.tensor([[1e4]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[1e4]], dtype=torch.float64))
     u = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
     assert torch.equal(attention.weights(u)[0, 2], torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
     assert torch.equal(attention.weights(u)[0, 3], torch.tensor([0, 1.0, 0, 0], dtype=torch.float64))
@@ -79,7 +79,7 @@ def test_extreme_logits_are_the_hard_attention():
 
 
 def test_repeated_tokens_have_no_covariance():
-    attention = CausalAttention.from_bilinear(torch.tensor([[3.0]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]], dtype=torch.float64))
     u = torch.full((7, 1), 1e6, dtype=torch.float64)
     assert (attention.jacobian(u) == 1).all()
 
@@ -88,13 +88,13 @@ def test_repeated_tokens_have_no_covariance():
 @pytest.mark.parametrize("offset", [1e3, 1e6, 1e8])
 def test_repeated_tokens_far_from_the_first_one(offset, dtype):
     # All weight lies on the repeated tokens, which do not vary: J = 1 whatever the distance of the first.
-    attention = CausalAttention.from_bilinear(torch.tensor([[1.0]], dtype=dtype))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[1.0]], dtype=dtype))
     u = torch.tensor([0.0] + [offset + 0.1] * 6, dtype=dtype).unsqueeze(-1)
     assert (attention.jacobian(u) - 1).abs().max() < 1e-5
     # The blocks of the sequence are the identity; the fold that such a past does have lies between its two values.
     found = regime(attention, u)
     assert (str(found), found.position) == ("folded", 2)
-    assert str(regime(CausalAttention.from_bilinear(-attention.bilinear), u)) == "certified"
+    assert str(regime(CausalAttention.from_qk_matrix(-attention.qk_matrix), u)) == "certified"
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -114,7 +114,7 @@ def test_recomputed_rows_agree_and_carry_gradients(heads):
 def test_covariance_keeps_its_digits_under_a_large_offset():
     points = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64) + 1e8
     weights = torch.full((1, 4), 0.25, dtype=torch.float64)
-    attention = CausalAttention.from_bilinear(torch.ones(1, 1, dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.ones(1, 1, dtype=torch.float64))
     at_zero = torch.cat([points, torch.zeros(1, 1, dtype=torch.float64)])  # where the weights are uniform
     assert abs(float(attention.jacobian(at_zero)[-1])) < 1e-12  # 1 - Var, the variance of -1 and 1
     plain = (weights @ points**2) - (weights @ points) ** 2  # what the variance would be without the shift
@@ -150,7 +150,7 @@ def test_identified_products_do_not_depend_on_the_factors():
         start=attention.start,
     )
     u = tokens(8, 6, 3)
-    torch.testing.assert_close(turned.bilinear, attention.bilinear)
+    torch.testing.assert_close(turned.qk_matrix, attention.qk_matrix)
     torch.testing.assert_close(turned.logabsdet(u)[1], attention.logabsdet(u)[1])
 
 
@@ -189,7 +189,7 @@ def test_bad_tokens_are_named():
     with pytest.raises(InputError, match="float32"):
         attention.mean(tokens(0, 5, 3, dtype=torch.float32))
     with pytest.raises(InputError, match="must be square"):
-        CausalAttention.from_bilinear(torch.zeros(2, 3))
+        CausalAttention.from_qk_matrix(torch.zeros(2, 3))
 
 
 def test_repr_and_conversion():
@@ -233,7 +233,10 @@ def test_each_parameter_may_have_a_batch_alone(name, mask):
     whole = parameters[name] * factor.view(4, *[1] * (1 if name == "scale" else parameters[name].dim()))
     attention = CausalAttention(**(parameters | {name: whole}), mask=mask)
     u = tokens(13, 5, 3)
-    together, apart = attention.evaluate(u).mean, [attention.select(n).evaluate(u).mean for n in range(4)]
+    together, apart = (
+        attention.mean_and_factors(u).mean,
+        [attention.select(n).mean_and_factors(u).mean for n in range(4)],
+    )
     torch.testing.assert_close(together.expand(4, 5, 3), torch.stack(apart), rtol=0, atol=1e-14)
     found = attention.jacobian(u).expand(4, 5, 3, 3)
     torch.testing.assert_close(
@@ -253,8 +256,8 @@ def test_the_own_weight_keeps_its_digits(scale, offset):
     # Eighths and powers of two, so that single precision holds tokens, queries and keys exactly.
     matrix = scale / 1024 * torch.tensor([[1.0, 0.5], [-0.5, 1.0]])
     u = (8 * tokens(15, 20, 2)).round().div(8).float() + offset
-    attention = CausalAttention.from_bilinear(matrix, mask="inclusive")
-    exact = CausalAttention.from_bilinear(matrix.double(), mask="inclusive").jacobian(u.double())
+    attention = CausalAttention.from_qk_matrix(matrix, mask="inclusive")
+    exact = CausalAttention.from_qk_matrix(matrix.double(), mask="inclusive").jacobian(u.double())
     # Logits of a thousand are rounded to 1e-4, and some rows have weights between zero and one. Taken as
     # exp(logit - log-sum), the weights are off by 1e-3 here.
     assert (attention.jacobian(u).double() - exact).abs().max() < 3e-5 * exact.abs().max()

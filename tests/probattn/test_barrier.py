@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from probattn import CausalAttention, log_barrier, regime, stability_margin, support_tokens
 from probattn.errors import InputError
 from probattn.solve.bound import contraction_bound
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from support import attention_like, dense_blocks, tokens
 
 KINDS = ["logdet", "one_sided", "smooth", "spectral", "singular_value"]
@@ -16,7 +16,7 @@ PAIR = torch.tensor([[1.0], [-1.0], [0.0]], dtype=torch.float64)  # past {+1, -1
 
 
 def scalar(a):
-    return CausalAttention.from_bilinear(torch.tensor([[a]], dtype=torch.float64))
+    return CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=torch.float64))
 
 
 class TestBarrier:
@@ -97,20 +97,20 @@ class TestMargins:
 
     def test_two_folds_hide_from_the_determinant_but_not_from_the_spectrum(self):
         corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
-        attention = CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64))
+        attention = CausalAttention.from_qk_matrix(2.0 * torch.eye(2, dtype=torch.float64))
         assert float(stability_margin(attention, corners, "determinant")[-1]) == pytest.approx(1.0)
         assert float(stability_margin(attention, corners, "spectral")[-1]) == pytest.approx(-1.0)
         assert float(log_barrier(attention, corners)[-1]) == pytest.approx(0.0)
 
     def test_determinant_one_can_be_far_from_safe(self):
         corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
-        attention = CausalAttention.from_bilinear(torch.diag(torch.tensor([-9.0, 0.9])).double())  # J = diag(10, 0.1)
+        attention = CausalAttention.from_qk_matrix(torch.diag(torch.tensor([-9.0, 0.9])).double())  # J = diag(10, 0.1)
         assert float(stability_margin(attention, corners, "determinant")[-1]) == pytest.approx(1.0)
         assert float(stability_margin(attention, corners, "singular_value")[-1]) == pytest.approx(0.1)
 
     def test_spectral_margin_is_infinite_without_a_real_eigenvalue(self):
         corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
-        attention = CausalAttention.from_bilinear(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double())
+        attention = CausalAttention.from_qk_matrix(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double())
         assert torch.isposinf(stability_margin(attention, corners, "spectral")[-1])
         assert log_barrier(attention, corners, "spectral")[-1] == 0
 
@@ -119,7 +119,7 @@ class TestMargins:
     def test_nan_stays_nan(self, kind, dtype):
         u = tokens(0, 2, 4, 2, dtype=dtype)
         u[1, 1, 0] = float("nan")
-        penalty = log_barrier(CausalAttention.from_bilinear(0.5 * torch.eye(2, dtype=dtype)), u, kind)
+        penalty = log_barrier(CausalAttention.from_qk_matrix(0.5 * torch.eye(2, dtype=dtype)), u, kind)
         assert torch.isfinite(penalty[0]).all()
         assert penalty[1, 2:].isnan().all()
 
@@ -127,14 +127,14 @@ class TestMargins:
     def test_overflow_is_nan_not_a_crash(self, kind):
         u = tokens(0, 4, 2, dtype=torch.float32)
         u[2] = 1e25
-        margin = stability_margin(CausalAttention.from_bilinear(0.5 * torch.eye(2)), u, kind)
+        margin = stability_margin(CausalAttention.from_qk_matrix(0.5 * torch.eye(2)), u, kind)
         assert not torch.isfinite(margin[-1]) or margin[-1] == 1
 
     def test_a_defective_double_eigenvalue_is_real(self):
         turn, _ = torch.linalg.qr(tokens(3, 100, 2, 2))
         jordan = torch.tensor([[2.0, 1.0], [0.0, 2.0]]).double()
         corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
-        attention = CausalAttention.from_bilinear((turn @ jordan @ turn.mT).unsqueeze(1))
+        attention = CausalAttention.from_qk_matrix((turn @ jordan @ turn.mT).unsqueeze(1))
         # sqrt(eps) is what rounding does to such an eigenvalue.
         assert (stability_margin(attention, corners, "spectral")[:, -1] + 1).abs().max() < 1e-6
 
@@ -167,7 +167,7 @@ class TestSupportTokens:
 
 
 def assert_witness(attention, u, found):
-    past = Past.of(attention, u[: found.position])
+    past = Context.of(attention, u[: found.position])
     assert float(torch.linalg.det(past.mean_and_jacobian(found.witness)[1])) < 0
 
 
@@ -183,7 +183,7 @@ class TestRegime:
     def test_two_folds_under_a_positive_determinant_are_proved_by_a_witness(self):
         # Only the last token sees its past evenly; both eigenvalues of its J are negative.
         corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -2], [0, 0]], dtype=torch.float64)
-        attention = CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64))
+        attention = CausalAttention.from_qk_matrix(2.0 * torch.eye(2, dtype=torch.float64))
         assert float(attention.logabsdet(corners)[0].min()) > 0
         found = regime(attention, corners)
         assert (str(found), found.proved) == ("folded", True)
@@ -193,16 +193,16 @@ class TestRegime:
     def test_a_search_finds_what_the_sequence_does_not_show(self):
         # The last token is far out, where its past is one token; the fold is at the middle of the past.
         u = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [9.0, 9.0]], dtype=torch.float64)
-        attention = CausalAttention.from_bilinear(1.5 * torch.eye(2, dtype=torch.float64))
+        attention = CausalAttention.from_qk_matrix(1.5 * torch.eye(2, dtype=torch.float64))
         assert str(regime(attention, u)) == "regular"
         found = regime(attention, u, search=True)
         assert (str(found), found.proved) == ("folded", True)
         assert_witness(attention, u, found)
-        opposite = CausalAttention.from_bilinear(-attention.bilinear)  # expands everywhere
+        opposite = CausalAttention.from_qk_matrix(-attention.qk_matrix)  # expands everywhere
         assert "no fold found by search" in regime(opposite, u, search=True).evidence
 
     def test_of_batches(self):
-        attention = CausalAttention.from_bilinear(torch.tensor([0.9, 1.1]).double()[:, None, None, None])
+        attention = CausalAttention.from_qk_matrix(torch.tensor([0.9, 1.1]).double()[:, None, None, None])
         assert [str(found) for found in regime(attention, PAIR)] == ["certified", "folded"]
         nested = regime(attention.expand((3, 2)), PAIR)
         assert [[str(found) for found in row] for row in nested] == [["certified", "folded"]] * 3
@@ -218,10 +218,10 @@ class TestRegime:
         attention, u = attention_like(seed, heads, 2, 3, 2), tokens(seed, length, 3)
         bound = float(contraction_bound(attention, torch.cat([u, u[:1]]))[-1])
         candidates = 5 * tokens(seed + 1, 200, 3)
-        jacobian = Past.of(attention, u).mean_and_jacobian(candidates)[1]
+        jacobian = Context.of(attention, u).mean_and_jacobian(candidates)[1]
         norm = torch.linalg.matrix_norm(torch.eye(3) - jacobian, ord=2).max()
         assert float(norm) <= bound * (1 + 1e-9)
-        assert bound == pytest.approx(float(Past.of(attention, u).contraction_bound()))
+        assert bound == pytest.approx(float(Context.of(attention, u).contraction_bound()))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
@@ -232,14 +232,14 @@ class TestRegime:
             points = torch.tensor([offset - 1, offset + 1], dtype=dtype)
             spread = float(points[1].double() - points[0].double())
             a = (1 + excess) * 4 / spread**2
-            attention = CausalAttention.from_bilinear(torch.tensor([[a]], dtype=dtype))
+            attention = CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=dtype))
             u = torch.cat([points, points[:1]]).unsqueeze(-1)
             assert str(regime(attention, u)) != "certified"
-        attention = CausalAttention.from_bilinear(torch.tensor([[0.5 * a]], dtype=dtype))
+        attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5 * a]], dtype=dtype))
         assert str(regime(attention, u)) == "certified"
 
     def test_determinants_that_overflow_do_not_matter(self):
-        attention = CausalAttention.from_bilinear(-8 * torch.eye(64))
+        attention = CausalAttention.from_qk_matrix(-8 * torch.eye(64))
         found = regime(attention, torch.cat([tokens(0, 400, 64, dtype=torch.float32), torch.zeros(1, 64)]))
         assert str(found) == "regular"
 
@@ -257,4 +257,4 @@ class TestRegime:
                 [10 * tokens(seed + 1, 200, 3), 0.5 * tokens(seed + 2, 200, 3), tokens(seed, 200, 3) / 100]
             )
             for i in range(5):
-                assert (torch.linalg.det(Past.of(attention, u[:i]).mean_and_jacobian(candidates)[1]) > 0).all()
+                assert (torch.linalg.det(Context.of(attention, u[:i]).mean_and_jacobian(candidates)[1]) > 0).all()

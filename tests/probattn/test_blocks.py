@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probattn import blocks
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from support import attention_like, dense, dense_blocks, tokens
 
 
@@ -44,17 +44,19 @@ def test_every_route_to_the_determinant_is_taken_and_agrees():
     for name, (heads, rank, value_dim) in {"features": (2, 5, 4), "keys": (1, 2, 3), "values": (1, 4, 1)}.items():
         attention = attention_like(0, heads, rank, 6, value_dim)
         u = tokens(0, 5, 6)
-        core = blocks.reduced(attention.evaluate(u).factors)
+        core = blocks.sylvester_core(attention.mean_and_factors(u).factors)
         sizes[name] = core.shape[-1]
-        torch.testing.assert_close(blocks.logabsdet(core)[1], torch.linalg.slogdet(dense_blocks(attention, u))[1])
+        torch.testing.assert_close(
+            blocks.logabsdet_one_minus(core)[1], torch.linalg.slogdet(dense_blocks(attention, u))[1]
+        )
     assert sizes == {"features": 6, "keys": 2, "values": 1}
 
 
 def test_the_strict_formula_is_wrong_under_an_inclusive_mask():
     attention = attention_like(1, heads=2, value_dim=2, mask="inclusive")
     u = tokens(1, 6, 3)
-    factors = attention.evaluate(u).factors._replace(own=None)
-    strict_formula = torch.eye(3) - blocks.sensitivity(factors)
+    factors = attention.mean_and_factors(u).factors._replace(own=None)
+    strict_formula = torch.eye(3) - blocks.mean_jacobian(factors)
     assert (strict_formula - dense_blocks(attention, u)).abs().max() > 0.1
 
 
@@ -103,7 +105,7 @@ def test_step_by_step_agrees_with_the_sequence():
     for mask in ("strict", "inclusive"):
         attention = attention_like(5, heads=3, value_dim=2, mask=mask)
         u = tokens(5, 7, 3)
-        past = Past.of(attention, u[:0])
+        past = Context.of(attention, u[:0])
         for i in range(7):
             mean, block = past.mean_and_jacobian(u[i])
             torch.testing.assert_close(mean, attention.mean(u)[i])

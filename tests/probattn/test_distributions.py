@@ -57,7 +57,7 @@ def test_density_is_the_change_of_variables_through_the_dense_jacobian():
 @pytest.mark.parametrize(("a", "mass"), [(0.05, 1.0), (-0.5, 1.0), (3.0, None)])
 def test_two_tokens_more_integrate_to_one_when_nothing_folds(a, mass):
     """The conditional of the third scalar token, after -1 and 1, integrates to one, or to more."""
-    attention = CausalAttention.from_bilinear(torch.tensor([[a]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=torch.float64))
     law = LatentAttention(attention, 0.8, 3)
     head = LatentAttention(attention, 0.8, 2)
     past = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_two_tokens_more_integrate_to_one_when_nothing_folds(a, mass):
 
 
 def test_a_joint_in_two_dimensions_integrates_to_one():
-    attention = CausalAttention.from_bilinear(torch.tensor([[0.3]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[0.3]], dtype=torch.float64))
     law = LatentAttention(attention, 0.6, 3)
     grid = torch.linspace(-5, 5, 161, dtype=torch.float64)
     u = (
@@ -196,21 +196,21 @@ def model(data):
     a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
     scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=torch.float64), 1.0))
     with pyro.plate("sequences", len(data)):
-        attention = CausalAttention.from_bilinear(a[..., None, None, None])
+        attention = CausalAttention.from_qk_matrix(a[..., None, None, None])
         pyro.sample("u", LatentAttention(attention, scale.unsqueeze(-1), data.shape[-2]), obs=data)
 
 
 @pytest.fixture(scope="module")
 def data():
     torch.manual_seed(1)
-    return LatentAttention(CausalAttention.from_bilinear(torch.tensor([[-0.4]]).double()), 0.5, 12).sample((24,))
+    return LatentAttention(CausalAttention.from_qk_matrix(torch.tensor([[-0.4]]).double()), 0.5, 12).sample((24,))
 
 
 @pytest.fixture(scope="module")
 def exact(data):
     a = torch.linspace(-3, 1.2, 169, dtype=torch.float64)
     scale = torch.linspace(0.35, 0.75, 161, dtype=torch.float64)
-    residual, logabs = CausalAttention.from_bilinear(a[:, None, None, None, None]).residual_and_logabsdet(data)
+    residual, logabs = CausalAttention.from_qk_matrix(a[:, None, None, None, None]).residual_and_logabsdet(data)
     joint = logabs.sum((-1, -2))[:, None] - 0.5 * residual.square().sum((-1, -2, -3))[:, None] / scale**2
     joint = joint - data.numel() * scale.log() - 0.5 * a[:, None] ** 2 - 0.5 * scale.log() ** 2 - scale.log()
     weight = joint.flatten().softmax(0).view_as(joint)

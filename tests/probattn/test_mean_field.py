@@ -25,7 +25,7 @@ PLANE = torch.eye(2, dtype=torch.float64)
 def rotation(degrees, strength=1.0):
     angle = math.radians(degrees)
     matrix = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-    return CausalAttention.from_bilinear(strength * torch.tensor(matrix, dtype=torch.float64))
+    return CausalAttention.from_qk_matrix(strength * torch.tensor(matrix, dtype=torch.float64))
 
 
 @given(a=st.floats(-5, 0.148))
@@ -47,7 +47,7 @@ def test_the_boundary_of_a_symmetric_attention_is_that_of_its_largest_eigenvalue
     factor = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     matrix = factor + factor.mT + torch.eye(dim)
     largest = float(torch.linalg.eigvalsh(matrix)[-1])
-    found = critical_noise(CausalAttention.from_bilinear(matrix), torch.eye(dim).double())
+    found = critical_noise(CausalAttention.from_qk_matrix(matrix), torch.eye(dim).double())
     assert found * largest == pytest.approx(CRITICAL, rel=1e-8)
 
 
@@ -80,7 +80,7 @@ def test_heads_add_up():
 
 def test_response_is_the_gain_of_the_linear_map():
     attention, v = rotation(30, 0.4), torch.tensor([[1.0, 0.3], [0.3, 0.7]], dtype=torch.float64)
-    block = PLANE - v @ attention.bilinear[0]
+    block = PLANE - v @ attention.qk_matrix[0]
     inverse = torch.linalg.inv(block)
     torch.testing.assert_close(response(attention, v, PLANE), inverse @ inverse.mT)
 

@@ -12,7 +12,7 @@ from probattn.folds.branches import Branches
 from probattn.folds.mass import scalar_mass
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from support import attention_like, tokens
 
 RULES = ["uniform", "smallest_step", "nearest_mean"]
@@ -20,7 +20,7 @@ QUIET = attention_like(0, 1, 2, 4, size=0.02)
 
 
 def past(a, *points):
-    return Past.of(scalar_attention(a), torch.tensor(points, dtype=torch.float64).unsqueeze(-1))
+    return Context.of(scalar_attention(a), torch.tensor(points, dtype=torch.float64).unsqueeze(-1))
 
 
 class TestBranches:
@@ -111,10 +111,10 @@ class TestNextToken:
     def test_mass_by_importance_sampling(self, dim):
         # Independent coordinates, one of them folded: the mass is that of the one.
         line = past(2.0, -1.0, 1.0)
-        attention = CausalAttention.from_bilinear(torch.diag(torch.tensor([2.0] + [0.0] * (dim - 1))).double())
+        attention = CausalAttention.from_qk_matrix(torch.diag(torch.tensor([2.0] + [0.0] * (dim - 1))).double())
         points = torch.zeros(2, dim, dtype=torch.float64)
         points[:, 0] = torch.tensor([-1.0, 1.0])
-        law = NextToken(Past.of(attention, points), 0.7)
+        law = NextToken(Context.of(attention, points), 0.7)
         mass = law.mass()
         assert mass.method == "importance sampling"
         assert abs(mass.value - scalar_mass(line, 0.7).absolute) < 3 * mass.standard_error
@@ -123,11 +123,11 @@ class TestNextToken:
         assert abs(float(signed.mean()) - 1) < 3 * float(signed.std()) / 20_000**0.5
 
     def test_mass_is_exactly_one_when_certified(self):
-        assert NextToken(Past.of(QUIET, 0.3 * tokens(0, 4, 4)), 1.0).mass() == (1.0, 0.0, "contraction")
+        assert NextToken(Context.of(QUIET, 0.3 * tokens(0, 4, 4)), 1.0).mass() == (1.0, 0.0, "contraction")
 
     def test_two_dimensions_against_cubature(self):
-        attention = CausalAttention.from_bilinear(torch.tensor([[1.6, 0.4], [-0.3, 1.2]]).double())
-        law = NextToken(Past.of(attention, torch.tensor([[1.0, 0.3], [-0.8, -0.5], [0.2, 1.1]]).double()), 0.8)
+        attention = CausalAttention.from_qk_matrix(torch.tensor([[1.6, 0.4], [-0.3, 1.2]]).double())
+        law = NextToken(Context.of(attention, torch.tensor([[1.0, 0.3], [-0.8, -0.5], [0.2, 1.1]]).double()), 0.8)
         mean = law.past.moved.sum(0).mean(0)
         grid = torch.linspace(-7, 7, 1201, dtype=torch.float64)
         u = torch.stack(torch.meshgrid(grid, grid, indexing="ij"), dim=-1) + mean
@@ -138,8 +138,8 @@ class TestNextToken:
 
     @pytest.mark.parametrize("dim", [2, 4, 8])
     def test_mass_of_a_general_past_is_the_mean_number_of_roots_found(self, dim):
-        attention = CausalAttention.from_bilinear(0.4 * tokens(5, dim, dim))
-        law = NextToken(Past.of(attention, tokens(6, 8, dim)), 0.8)
+        attention = CausalAttention.from_qk_matrix(0.4 * tokens(5, dim, dim))
+        law = NextToken(Context.of(attention, tokens(6, 8, dim)), 0.8)
         mass = law.mass()
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -150,9 +150,9 @@ class TestNextToken:
         assert abs(mass.value - float(roots.mean())) < 3 * error
 
     def test_roots_in_several_dimensions_solve_and_differ(self):
-        attention = CausalAttention.from_bilinear(torch.diag(torch.tensor([3.0, 2.0])).double())
+        attention = CausalAttention.from_qk_matrix(torch.diag(torch.tensor([3.0, 2.0])).double())
         points = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]]).double()
-        law = NextToken(Past.of(attention, points), 0.5)
+        law = NextToken(Context.of(attention, points), 0.5)
         roots = law.roots(torch.zeros(2).double())
         assert len(roots) == 9  # three in each coordinate
         torch.testing.assert_close(roots - law.past.mean(roots), torch.zeros(9, 2).double(), atol=1e-10, rtol=0)
@@ -168,12 +168,12 @@ class TestNextToken:
         assert float(line.log_prob(grid).exp().sum()) * 16 / 16000 == pytest.approx(line.mass().value, abs=1e-4)
         ruled = NextToken(past(3.0, -1.0, 1.0), 0.5, selection="uniform")
         assert torch.equal(ruled.log_prob(grid, normalised=True), ruled.log_prob(grid))
-        batch = NextToken(Past.of(QUIET, tokens(0, 2, 4, 4)), 1.0)
+        batch = NextToken(Context.of(QUIET, tokens(0, 2, 4, 4)), 1.0)
         with pytest.raises(InputError, match="one past at a time"):
             batch.log_prob(tokens(1, 2, 4), normalised=True)
 
     def test_a_pyro_site(self):
-        law = NextToken(Past.of(QUIET, 0.3 * tokens(0, 4, 4)), 1.0)
+        law = NextToken(Context.of(QUIET, 0.3 * tokens(0, 4, 4)), 1.0)
         with pyro.plate("tokens", 3):
             drawn = pyro.sample("u", law)
         assert drawn.shape == (3, 4)
@@ -181,7 +181,7 @@ class TestNextToken:
         assert "length=4" in repr(law)
 
     def test_each_past_of_a_batch_draws_noise_of_its_own(self):
-        law = NextToken(Past.of(QUIET, 0.3 * tokens(0, 5, 4, 4)), 1.0)
+        law = NextToken(Context.of(QUIET, 0.3 * tokens(0, 5, 4, 4)), 1.0)
         torch.manual_seed(0)
         drawn = law.sample((400,))
         assert drawn.shape == (400, 5, 4)
@@ -192,20 +192,20 @@ class TestNextToken:
     @pytest.mark.parametrize("shape", [(), (1,), (5, 1)])
     def test_expand_never_shrinks(self, shape):
         with pytest.raises(InputError, match=r"batch shape \(5,\) does not expand to"):
-            NextToken(Past.of(QUIET, tokens(0, 5, 4, 4)), 1.0).expand(shape)
+            NextToken(Context.of(QUIET, tokens(0, 5, 4, 4)), 1.0).expand(shape)
 
     @pytest.mark.parametrize("scale", [1e-17, 1e-300])
     def test_noise_too_small_to_tell_solutions_apart(self, scale):
         for attention, points in ((scalar_attention(3.0), [[-1.0], [1.0]]), (QUIET, [[0.3] * 4, [-0.2] * 4])):
             with pytest.raises(InputError, match="those of different noise would coincide"):
-                NextToken(Past.of(attention, torch.tensor(points).double()), scale)
+                NextToken(Context.of(attention, torch.tensor(points).double()), scale)
 
     def test_only_one_dimension_has_exact_roots(self):
-        law = NextToken(Past.of(QUIET, tokens(0, 4, 4)), 1.0)
+        law = NextToken(Context.of(QUIET, tokens(0, 4, 4)), 1.0)
         with pytest.raises(InputError, match="exact roots, cdf and icdf need one-dimensional tokens"):
             law.cdf(torch.zeros(4, 1).double())
         with pytest.raises(InputError, match="one past at a time"):
-            NextToken(Past.of(QUIET, tokens(0, 2, 4, 4)), 1.0).mass()
+            NextToken(Context.of(QUIET, tokens(0, 2, 4, 4)), 1.0).mass()
         with pytest.raises(InputError, match="selection is 'first'"):
             NextToken(past(1.0, 0.0), 1.0, selection="first")
 
@@ -297,5 +297,5 @@ def test_marginals_in_one_dimension_are_consistent_exactly_where_nothing_folds(a
         return float(whole.log_prob(torch.cat([u, torch.tensor([[x]], dtype=torch.float64)])).exp())
 
     factor = integrate.quad(density, -12, 12, points=[-1, 0, 1], limit=400)[0] / float(head.log_prob(u).exp())
-    assert factor == pytest.approx(scalar_mass(Past.of(attention, u), 0.8).absolute, abs=1e-6)
+    assert factor == pytest.approx(scalar_mass(Context.of(attention, u), 0.8).absolute, abs=1e-6)
     assert (abs(factor - 1) < 1e-6) == consistent

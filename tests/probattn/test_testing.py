@@ -28,8 +28,8 @@ class WrongSign(Renewed):
 
 class StrictFormulaUnderInclusiveMask(Renewed):
     def log_abs_det_jacobian(self, x, y):
-        factors = self.attention.evaluate(y).factors._replace(own=None)
-        return -blocks.logabsdet(blocks.reduced(factors))[1].sum(-1)
+        factors = self.attention.mean_and_factors(y).factors._replace(own=None)
+        return -blocks.logabsdet_one_minus(blocks.sylvester_core(factors))[1].sum(-1)
 
 
 class NotCausal(Renewed):

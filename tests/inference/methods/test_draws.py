@@ -7,9 +7,9 @@ from torch.distributions import MultivariateNormal
 
 from probattn.errors import InputError
 from probattn.inference.methods.draws import approximation, curvature_guess, feasible_start
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 
-TARGET = Target(Linear(), Linear.data())
+TARGET = LogDensity(Linear(), Linear.data())
 MEAN, COVARIANCE = Linear.posterior()
 
 
@@ -49,13 +49,13 @@ def test_a_law_that_misses_is_found_out():
 
 def test_a_law_without_overlap_is_an_error():
     law = MultivariateNormal(torch.tensor([0.0] * 5 + [900.0], dtype=torch.float64), 1e-6 * torch.eye(6).double())
-    target = Target(bilinear_model(short_sequences()), short_sequences())
+    target = LogDensity(bilinear_model(short_sequences()), short_sequences())
     with pytest.raises(InputError, match="the density is finite at no draw"):
         approximation(target, "svi", law, draws=10, seed=0, correct=True, notes={})
 
 
 def test_starts_are_feasible_where_a_wide_one_is_not():
-    target = Target(bilinear_model(sequences(), prior_scale=5.0), sequences())
+    target = LogDensity(bilinear_model(sequences(), prior_scale=5.0), sequences())
     z = feasible_start(target, 4, 0, spread=1e6)  # noise scales overflow there, so that it has to shrink
     value, gradient = target.value_and_gradient(z)
     assert bool(torch.isfinite(value).all())

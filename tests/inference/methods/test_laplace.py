@@ -9,12 +9,12 @@ from pyro.nn import PyroModule
 
 from probattn.errors import InputError
 from probattn.inference.methods.laplace import fit_laplace, maximise
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.models import EmbeddingModel
 
 
 def test_exact_for_a_normal_posterior():
-    target = Target(Linear(), Linear.data())
+    target = LogDensity(Linear(), Linear.data())
     mean, covariance = Linear.posterior()
     torch.testing.assert_close(maximise(target, torch.full((2,), 3.0, dtype=torch.float64)), mean)
     draws = fit_laplace(target, draws=4000, correct=False)
@@ -26,7 +26,7 @@ def test_exact_for_a_normal_posterior():
 
 
 def test_the_mode_is_one():
-    target = Target(bilinear_model(sequences()), sequences())
+    target = LogDensity(bilinear_model(sequences()), sequences())
     mode = maximise(target, torch.zeros(6, dtype=torch.float64))
     value, gradient = target.value_and_gradient(mode.unsqueeze(0))
     assert float(gradient.abs().max()) < 1e-8
@@ -37,7 +37,7 @@ def test_the_mode_is_one():
 def test_directions_without_curvature_are_counted_and_do_not_touch_the_product():
     u = short_sequences()
     flat = EmbeddingModel(8, 2, rank=2, prior_scale=1e5, noise_scale=1.0)  # a prior too wide to see
-    target = Target(flat, u)
+    target = LogDensity(flat, u)
     start = 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     draws = fit_laplace(target, draws=50, start=start)
     assert draws.notes["flat_directions"] == 4  # W_Q -> G W_Q, W_K -> G^-T W_K for any invertible 2 x 2 matrix G
@@ -70,6 +70,6 @@ def test_no_mode_is_an_error_with_a_remedy():
         saddle, growing = Saddle(), Growing()
     y = torch.ones(3, 1, dtype=torch.float64)
     with pytest.raises(InputError, match="saddle"):
-        fit_laplace(Target(saddle, y), start=torch.zeros(2, dtype=torch.float64))
+        fit_laplace(LogDensity(saddle, y), start=torch.zeros(2, dtype=torch.float64))
     with pytest.raises(InputError, match="no mode found from this start"):
-        maximise(Target(growing, y), torch.full((2,), 20.0, dtype=torch.float64))
+        maximise(LogDensity(growing, y), torch.full((2,), 20.0, dtype=torch.float64))

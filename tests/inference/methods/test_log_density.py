@@ -9,12 +9,12 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule
 
 from probattn.errors import InputError
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.models import EmbeddingModel, ScalarModel
 
 U = short_sequences()
 MODELS = {
-    "bilinear": (bilinear_model(U), U),
+    "qk_matrix": (bilinear_model(U), U),
     "factors with values, two heads": (EmbeddingModel(8, 2, heads=2, rank=1, value_dim=2, prior_scale=0.3), U),
     "tempered, known noise": (bilinear_model(U, noise_scale=0.9, power=0.3), U),
     "inclusive": (EmbeddingModel(8, 2, value_dim=2, mask="inclusive", prior_scale=0.3), U),
@@ -26,7 +26,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_density_is_minus_pyros_potential(name):
     model, u = MODELS[name]
-    target = Target(model, u)
+    target = LogDensity(model, u)
     with pyro.settings.context(module_local_params=True):
         _, potential, transforms, _ = initialize_model(model, (u,))
     z = 0.2 * torch.randn(4, target.dim, dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_the_density_is_minus_pyros_potential(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_and_hessian(name):
     model, u = MODELS[name]
-    target = Target(model, u)
+    target = LogDensity(model, u)
     z = 0.2 * torch.randn(2, target.dim, dtype=torch.float64)
     assert torch.autograd.gradcheck(target.log_density, z.clone().requires_grad_())
     value, gradient = target.value_and_gradient(z)
@@ -55,7 +55,7 @@ def test_gradient_and_hessian(name):
 
 
 def test_constrain_and_unconstrain_are_inverse():
-    target = Target(bilinear_model(U), U)
+    target = LogDensity(bilinear_model(U), U)
     z = torch.randn(5, target.dim, dtype=torch.float64)
     values = target.constrain(z)
     assert values["noise_scale"].shape == (5, 2)
@@ -66,8 +66,8 @@ def test_constrain_and_unconstrain_are_inverse():
 def test_each_point_can_have_data_of_its_own():
     several = torch.stack([U, 0.5 * U, U + 0.1])
     z = 0.1 * torch.randn(3, 6, dtype=torch.float64)
-    together = Target(bilinear_model(U), several)
-    alone = torch.cat([Target(bilinear_model(U), part).log_density(z[k : k + 1]) for k, part in enumerate(several)])
+    together = LogDensity(bilinear_model(U), several)
+    alone = torch.cat([LogDensity(bilinear_model(U), part).log_density(z[k : k + 1]) for k, part in enumerate(several)])
     torch.testing.assert_close(together.log_density(z), alone)
     rows = torch.tensor([2, 0])
     torch.testing.assert_close(together.log_density(z[rows], rows), alone[rows])
@@ -77,19 +77,19 @@ def test_each_point_can_have_data_of_its_own():
 
 def test_terms_are_the_likelihood_a_sequence_and_the_prior_a_site():
     model = bilinear_model(U)
-    target = Target(model, U)
+    target = LogDensity(model, U)
     z = 0.1 * torch.randn(70, target.dim, dtype=torch.float64)
     terms = target.evaluate(z)
     values = target.constrain(z)
     lifted = {name: value.unsqueeze(1) for name, value in values.items()}
     torch.testing.assert_close(terms["u"], model.likelihood(lifted).log_prob(U))
-    prior = dist.Normal(0.0, 0.5 / 2**0.5).log_prob(values["bilinear"]).sum((-3, -2, -1))
-    torch.testing.assert_close(terms["bilinear"], prior)
+    prior = dist.Normal(0.0, 0.5 / 2**0.5).log_prob(values["qk_matrix"]).sum((-3, -2, -1))
+    torch.testing.assert_close(terms["qk_matrix"], prior)
     torch.testing.assert_close(terms["lp"], target.log_density(z))
 
 
 def test_far_out_it_is_not_a_number_and_no_error():
-    target = Target(bilinear_model(U), U)
+    target = LogDensity(bilinear_model(U), U)
     z = torch.zeros(2, target.dim, dtype=torch.float64)
     z[0, -1] = 800.0  # exp overflows: a noise scale of infinity
     value, _ = target.value_and_gradient(z)
@@ -99,10 +99,10 @@ def test_far_out_it_is_not_a_number_and_no_error():
 
 
 def test_prior_draws_follow_the_prior():
-    drawn = Target(bilinear_model(U), U).prior_draws(4000, seed=1)
-    assert drawn["bilinear"].shape == (4000, 1, 2, 2)
+    drawn = LogDensity(bilinear_model(U), U).prior_draws(4000, seed=1)
+    assert drawn["qk_matrix"].shape == (4000, 1, 2, 2)
     # Four standard errors of a standard deviation from 16000 draws: 4 / sqrt(2 * 16000) = 2.2 %.
-    assert float(drawn["bilinear"].std()) == pytest.approx(0.5 / 2**0.5, rel=0.022)
+    assert float(drawn["qk_matrix"].std()) == pytest.approx(0.5 / 2**0.5, rel=0.022)
     assert float(drawn["noise_scale"].log().std()) == pytest.approx(0.5, rel=0.032)
 
 
@@ -121,17 +121,17 @@ class Nothing(PyroModule):
 
 def test_models_that_cannot_be_used_are_refused():
     with pytest.raises(InputError, match=r"Coin keeps its parameters in Pyro's global store; construct it under"):
-        Target(Coin(), torch.zeros(3))
+        LogDensity(Coin(), torch.zeros(3))
     with pyro.settings.context(module_local_params=True):
         coin, nothing = Coin(), Nothing()
     with pytest.raises(InputError, match="site side is discrete"):
-        Target(coin, torch.zeros(3))
+        LogDensity(coin, torch.zeros(3))
     with pytest.raises(InputError, match="no latent site"):
-        Target(nothing, torch.zeros(3))
+        LogDensity(nothing, torch.zeros(3))
 
 
 def test_the_known_posterior_is_the_density_up_to_a_constant():
-    target = Target(Linear(), Linear.data())
+    target = LogDensity(Linear(), Linear.data())
     mean, covariance = Linear.posterior()
     z = torch.randn(6, 2, dtype=torch.float64)
     gap = target.log_density(z) - dist.MultivariateNormal(mean, covariance).log_prob(z)

@@ -9,13 +9,13 @@ from posteriors import NOISE, A, bilinear_model, sequences, short_sequences
 
 from probattn.errors import InputError
 from probattn.inference.methods.laplace import fit_laplace
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
 from probattn.inference.methods.nuts import NutsConfig
 from probattn.inference.methods.svi import SviConfig, fit_svi
 
 U = short_sequences()
-TARGET = Target(bilinear_model(U), U)
+TARGET = LogDensity(bilinear_model(U), U)
 SHORT = NutsConfig(warmup=30, draws=20)
 
 
@@ -24,7 +24,7 @@ def test_the_methods_agree_and_cover_the_truth():
     from arviz_stats.base import array_stats
 
     u = sequences()
-    target = Target(bilinear_model(u, prior_scale=1.0), u)
+    target = LogDensity(bilinear_model(u, prior_scale=1.0), u)
     runs = {
         "nuts": fit_nuts(target, McmcConfig(chains=4, nuts=NutsConfig(warmup=150, draws=250))),
         "laplace": fit_laplace(target, draws=2000),

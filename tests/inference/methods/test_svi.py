@@ -8,11 +8,11 @@ import torch
 from posteriors import Linear, bilinear_model, moments, short_sequences
 
 from probattn.errors import InputError
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.svi import SviConfig, fit_svi
 from probattn.models import ScalarModel
 
-TARGET = Target(Linear(), Linear.data())
+TARGET = LogDensity(Linear(), Linear.data())
 MEAN, COVARIANCE = Linear.posterior()
 CONFIG = SviConfig(draws=2000, correct=False, window=50, shards=1)
 
@@ -46,7 +46,7 @@ def test_correction_gives_the_mean_field_its_correlation_back():
 
 def test_a_flow_fits_the_posterior_of_an_attention():
     u = short_sequences()
-    draws = fit_svi(Target(bilinear_model(u), u), SviConfig(guide="flow", steps=400, draws=200, shards=1))
+    draws = fit_svi(LogDensity(bilinear_model(u), u), SviConfig(guide="flow", steps=400, draws=200, shards=1))
     assert draws.notes["guide"] == "flow"
     assert draws.z.dtype == torch.float64
     assert draws.z.shape == (1, 200, 6)
@@ -59,7 +59,7 @@ def test_the_step_limit_is_said_to_be_one():
 
 def test_minibatches_aim_at_the_same_posterior():
     u = short_sequences()
-    target = Target(ScalarModel(8, prior_scale=0.3), u[..., :1])
+    target = LogDensity(ScalarModel(8, prior_scale=0.3), u[..., :1])
     whole = fit_svi(target, replace(CONFIG, guide="mean_field"))
     parts = fit_svi(target, replace(CONFIG, guide="mean_field", batch=1))
     (mean, covariance), (other, _) = moments(whole), moments(parts)
@@ -97,7 +97,7 @@ def test_shards_change_the_noise_and_not_the_posterior():
 
 def test_an_objective_that_is_not_finite_stops_with_the_step():
     u = short_sequences()
-    target = Target(bilinear_model(u), u)
+    target = LogDensity(bilinear_model(u), u)
     start = torch.zeros(6, dtype=torch.float64)
     start[-2:] = -400.0  # a noise scale of exp(-400): the residuals' squares overflow
     with pytest.raises(ArithmeticError, match=r"step 0: the objective is"):
@@ -124,7 +124,7 @@ def test_a_flow_in_one_dimension_is_refused():
     u = short_sequences()
     model = bilinear_model(u[..., :1], noise_scale=1.0)
     with pytest.raises(InputError, match="a flow needs at least two parameters"):
-        fit_svi(Target(model, u[..., :1]), replace(CONFIG, guide="flow"))
+        fit_svi(LogDensity(model, u[..., :1]), replace(CONFIG, guide="flow"))
 
 
 def test_two_fits_in_threads_are_the_two_fits():

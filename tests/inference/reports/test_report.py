@@ -87,12 +87,12 @@ def test_text_is_escaped_and_nothing_is_fetched(subject, corpus, figures, tmp_pa
 def test_the_first_fold_is_where_the_critical_slope_says(points):
     from probattn.folds.mass import scalar_mass
     from probattn.models.scalar import scalar_attention
-    from probattn.solve.context import Past
+    from probattn.solve.context import Context
 
     tokens = torch.tensor(points, dtype=torch.float64)
     critical = critical_slope(tokens)
     folds = [
-        len(scalar_mass(Past.of(scalar_attention(factor * critical), tokens.unsqueeze(-1)), 1.0).turning_points)
+        len(scalar_mass(Context.of(scalar_attention(factor * critical), tokens.unsqueeze(-1)), 1.0).turning_points)
         for factor in (0.999, 1.001)
     ]
     assert folds[0] == 0

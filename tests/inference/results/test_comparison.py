@@ -9,7 +9,7 @@ from posteriors import bilinear_model, sequences, short_sequences
 
 from probattn.errors import InputError
 from probattn.inference.methods.laplace import fit_laplace
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.results.comparison import AS_ASKED, compare, leave_one_out, variants
 from probattn.models import EmbeddingModel
 
@@ -27,13 +27,13 @@ def compared():
 
 def test_weights_agree_with_refitting_without_the_sequence():
     model = bilinear_model(U)
-    target = Target(model, U)
+    target = LogDensity(model, U)
     flat = fit_laplace(target, draws=4000).z
     elpd, khat = leave_one_out(target.evaluate(flat[0])["u"].numpy()[None])
     for n in range(3):
         rest = torch.cat([U[:n], U[n + 1 :]])
-        without = fit_laplace(Target(model, rest), draws=4000).z[0]
-        exact = Target(model, U[n : n + 1]).evaluate(without)["u"].squeeze(-1)
+        without = fit_laplace(LogDensity(model, rest), draws=4000).z[0]
+        exact = LogDensity(model, U[n : n + 1]).evaluate(without)["u"].squeeze(-1)
         expected = float(torch.logsumexp(exact, 0)) - math.log(4000)
         # Both are Monte Carlo estimates of the log of a mean over a few thousand draws.
         assert abs(elpd[n] - expected) < 0.1 + 0.2 * (khat[n] > 0.5)
@@ -58,10 +58,10 @@ def test_the_naive_posterior_predicts_worse_and_folds(compared):
 def test_the_likelihood_that_was_fitted_makes_the_weights_and_the_density_judges():
     """Judged by its own formula the naive fit would look better than it is: its formula is no density."""
     naive = bilinear_model(U, jacobian=False)
-    target = Target(naive, U)
+    target = LogDensity(naive, U)
     flat = fit_laplace(target, draws=1000).z[0]
     own = target.evaluate(flat)["u"].numpy()[None]
-    proper = Target(naive.altered(jacobian=True), U).evaluate(flat)["u"].numpy()[None]
+    proper = LogDensity(naive.altered(jacobian=True), U).evaluate(flat)["u"].numpy()[None]
     assert leave_one_out(own)[0].sum() > leave_one_out(own, proper)[0].sum() + 10
 
 

@@ -17,12 +17,12 @@ def healthy(method="nuts", **attributes):
     def normal(*shape):
         return generator.normal(size=(CHAINS, DRAWS, *shape))
 
-    bilinear = 0.1 * normal(1, 2, 2)
+    qk_matrix = 0.1 * normal(1, 2, 2)
     # A likelihood that knows the parameters well, so that the prior does not matter.
-    likelihood = -0.5 * ((bilinear / 0.1) ** 2).sum((-3, -2, -1))[..., None] / SEQUENCES + 0.1 * normal(SEQUENCES)
+    likelihood = -0.5 * ((qk_matrix / 0.1) ** 2).sum((-3, -2, -1))[..., None] / SEQUENCES + 0.1 * normal(SEQUENCES)
     groups = {
         "posterior": {
-            "bilinear": bilinear,
+            "qk_matrix": qk_matrix,
             "noise_scale": np.exp(0.1 * normal(2)),
             "smallest_margin": 0.7 + 0.05 * normal(),
             "smallest_abs_det": np.full((CHAINS, DRAWS), 0.5),
@@ -34,12 +34,12 @@ def healthy(method="nuts", **attributes):
             "tree_depth": np.full((CHAINS, DRAWS), 3.0),
         },
         "log_likelihood": {"u": likelihood},
-        "log_prior": {"bilinear": -0.5 * (bilinear**2).sum((-3, -2, -1)), "noise_scale": 0.01 * normal()},
+        "log_prior": {"qk_matrix": -0.5 * (qk_matrix**2).sum((-3, -2, -1)), "noise_scale": 0.01 * normal()},
     }
     dims = {
-        "bilinear": ["head", "key_feature", "query_feature"],
+        "qk_matrix": ["head", "key_feature", "query_feature"],
         "log_likelihood.u": ["sequence"],
-        "log_prior.bilinear": [],
+        "log_prior.qk_matrix": [],
     }
     if method != "nuts":
         groups = {name: {k: v.reshape(1, -1, *v.shape[2:]) for k, v in group.items()} for name, group in groups.items()}
@@ -63,11 +63,11 @@ def test_a_healthy_fit_is_reliable():
 
 def test_chains_that_disagree():
     fit = healthy()
-    fit.groups["posterior"]["bilinear"][0] += 0.3
+    fit.groups["posterior"]["qk_matrix"][0] += 0.3
     diagnosis = diagnose(fit)
     found = finding(diagnosis, "R-hat")
     assert found.level == "problem"
-    assert "bilinear[0" in found.words
+    assert "qk_matrix[0" in found.words
     assert "run longer" in found.words
     assert diagnosis.verdict == "not reliable"
 
@@ -177,7 +177,7 @@ def test_a_sequence_that_decides_everything():
 
 def test_a_prior_that_decides():
     fit = healthy()
-    fit.groups["log_prior"]["bilinear"][:] = -50 * (fit.groups["posterior"]["bilinear"] ** 2).sum((-3, -2, -1))
+    fit.groups["log_prior"]["qk_matrix"][:] = -50 * (fit.groups["posterior"]["qk_matrix"] ** 2).sum((-3, -2, -1))
     fit.groups["log_likelihood"]["u"] *= 0.01
     found = finding(diagnose(fit), "prior")
     assert found.level == "warning"

@@ -11,7 +11,7 @@ from posteriors import bilinear_model, short_sequences
 from probattn.barrier import stability_margin
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.laplace import fit_laplace
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.heads import match_heads
 from probattn.inference.results.posterior import REGIMES, assemble
@@ -22,7 +22,7 @@ U = short_sequences()
 
 @pytest.fixture(scope="module")
 def target():
-    return Target(bilinear_model(U), U)
+    return LogDensity(bilinear_model(U), U)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_groups_and_named_axes(fit):
         "constant_data",
     }
     posterior = tree["posterior"]
-    assert posterior["bilinear"].dims == ("chain", "draw", "head", "key_feature", "query_feature")
+    assert posterior["qk_matrix"].dims == ("chain", "draw", "head", "key_feature", "query_feature")
     assert posterior["noise_scale"].dims == ("chain", "draw", "feature")
     assert posterior["margin"].dims == ("chain", "draw", "shown_sequence", "token")
     assert tree["log_likelihood"]["u"].dims == ("chain", "draw", "sequence")
@@ -55,13 +55,13 @@ def test_groups_and_named_axes(fit):
 
 def test_the_numbers_are_those_of_the_draws(fit, target):
     posterior = fit.groups["posterior"]
-    attention = target.model.attention_of({"bilinear": torch.as_tensor(posterior["bilinear"][0]).unsqueeze(1)})
+    attention = target.model.attention_of({"qk_matrix": torch.as_tensor(posterior["qk_matrix"][0]).unsqueeze(1)})
     sign, logabs = attention.logabsdet(U)
     np.testing.assert_allclose(posterior["log_abs_det"][0], logabs)
     np.testing.assert_allclose(posterior["margin"][0], stability_margin(attention, U))
     np.testing.assert_allclose(posterior["smallest_margin"][0], posterior["margin"][0].min((-2, -1)))
     assert bool((sign > 0).all())
-    values = {name: torch.as_tensor(posterior[name][0]).unsqueeze(1) for name in ("bilinear", "noise_scale")}
+    values = {name: torch.as_tensor(posterior[name][0]).unsqueeze(1) for name in ("qk_matrix", "noise_scale")}
     np.testing.assert_allclose(fit.groups["log_likelihood"]["u"][0], target.model.likelihood(values).log_prob(U))
     total = fit.groups["log_likelihood"]["u"].sum(-1) + sum(fit.groups["log_prior"].values())
     volume = np.log(posterior["noise_scale"]).sum(-1)
@@ -77,7 +77,7 @@ def test_predictive_data_look_like_the_data(fit):
 
 def test_regimes_are_named_by_what_was_seen():
     """A draw with a negative determinant at the data is folded, a tiny one certified."""
-    target = Target(bilinear_model(U), U)
+    target = LogDensity(bilinear_model(U), U)
     z = torch.zeros(1, 2, 6, dtype=torch.float64)
     z[0, 1, :4] = 5.0 * torch.eye(2, dtype=torch.float64).flatten()
     fit = assemble(target, Draws("nuts", z, {"lp": torch.zeros(1, 2)}), predictive=2)
@@ -89,14 +89,14 @@ def test_regimes_are_named_by_what_was_seen():
 
 def test_a_scalar_model_and_a_model_with_values(tmp_path):
     for model, u in ((ScalarModel(8), U[..., :1]), (EmbeddingModel(8, 2, heads=2, value_dim=1, prior_scale=0.3), U)):
-        target = Target(model, u)
+        target = LogDensity(model, u)
         z = 0.1 * torch.randn(2, 3, target.dim, dtype=torch.float64)
         fit = assemble(target, Draws("nuts", z, {"lp": torch.zeros(2, 3)}), predictive=4)
         fit.save(tmp_path / "fit.nc")
         tree = Fit.load(tmp_path / "fit.nc").to_datatree()
-        assert tree["posterior"]["bilinear"].shape[:2] == (2, 3)
+        assert tree["posterior"]["qk_matrix"].shape[:2] == (2, 3)
         if isinstance(model, EmbeddingModel):
-            assert tree["posterior"]["transport"].dims[2:] == ("head", "feature", "source_feature")
+            assert tree["posterior"]["ov_matrix"].dims[2:] == ("head", "feature", "source_feature")
 
 
 def test_saved_and_loaded_is_the_same_fit(fit, tmp_path):
@@ -115,12 +115,12 @@ def test_arviz_reads_every_group_it_needs(fit):
     import arviz_stats
 
     tree = fit.to_datatree()
-    summary = arviz_stats.summary(tree, var_names=["bilinear"])
+    summary = arviz_stats.summary(tree, var_names=["qk_matrix"])
     assert len(summary) == 4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # three sequences decide much: k-hat says so
         assert np.isfinite(arviz_stats.loo(tree).elpd)
-    assert len(arviz_stats.psense(tree, var_names=["bilinear"])["bilinear"].values.ravel()) == 4
+    assert len(arviz_stats.psense(tree, var_names=["qk_matrix"])["qk_matrix"].values.ravel()) == 4
 
 
 def test_the_arviz_of_users_opens_the_file(fit, tmp_path):
@@ -128,7 +128,7 @@ def test_the_arviz_of_users_opens_the_file(fit, tmp_path):
     arviz = pytest.importorskip("arviz", reason="arviz itself is not a dependency; its parts are")
     fit.save(tmp_path / "fit.nc")
     opened = arviz.from_netcdf(tmp_path / "fit.nc")
-    assert float(opened["posterior"]["bilinear"].mean()) == pytest.approx(fit.groups["posterior"]["bilinear"].mean())
+    assert float(opened["posterior"]["qk_matrix"].mean()) == pytest.approx(fit.groups["posterior"]["qk_matrix"].mean())
 
 
 class TestHeads:
@@ -143,12 +143,12 @@ class TestHeads:
         assert shuffled.std((0, 1)).min() > 1.0  # unmatched, every head is a mixture of all
 
     def test_a_fit_says_how_many_draws_were_reordered(self):
-        model = EmbeddingModel(8, 2, heads=2, parameters="bilinear", prior_scale=0.3)
-        target = Target(model, U)
+        model = EmbeddingModel(8, 2, heads=2, parameters="qk_matrix", prior_scale=0.3)
+        target = LogDensity(model, U)
         one, two = 0.1 * torch.eye(2).double(), -0.1 * torch.ones(2, 2).double()
         draws = [torch.stack(pair) for pair in ((one, two), (two, one), (one, two), (one, two))]
-        values = {"bilinear": torch.stack(draws), "noise_scale": torch.ones(4, 2).double()}
+        values = {"qk_matrix": torch.stack(draws), "noise_scale": torch.ones(4, 2).double()}
         z = target.unconstrain(values).unsqueeze(0)
         fit = assemble(target, Draws("nuts", z, {"lp": torch.zeros(1, 4)}), predictive=2)
         assert fit.attributes["heads_reordered"] == 0.25
-        assert fit.groups["posterior"]["bilinear"].std((0, 1)).max() < 1e-12
+        assert fit.groups["posterior"]["qk_matrix"].std((0, 1)).max() < 1e-12

@@ -8,8 +8,8 @@ from probattn.inference.results.fit_file import Fit
 
 FIT = Fit(
     "map",
-    {"posterior": {"bilinear": np.arange(8.0).reshape(2, 2, 2, 1, 1)}, "observed_data": {"u": np.zeros((3, 4))}},
-    {"bilinear": ["head", "row", "column"], "u": ["sequence", "token"]},
+    {"posterior": {"qk_matrix": np.arange(8.0).reshape(2, 2, 2, 1, 1)}, "observed_data": {"u": np.zeros((3, 4))}},
+    {"qk_matrix": ["head", "row", "column"], "u": ["sequence", "token"]},
     {"head": [0, 1]},
     {"seed": 3, "hardware": "a machine"},
 )
@@ -18,17 +18,17 @@ FIT = Fit(
 def test_groups_dimensions_and_attributes():
     tree = FIT.to_datatree()
     assert set(tree.children) == {"posterior", "observed_data"}
-    assert tree["posterior"]["bilinear"].dims == ("chain", "draw", "head", "row", "column")
+    assert tree["posterior"]["qk_matrix"].dims == ("chain", "draw", "head", "row", "column")
     assert tree["observed_data"]["u"].dims == ("sequence", "token")
     assert tree.attrs["method"] == "map"
     assert tree.attrs["seed"] == 3
-    assert "bilinear" in str(arviz_stats.summary(tree, kind="stats").index)
+    assert "qk_matrix" in str(arviz_stats.summary(tree, kind="stats").index)
 
 
 def test_plain_xarray_opens_the_file(tmp_path):
     FIT.save(tmp_path / "fit.nc")
     with xarray.open_datatree(tmp_path / "fit.nc") as tree:
-        np.testing.assert_array_equal(tree["posterior"]["bilinear"].values, FIT.groups["posterior"]["bilinear"])
+        np.testing.assert_array_equal(tree["posterior"]["qk_matrix"].values, FIT.groups["posterior"]["qk_matrix"])
         assert tree.attrs["hardware"] == "a machine"
     assert [entry.name for entry in tmp_path.iterdir()] == ["fit.nc"]
 

@@ -8,7 +8,7 @@ import torch
 from posteriors import bilinear_model, short_sequences
 
 from probattn.inference.methods.laplace import fit_laplace
-from probattn.inference.methods.log_density import Target
+from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import MapConfig, fit_map
 from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
 from probattn.inference.methods.nuts import NutsConfig
@@ -19,20 +19,20 @@ U = short_sequences()
 
 
 def by_nuts(seed, method="vectorised"):
-    target = Target(bilinear_model(U), U)
+    target = LogDensity(bilinear_model(U), U)
     nuts = NutsConfig(warmup=20, draws=6, seed=seed)
     return fit_nuts(target, McmcConfig(chains=2, chain_method=method, nuts=nuts)).z
 
 
 def by_map(seed):
     model = bilinear_model(U)
-    start = Target(model, U).constrain(torch.full((6,), 0.1 + 0.01 * seed, dtype=torch.float64))
+    start = LogDensity(model, U).constrain(torch.full((6,), 0.1 + 0.01 * seed, dtype=torch.float64))
     values = fit_map(model, (U,), MapConfig(steps=10, seed=seed), initial_values=start).values
     return torch.cat([value.flatten() for value in values.values()])
 
 
 def by_laplace(seed):
-    target = Target(bilinear_model(U), U)
+    target = LogDensity(bilinear_model(U), U)
     draws = fit_laplace(target, draws=20, seed=seed)
     return torch.as_tensor(assemble(target, draws, seed=seed, predictive=4).groups["posterior_predictive"]["u"])
 
@@ -40,7 +40,7 @@ def by_laplace(seed):
 METHODS = {
     "nuts": by_nuts,
     "stock nuts": lambda seed: by_nuts(seed, "sequential"),
-    "svi": lambda seed: fit_svi(Target(bilinear_model(U), U), SviConfig(steps=10, draws=8, seed=seed)).z,
+    "svi": lambda seed: fit_svi(LogDensity(bilinear_model(U), U), SviConfig(steps=10, draws=8, seed=seed)).z,
     "laplace": by_laplace,
     "map": by_map,
 }

@@ -32,7 +32,7 @@ def simulated():
 
 def test_the_data_sets(simulated):
     assert simulated.u.shape == (60, 6, 10, 1)
-    assert simulated.values["bilinear"].shape == (60, 1, 1, 1)
+    assert simulated.values["qk_matrix"].shape == (60, 1, 1, 1)
     assert simulated.redrawn <= 2
     assert simulated.certified > 0.9
     again = simulate_study(STUDY)
@@ -98,7 +98,7 @@ def test_workers_and_interruptions_change_nothing(simulated, tmp_path, monkeypat
 def test_ranks_count_the_draws_below():
     study = Study(replicates=2, sequences=2, length=4, dim=2, ranked=4)
     model = study.model()
-    values = {"bilinear": torch.zeros(2, 1, 2, 2).double(), "noise_scale": torch.ones(2, 2).double()}
+    values = {"qk_matrix": torch.zeros(2, 1, 2, 2).double(), "noise_scale": torch.ones(2, 2).double()}
     u = 0.3 * torch.randn(2, 2, 4, 2, dtype=torch.float64)
     draws = torch.zeros(2, 4, 6, dtype=torch.float64)
     draws[0, :, 1] = torch.tensor([-1.0, -2.0, -3.0, 1.0])  # A[0, 1] of the first data set

@@ -8,7 +8,7 @@ from probattn.errors import InputError
 from probattn.folds.line import largest_sensitivity, turning_points
 from probattn.folds.search import find_fold
 from probattn.models.scalar import scalar_attention
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from support import attention_like, tokens
 
 GRID = torch.linspace(-40, 40, 20_001, dtype=torch.float64).unsqueeze(-1)
@@ -17,7 +17,7 @@ GRID = torch.linspace(-40, 40, 20_001, dtype=torch.float64).unsqueeze(-1)
 @settings(max_examples=150)
 @given(seed=st.integers(0, 10**6), heads=st.integers(1, 3), length=st.integers(2, 8), size=st.floats(0.1, 5))
 def test_the_bracket_encloses_what_a_grid_sees(seed, heads, length, size):
-    past = Past.of(attention_like(seed, heads, 1, 1, 1, size=size), tokens(seed, length, 1))
+    past = Context.of(attention_like(seed, heads, 1, 1, 1, size=size), tokens(seed, length, 1))
     bracket = largest_sensitivity(past)
     seen = float((1 - past.mean_and_jacobian(GRID)[1]).max())
     assert seen <= bracket.upper + 1e-9 or bracket.lower > 1  # above the threshold the search stops
@@ -30,7 +30,7 @@ def test_the_bracket_encloses_what_a_grid_sees(seed, heads, length, size):
 
 @pytest.mark.parametrize("excess", [-1e-6, -1e-9, 1e-9, 1e-6])
 def test_decided_next_to_the_boundary(excess):
-    past = Past.of(scalar_attention(1 + excess), torch.tensor([[-1.0], [1.0]]).double())
+    past = Context.of(scalar_attention(1 + excess), torch.tensor([[-1.0], [1.0]]).double())
     bracket = largest_sensitivity(past)
     assert (bracket.lower > 1, bracket.upper < 1) == (excess > 0, excess < 0)
 
@@ -38,7 +38,7 @@ def test_decided_next_to_the_boundary(excess):
 @settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), heads=st.integers(1, 3), length=st.integers(2, 8), size=st.floats(0.1, 5))
 def test_turning_points_are_all_the_zeros_of_the_jacobian(seed, heads, length, size):
-    past = Past.of(attention_like(seed, heads, 1, 1, 1, size=size), 2 * tokens(seed, length, 1))
+    past = Context.of(attention_like(seed, heads, 1, 1, 1, size=size), 2 * tokens(seed, length, 1))
     points = turning_points(past)
     slope = past.mean_and_jacobian(GRID)[1].flatten()
     seen = int((slope[1:] * slope[:-1] < 0).sum())
@@ -55,13 +55,13 @@ def test_turning_points_are_all_the_zeros_of_the_jacobian(seed, heads, length, s
 
 def test_a_narrow_fold_is_not_overlooked():
     # Just beyond the boundary the two turning points are 6e-4 apart.
-    points = turning_points(Past.of(scalar_attention(1 + 1e-7), torch.tensor([[-1.0], [1.0]]).double()))
+    points = turning_points(Context.of(scalar_attention(1 + 1e-7), torch.tensor([[-1.0], [1.0]]).double()))
     assert len(points) == 2
     assert float(points[1] - points[0]) == pytest.approx(2 * (1e-7) ** 0.5, rel=1e-3)
 
 
 def test_a_tail_of_nearly_equal_tokens_is_searched_to_its_end():
-    past = Past.of(scalar_attention(-1.0), torch.tensor([[0.0], [1.0], [1.0 + 1e-5]]).double())
+    past = Context.of(scalar_attention(-1.0), torch.tensor([[0.0], [1.0], [1.0 + 1e-5]]).double())
     bracket = largest_sensitivity(past)
     assert bracket.upper < 1
     assert bracket.lower == 0
@@ -71,7 +71,7 @@ def test_a_tail_of_nearly_equal_tokens_is_searched_to_its_end():
 def test_search_agrees_with_brute_force(dim):
     found = folded = 0
     for seed in range(60):
-        past = Past.of(attention_like(seed, 1, dim, dim, size=0.8), tokens(seed, 6, dim))
+        past = Context.of(attention_like(seed, 1, dim, dim, size=0.8), tokens(seed, 6, dim))
         candidates = torch.cat([1.5 * tokens(seed, 4000, dim), 0.5 * tokens(seed + 1, 4000, dim)])
         if bool((torch.linalg.det(past.mean_and_jacobian(candidates)[1]) < 0).any()):
             folded += 1
@@ -84,7 +84,7 @@ def test_search_agrees_with_brute_force(dim):
 
 
 def test_search_says_none_where_a_contraction_certifies():
-    past = Past.of(attention_like(0, 2, 2, 3, 2, size=0.01), 0.3 * tokens(0, 5, 3))
+    past = Context.of(attention_like(0, 2, 2, 3, 2, size=0.01), 0.3 * tokens(0, 5, 3))
     assert float(past.contraction_bound()) < 1
     assert find_fold(past) is None
 
@@ -94,11 +94,13 @@ def test_search_says_none_where_a_contraction_certifies():
 def test_regime_on_a_line_is_right(seed, length, a):
     u = tokens(seed, length, 1)
     found = regime(scalar_attention(a), u)
-    folds = [bool((Past.of(scalar_attention(a), u[:i]).mean_and_jacobian(GRID)[1] < 0).any()) for i in range(2, length)]
+    folds = [
+        bool((Context.of(scalar_attention(a), u[:i]).mean_and_jacobian(GRID)[1] < 0).any()) for i in range(2, length)
+    ]
     if any(folds):
         assert str(found) == "folded"
         assert found.proved
-        past = Past.of(scalar_attention(a), u[: found.position])
+        past = Context.of(scalar_attention(a), u[: found.position])
         assert float(past.mean_and_jacobian(found.witness.unsqueeze(0))[1]) < 0
     if str(found) == "certified":
         assert not any(folds)
@@ -112,7 +114,7 @@ def test_regime_never_certifies_a_fold_over_ten_thousand_pasts():
         length = int(torch.randint(2, 9, (1,), generator=generator))
         u = torch.randn(length + 1, 1, generator=generator, dtype=torch.float64)
         attention = scalar_attention(float(4 * torch.rand(1, generator=generator)))
-        fold = bool((Past.of(attention, u[:length]).mean_and_jacobian(GRID[8000:12_001:4])[1] < 0).any())
+        fold = bool((Context.of(attention, u[:length]).mean_and_jacobian(GRID[8000:12_001:4])[1] < 0).any())
         found = regime(attention, u)
         wrong += fold and str(found) == "certified"
         folded += fold
@@ -123,10 +125,10 @@ def test_regime_never_certifies_a_fold_over_ten_thousand_pasts():
 
 
 def test_bad_pasts():
-    flat = Past.of(attention_like(0), tokens(0, 4, 3))
+    flat = Context.of(attention_like(0), tokens(0, 4, 3))
     with pytest.raises(InputError, match="largest_sensitivity needs one-dimensional tokens"):
         largest_sensitivity(flat)
     with pytest.raises(InputError, match="turning_points needs"):
         turning_points(flat)
     with pytest.raises(InputError, match="without batch axes"):
-        find_fold(Past.of(attention_like(0), tokens(0, 2, 4, 3)))
+        find_fold(Context.of(attention_like(0), tokens(0, 2, 4, 3)))

@@ -8,11 +8,11 @@ from scipy import integrate
 from probattn.errors import InputError
 from probattn.folds.mass import next_token_density, scalar_mass
 from probattn.models.scalar import scalar_attention
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 
 
 def past(a, *points):
-    return Past.of(scalar_attention(a), torch.tensor(points, dtype=torch.float64).unsqueeze(-1))
+    return Context.of(scalar_attention(a), torch.tensor(points, dtype=torch.float64).unsqueeze(-1))
 
 
 @given(seed=st.integers(0, 10**6), a=st.floats(-4, 4), noise=st.floats(0.2, 3.0), length=st.integers(1, 8))
@@ -68,8 +68,8 @@ def test_bad_input():
     with pytest.raises(InputError, match="noise_scale is 0"):
         scalar_mass(past(1.0, 0.0), 0)
     with pytest.raises(InputError, match="one-dimensional tokens"):
-        scalar_mass(Past.of(scalar_attention(1.0, mask="inclusive"), torch.zeros(2, 1).double()), 1.0)
+        scalar_mass(Context.of(scalar_attention(1.0, mask="inclusive"), torch.zeros(2, 1).double()), 1.0)
     with pytest.raises(InputError, match="not finite"):
         scalar_mass(past(1.0, float("nan")), 1.0)
     with pytest.raises(InputError, match="p = 1"):
-        Past.of(scalar_attention(1.0), torch.zeros(2, 2).double())
+        Context.of(scalar_attention(1.0), torch.zeros(2, 2).double())

@@ -34,7 +34,7 @@ def threads():
 
 def by_torch(monkeypatch, function):
     with monkeypatch.context() as patch:
-        patch.setattr(native, "AVAILABLE", False)
+        patch.setattr(cpu, "AVAILABLE", False)
         return function()
 
 

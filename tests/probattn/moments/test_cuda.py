@@ -321,7 +321,7 @@ class TestWhatTheKernelsCover:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert not kernels.supports(part, part, part, None, None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-        monkeypatch.setattr(triton_kernels, "AVAILABLE", False)
+        monkeypatch.setattr(programs, "AVAILABLE", False)
         assert not kernels.supports(part, part, part, None, None)
 
 

@@ -19,7 +19,7 @@ BATCH, GROUPS, LENGTH, SHARED, RANK, DIM = 2, 2, 7, 3, 2, 3  # B, K, P = S, g, r
 def way(request, monkeypatch):
     """Everything holds for the compiled kernel, where it serves, and for torch."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "AVAILABLE", False)
+        monkeypatch.setattr(cpu, "AVAILABLE", False)
     elif not cpu.AVAILABLE:
         pytest.skip("the kernels were not built: no C compiler")
     return request.param
@@ -329,11 +329,11 @@ class TestMemory:
         assert largest_of(lambda: attention.weights(u)) >= length**2
 
     def test_the_weights_of_one_block_of_rows_are_seen(self, monkeypatch):
-        monkeypatch.setattr(native, "AVAILABLE", False)
+        monkeypatch.setattr(cpu, "AVAILABLE", False)
         assert largest_allocation(past_covariance, 2048) >= module._ROWS * 2047
 
     def test_a_large_batch_is_taken_in_parts(self, monkeypatch):
-        monkeypatch.setattr(native, "AVAILABLE", False)
+        monkeypatch.setattr(cpu, "AVAILABLE", False)
         size = largest_allocation(past_covariance, 256, batch=128, rank=2)
         assert module._WEIGHTS / 2 < size <= module._WEIGHTS
 

@@ -7,7 +7,7 @@ from probattn import CausalAttention, LatentAttention
 from probattn.errors import InputError, SeveralSolutionsError, SeveralSolutionsWarning
 from probattn.solve import parallel as sweeps
 from probattn.solve.bound import contraction_bound
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.parallel import unique_prefix
 from probattn.solve.rows import Tokens
 from probattn.solve.search import hull_points
@@ -30,7 +30,7 @@ CASES = {
     "value and output": (repulsive(2, heads=2, dim=4, value_dim=2), (2, 90, 4)),
     "one dimension": (repulsive(3, dim=1), (4, 100, 1)),
     "batch of attentions": (repulsive(4, heads=2, dim=2, value_dim=2, batch=(3, 1)), (2, 70, 2)),
-    "never certified": (CausalAttention.from_bilinear(-2.0 * torch.eye(3, dtype=torch.float64)), (2, 120, 3)),
+    "never certified": (CausalAttention.from_qk_matrix(-2.0 * torch.eye(3, dtype=torch.float64)), (2, 120, 3)),
 }
 
 
@@ -109,7 +109,9 @@ def test_gradients_do_not_change_when_the_weights_are_computed_in_blocks(mask, m
 
 def folding(a=0.8):
     """A scalar attention whose paths fold on the way, with its noise, (3, 24, 1)."""
-    return CausalAttention.from_bilinear(torch.tensor([[a]], dtype=torch.float64)), 0.7 * tokens(11, 8, 60, 1)[3:6, :24]
+    return CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=torch.float64)), 0.7 * tokens(11, 8, 60, 1)[
+        3:6, :24
+    ]
 
 
 @pytest.mark.parametrize("rule", ["smallest_step", "nearest_mean"])
@@ -138,7 +140,7 @@ def test_where_the_map_folds_both_raise_the_same():
 
 def test_folds_in_two_dimensions_are_not_overlooked():
     corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
-    attention = CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(2.0 * torch.eye(2, dtype=torch.float64))
     e = torch.cat([attention.residual(corners), tokens(0, 30, 2)])
     said = []
     for method in ("parallel", "sequential"):
@@ -158,7 +160,7 @@ def test_without_the_search_for_rivals_a_fold_would_pass_in_silence(monkeypatch)
 
 
 def test_uniform_choices_are_uniform_after_sweeps():
-    attention = CausalAttention.from_bilinear(torch.tensor([[3.0]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]], dtype=torch.float64))
     first = torch.tensor([[-1.0], [1.0], [0.0]], dtype=torch.float64)
     noise = (attention.residual(first) + 0.05 * torch.tensor([[0.0], [0.0], [1.0]])).expand(200, 3, 1)
     with pytest.warns(SeveralSolutionsWarning, match="200 of 200 sequences"):
@@ -185,7 +187,7 @@ def test_sweeps_that_do_not_converge_leave_the_work_to_the_sequential_solver(mon
 
 def test_newton_takes_over_where_plain_sweeps_are_slow(monkeypatch):
     # J - I is near -0.9 for an alternating past: the error of a plain sweep falls by a tenth only.
-    attention = CausalAttention.from_bilinear(torch.tensor([[-0.9]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[-0.9]], dtype=torch.float64))
     u = torch.tensor([[-1.0], [1.0]] * 30, dtype=torch.float64) + 0.05 * tokens(14, 60, 1)
     e = attention.residual(u)
     torch.testing.assert_close(unique_prefix(attention, e)[1], u, rtol=1e-10, atol=1e-10)
@@ -199,7 +201,10 @@ def test_tokens_so_large_that_rounding_forbids_a_certificate_end_the_sweeps():
 
 
 def test_a_large_batch_is_searched_token_by_token():
-    attention, e = CausalAttention.from_bilinear(-2.0 * torch.eye(2, dtype=torch.float64)), 0.5 * tokens(15, 900, 40, 2)
+    attention, e = (
+        CausalAttention.from_qk_matrix(-2.0 * torch.eye(2, dtype=torch.float64)),
+        0.5 * tokens(15, 900, 40, 2),
+    )
     stop = unique_prefix(attention, e)[0].length
     assert 31 < stop < 40
     (together, _), (alone, _) = both(attention, e[:3])
@@ -209,7 +214,7 @@ def test_a_large_batch_is_searched_token_by_token():
 def test_the_past_that_is_handed_on_is_the_past():
     attention, e = repulsive(16, heads=2), tokens(16, 2, 50, 3)
     past, u = unique_prefix(attention, e)
-    exact = Past.of(attention, u)
+    exact = Context.of(attention, u)
     for got, expected in ((past.moved, exact.moved), (past.pulled, exact.pulled), (past.size, exact.size)):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert bool(((past.contraction_bound() < 1) == (exact.contraction_bound() < 1)).all())
@@ -219,7 +224,7 @@ def test_rows_are_evaluated_as_a_past_evaluates_its_candidates():
     for offset in (0.0, 1e5):  # far from the origin the moments alone would lose the covariance
         attention, seen = attention_like(17, 2, 2, 3, 2, size=0.3 if offset == 0 else 1e-4), tokens(17, 2, 9, 3)
         seen[..., 1:, :] += offset
-        past, rows = Past.of(attention, seen), tokens(18, 5, 2, 3) + offset
+        past, rows = Context.of(attention, seen), tokens(18, 5, 2, 3) + offset
         mean, jacobian = past.mean_and_jacobian(rows)
         held = Tokens(past.moved, past.pulled)
         found = held.mean_and_jacobian(rows.movedim(0, -2))
@@ -234,11 +239,11 @@ def test_prefixes_are_searched_from_the_places_of_a_token_by_token_search():
     for dim in (1, 3):
         attention, u = attention_like(19, 2, 2, dim, dim, size=0.3), tokens(19, 2, 12, dim)
         visible = torch.ones(4, 12, dtype=torch.bool).tril(7)  # rows with pasts of 8, 9, 10, 11
-        together = _vertices(Past.of(attention, u), visible)
+        together = _vertices(Context.of(attention, u), visible)
         for row, length in enumerate(range(8, 12)):
-            alone = _vertices(Past.of(attention, u[:, :length])).squeeze(1)
+            alone = _vertices(Context.of(attention, u[:, :length])).squeeze(1)
             torch.testing.assert_close(together[:, row], alone, rtol=1e-12, atol=1e-12)
-    assert hull_points(Past.of(attention, u), 5).shape == (5, 2, 3)
+    assert hull_points(Context.of(attention, u), 5).shape == (5, 2, 3)
 
 
 def test_the_methods_are_named():
@@ -277,7 +282,7 @@ def test_stretches_that_double_need_few_sweeps(monkeypatch):
 
     monkeypatch.setattr(sweeps, "_sweep", counted)
     monkeypatch.setattr(sweeps, "Tokens", Counting)
-    attention, e = CausalAttention.from_bilinear(-0.02 * torch.eye(4, dtype=torch.float64)), 0.5 * tokens(21, 512, 4)
+    attention, e = CausalAttention.from_qk_matrix(-0.02 * torch.eye(4, dtype=torch.float64)), 0.5 * tokens(21, 512, 4)
     unique_prefix(attention, e)
     doubling, counts[:] = list(counts), []
     monkeypatch.setattr(sweeps, "_FIRST", 511)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from probattn import CausalAttention, LatentAttention
 from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
-from probattn.solve.context import Past
+from probattn.solve.context import Context
 from probattn.solve.search import solve_token
 from probattn.solve.sequence import solve_sequence
 from support import attention_like, tokens
@@ -15,7 +15,7 @@ from support import attention_like, tokens
 
 def folded(a=3.0):
     """Past {-1, +1} under slope a: e(u) = u - tanh(a u)."""
-    attention = CausalAttention.from_bilinear(torch.tensor([[a]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=torch.float64))
     # Noise that makes the first two tokens -1 and +1 and puts the third between the turning points.
     first = torch.tensor([[-1.0]], dtype=torch.float64)
     noise = attention.residual(torch.cat([first, -first, 0 * first]))
@@ -93,7 +93,7 @@ def test_a_unique_solution_beyond_the_certificate_is_not_reported():
 def test_folds_in_two_dimensions_are_found_where_the_determinant_is_positive():
     # Two independent coordinates, each folded: nine roots; the one at the origin has det J = 1.
     corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
-    attention = CausalAttention.from_bilinear(2.0 * torch.eye(2, dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(2.0 * torch.eye(2, dtype=torch.float64))
     with pytest.raises(SeveralSolutionsError, match="position"):
         solve_sequence(attention, attention.residual(corners))
 
@@ -109,7 +109,7 @@ def test_on_a_line_several_solutions_are_found_as_a_grid_finds_them(heads):
     missed = several = 0
     for seed in range(150):
         attention, u = attention_like(seed, heads, 1, 1, 1, size=10.0), tokens(seed, 5, 1)
-        past = Past.of(attention, u[:4])
+        past = Context.of(attention, u[:4])
         noise = u[4] - past.moved.mean(-2).sum(-2)
         grid = torch.linspace(-60, 60, 60_001, dtype=torch.float64).unsqueeze(-1)
         residual = (grid - past.mean(grid) - noise).squeeze(-1)
@@ -167,7 +167,7 @@ def test_bad_noise_and_rules_are_named():
 
 def test_no_solution_raises():
     # Inclusive mask, W_V = W_O = I: the first token attends to itself, e_1 = 0 whatever u_1.
-    attention = CausalAttention.from_bilinear(torch.tensor([[0.3]], dtype=torch.float64), mask="inclusive")
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[0.3]], dtype=torch.float64), mask="inclusive")
     with pytest.raises(NoSolutionError, match=r"position 0.*Under the inclusive mask a solution need not exist"):
         solve_sequence(attention, torch.ones(2, 1, dtype=torch.float64))
 

@@ -9,7 +9,7 @@ import torch
 from probattn import CausalAttention, exercises
 from probattn.teach.exercises import Feedback, corners
 
-ATTENTION = CausalAttention.from_bilinear(torch.tensor([[0.4, 0.3], [-0.2, 0.1]]).double())
+ATTENTION = CausalAttention.from_qk_matrix(torch.tensor([[0.4, 0.3], [-0.2, 0.1]]).double())
 U = torch.tensor([[0.3, -1.0], [1.2, 0.4], [-0.7, 0.6], [0.1, 0.2]]).double()
 WHOLE = torch.func.jacrev(lambda x: x - ATTENTION.mean(x))(U).reshape(8, 8)
 
@@ -106,7 +106,7 @@ WRONG = [
     (exercises.check_stationary, 1.0, "0.81"),
     (exercises.check_stationary, unstable(), "stable"),
     (exercises.check_previous_query, lambda A, u: u, "token before"),
-    (exercises.check_previous_query, lambda A, u: u - CausalAttention.from_bilinear(A).mean(u), "own query"),
+    (exercises.check_previous_query, lambda A, u: u - CausalAttention.from_qk_matrix(A).mean(u), "own query"),
     (exercises.check_previous_query, lambda A, u: previous(A, u.detach()), "another derivative"),
 ]
 
