@@ -13,7 +13,7 @@ Under the *strict* mask the past of i is s < i; under the *inclusive* mask it is
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,23 +21,11 @@ from torch.distributions import Distribution
 
 from probattn import blocks
 from probattn.errors import InputError, require_finite
+from probattn.interface import Mask, require_mask
 from probattn.moments.dense import SUPPORTED, attention_weights, norm_bound, refined
 from probattn.moments.operators import past_moments
 
 __all__ = ["CausalAttention", "Mask", "MeanAndFactors", "require_mask"]
-
-Mask = Literal["strict", "inclusive"]
-
-
-def require_mask(mask: str) -> None:
-    """Refuse a mask that does not exist.
-
-    Raises:
-        InputError: naming those that do.
-    """
-    if mask not in get_args(Mask):
-        raise InputError(f"mask is {mask!r}; use one of {', '.join(map(repr, get_args(Mask)))}.")
-
 
 class MeanAndFactors(NamedTuple):
     """What one pass over a sequence yields.
@@ -209,6 +197,11 @@ class CausalAttention:
         return self.query.shape[-1]
 
     @property
+    def like(self) -> Tensor:
+        """A parameter, for its dtype and device."""
+        return self.query
+
+    @property
     def qk_matrix(self) -> Tensor:
         """A_h = c W_K^T W_Q, (*batch, H, p, p): identified by the logits, as the factors are not."""
         return self.key.mT @ self.scaled_query
@@ -335,8 +328,29 @@ class CausalAttention:
             (*batch, T, p, p). The blocks above the diagonal of de/du are zero, those below do not enter the
             determinant.
         """
-        identity = torch.eye(self.dim, dtype=u.dtype, device=u.device)
-        return identity - blocks.mean_jacobian(self.mean_and_factors(u).factors)
+        return torch.eye(self.dim, dtype=u.dtype, device=u.device) - self.mean_jacobian(u)
+
+    def mean_jacobian(self, u: Tensor) -> Tensor:
+        """Diagonal blocks M_i = dmu_i/du_i = I - J_i.
+
+        Args:
+            u: tokens, (*batch, T, p).
+
+        Returns:
+            (*batch, T, p, p).
+        """
+        return blocks.mean_jacobian(self.mean_and_factors(u).factors)
+
+    def core(self, u: Tensor) -> Tensor:
+        """The smallest matrix K_i with det(I - K_i) = det J_i and the non-zero eigenvalues of M_i.
+
+        Args:
+            u: tokens, (*batch, T, p).
+
+        Returns:
+            (*batch, T, m, m); see :func:`probattn.blocks.sylvester_core` for m.
+        """
+        return blocks.sylvester_core(self.mean_and_factors(u).factors)
 
     def logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Sign and log|det J_i| by the cheapest exact route.
@@ -349,7 +363,7 @@ class CausalAttention:
         Returns:
             sign and log|det J_i|, (*batch, T) each.
         """
-        return blocks.logabsdet_one_minus(blocks.sylvester_core(self.mean_and_factors(u).factors))
+        return blocks.logabsdet_one_minus(self.core(u))
 
     def residual_and_logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The residual e, (*batch, T, p), and log|det J_i|, (*batch, T): all that the density needs, in one pass."""
