@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from docutils.nodes import Element
+from docutils.nodes import Element, Node
+from docutils.parsers.rst import directives
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
 HERE = Path(__file__).parent
@@ -119,6 +122,47 @@ def find_by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, c
     return make_refnode(app.builder, node["refdoc"], page, anchor, content, wanted)
 
 
+class ReferenceDirective(SphinxDirective):
+    """Sections of the reference, one per module: ``{reference} probattn.solve`` documents the whole package.
+
+    Each argument is a module or a package, which stands for all modules in it; a new file needs no new line.
+    """
+
+    required_arguments = 1
+    optional_arguments = 20
+    option_spec = {"show-inheritance": directives.flag}  # noqa: RUF012  # as docutils declares it
+
+    def run(self) -> list[Node]:
+        """Write a heading and an ``automodule`` for each module, as Markdown, and read that."""
+        lines = []
+        for name in self.arguments:
+            for module in modules_under(name):
+                packaged = hasattr(sys.modules[module], "__path__")  # its names are documented where they are defined
+                options = [] if packaged else ["   :members:"]
+                options += ["   :show-inheritance:"] if "show-inheritance" in self.options and not packaged else []
+                lines += [f"## {module}", "", "```{eval-rst}", f".. automodule:: {module}", *options, "```", ""]
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+def modules_under(name: str) -> list[str]:
+    """List a module, or a package and every public module in it.
+
+    Args:
+        name: full name of either.
+
+    Returns:
+        Full names, a package before its modules, those in alphabetical order.
+    """
+    package = pkgutil.resolve_name(name)
+    found = [name]
+    if hasattr(package, "__path__"):
+        found += [module.name for module in pkgutil.walk_packages(package.__path__, f"{name}.")]
+    public = [module for module in found if not any(part.startswith("_") for part in module.split("."))]
+    for module in public:
+        __import__(module)
+    return public
+
+
 def copy_notebooks(app: Sphinx) -> None:
     """Bring ``notebooks/`` under ``docs/``, where Sphinx finds it; links to ``../docs/`` follow. None is as well."""
     target = HERE / "notebooks"
@@ -135,6 +179,7 @@ def copy_notebooks(app: Sphinx) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connect them."""
+    app.add_directive("reference", ReferenceDirective)
     app.connect("autodoc-process-docstring", read_plainly, priority=100)
     app.connect("autodoc-process-docstring", restore_colons, priority=900)
     app.connect("autodoc-process-signature", name_factories)

@@ -1,7 +1,10 @@
-"""The pages of the site: their code runs, their links lead somewhere, their numbers exist, and nothing is left out."""
+"""The pages of the site: their code runs, their links lead somewhere, their numbers exist, and nothing is missing."""
 
+import ast
 import doctest
+import importlib
 import importlib.util
+import inspect
 import json
 import pkgutil
 import re
@@ -25,6 +28,18 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LEDGER = DOCS / "results" / "ledger" / "claims.json"
+# The second circle of docs/api/index.md; the first is `probattn.__all__`.
+DOCUMENTED = (
+    "probattn.hf",
+    "probattn.testing",
+    "probattn.plotting",
+    "probattn.models",
+    "probattn.errors",
+    "probattn.inference.fit",
+    "probattn.inference.results",
+    "probattn.inference.training",
+)
+USER_PAGES = [ROOT / "README.md", *sorted((DOCS / "how-to").glob("*.md"))]
 
 
 def name(page):
@@ -156,18 +171,95 @@ def test_numbers_in_words_stand_in_the_results(page, source, quoted):
         assert words in (DOCS / source).read_text(encoding="utf-8")
 
 
-def test_the_reference_has_every_module_and_every_public_name():
-    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
-    documented = set(re.findall(r"^\.\. automodule:: (\S+)", text, re.MULTILINE))
-    modules = {"probattn.models", "probattn.inference"}
+def all_modules():
+    """Every public module of the package, models and inference included."""
+    found = {"probattn.models", "probattn.inference"}
     for package in (probattn, probattn.models, probattn.inference):
-        modules |= {found.name for found in pkgutil.walk_packages(package.__path__, package.__name__ + ".")}
-    hidden = {module for module in modules if any(part.startswith("_") for part in module.split("."))}
-    assert modules - hidden - documented == set()
+        found |= {module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")}
+    return {module for module in found if not any(part.startswith("_") for part in module.split("."))}
+
+
+def documented_modules(text, modules):
+    """Modules that a page documents: each ``automodule``, and each ``{reference}`` with all that lies under it."""
+    found = set(re.findall(r"^\.\. automodule:: (\S+)", text, re.MULTILINE))
+    for arguments in re.findall(r"^```\{reference\} (.+)$", text, re.MULTILINE):
+        for name in arguments.split():
+            found |= {module for module in modules if module == name or module.startswith(f"{name}.")} or {name}
+    return found
+
+
+def test_the_reference_has_every_module_and_every_public_name():
+    modules = all_modules()
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    documented = documented_modules(text, modules)
+    packages = {name for name in modules if hasattr(importlib.import_module(name), "__path__")}
+    assert modules - packages - documented == set()  # a package without names of its own may go unmentioned
     assert documented - modules == set()
     index = (DOCS / "api" / "index.md").read_text(encoding="utf-8")
     for public in probattn.__all__:
         assert f"`probattn.{public} <" in index
+    for module in DOCUMENTED:
+        assert f"`{module}`" in index
+        assert module in modules
+
+
+def test_a_module_without_a_place_in_the_reference_is_noticed():
+    modules = {"probattn.solve", "probattn.solve.newton", "probattn.folds"}
+    text = "```{reference} probattn.solve\n```\n"
+    assert modules - documented_modules(text, modules) == {"probattn.folds"}
+    assert documented_modules("```{reference} probattn.gone\n```\n", modules) == {"probattn.gone"}
+
+
+def imported_names(code):
+    """(module, name) of everything that code imports from the package; the name is None for ``import probattn.x``."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "probattn":
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "probattn")
+
+
+def is_public(module, name):
+    """Whether a name belongs to the first circle, or to a module of the second that lists it in ``__all__``."""
+    if module == "probattn":
+        return name is None or name in probattn.__all__
+    if not any(module == documented or module.startswith(f"{documented}.") for documented in DOCUMENTED):
+        return False
+    return name is None or name in importlib.import_module(module).__all__
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.stem)
+def test_pages_for_users_import_public_names_only(page):
+    for code in CODE.findall(page.read_text(encoding="utf-8")):
+        private = [f"{module}.{name}" for module, name in imported_names(code) if not is_public(module, name)]
+        assert private == []
+
+
+def test_a_private_import_is_noticed():
+    code = "import torch\nfrom probattn import regime\nfrom probattn.solve.context import Context\n"
+    assert [found for found in imported_names(code) if not is_public(*found)] == [("probattn.solve.context", "Context")]
+    assert not is_public("probattn", "attention")
+    assert not is_public("probattn.errors", "torch")
+
+
+def own_docstrings(module):
+    """The docstrings of a module, its classes, functions and methods, private ones included."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield f"{module.__name__}: {text.splitlines()[0]}"
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    # A noun phrase that names the value reads better than "What comes out"; a few honest questions may stay.
+    found = [
+        text
+        for name in sorted({"probattn", *all_modules()})
+        for text in own_docstrings(importlib.import_module(name))
+        if re.match(r"(What|Which|Where|How|Whether)\b", text.partition(": ")[2])
+    ]
+    assert len(found) <= 10, "\n".join(found)
 
 
 def test_what_is_read_exists():
