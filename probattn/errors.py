@@ -1,6 +1,9 @@
-"""Failures with a name and a remedy, and the two checks that every public function makes on its input."""
+"""Failures with a name and a remedy, and the checks that public functions make on their input."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +14,11 @@ __all__ = [
     "NonFinitePenaltyError",
     "SeveralSolutionsError",
     "SeveralSolutionsWarning",
+    "require_at_least",
+    "require_choice",
     "require_finite",
+    "require_positive",
+    "require_share",
 ]
 
 
@@ -61,3 +68,86 @@ def require_finite(name: str, tensor: Tensor) -> None:
         f"{name} is not finite: {entry} at index {index}; {len(bad)} of {tensor.numel()} entries; remove or impute "
         "them first."
     )
+
+
+def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless a value is one of the choices.
+
+    Args:
+        name: name of the argument or flag in the message.
+        value: value given.
+        choices: allowed values, such as ``typing.get_args`` of a ``Literal``.
+
+    Raises:
+        InputError: with the value and all choices.
+
+    Example:
+        >>> require_choice("kind", "sharp", ("hard", "soft"))
+        Traceback (most recent call last):
+        ...
+        probattn.errors.InputError: kind is 'sharp'; use one of 'hard', 'soft'.
+    """
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; use one of {', '.join(map(repr, choices))}.")
+
+
+def require_at_least(name: str, value: float, least: float = 1) -> None:
+    """Raise unless a number is finite and not below a bound.
+
+    Args:
+        name: name of the argument or flag in the message.
+        value: value given; NaN and infinity are refused.
+        least: smallest value allowed.
+
+    Raises:
+        InputError: with the value and the bound.
+
+    Example:
+        >>> require_at_least("steps", 0)
+        Traceback (most recent call last):
+        ...
+        probattn.errors.InputError: steps is 0; it must be at least 1.
+    """
+    if not least <= value < math.inf:
+        finite = "" if isinstance(value, int) else "finite and "
+        raise InputError(f"{name} is {value}; it must be {finite}at least {least}.")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise unless a number is positive and finite.
+
+    Args:
+        name: name of the argument or flag in the message.
+        value: value given; NaN and infinity are refused.
+
+    Raises:
+        InputError: with the value.
+
+    Example:
+        >>> require_positive("learning_rate", float("nan"))
+        Traceback (most recent call last):
+        ...
+        probattn.errors.InputError: learning_rate is nan; it must be positive and finite.
+    """
+    if not 0 < value < math.inf:
+        raise InputError(f"{name} is {value}; it must be positive and finite.")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise unless a number is a share above 0, at most 1.
+
+    Args:
+        name: name of the argument or flag in the message.
+        value: value given; NaN is refused.
+
+    Raises:
+        InputError: with the value.
+
+    Example:
+        >>> require_share("positions", 1.5)
+        Traceback (most recent call last):
+        ...
+        probattn.errors.InputError: positions is 1.5; a share must lie in (0, 1].
+    """
+    if not 0 < value <= 1:
+        raise InputError(f"{name} is {value}; a share must lie in (0, 1].")
