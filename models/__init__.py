@@ -1,4 +1,4 @@
-"""The generative stories: Pyro models, simulators, and the corpora that feed them."""
+"""Generative models in Pyro, simulators, and the corpora that feed them."""
 
 from probattn.models.corpus import Corpus, load_corpus
 from probattn.models.embedding import EmbeddingModel

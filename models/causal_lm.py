@@ -1,4 +1,4 @@
-"""Causal language models of ``transformers``: small ones from scratch, or from a local folder, with what reads text."""
+"""Causal language models of ``transformers`` with their tokenisers: small ones from scratch, or from a local folder."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ __all__ = ["Architecture", "CharacterTokeniser", "Tokeniser", "build_causal_lm",
 
 Architecture = Literal["gpt2", "llama", "mistral", "gemma2", "qwen3"]
 _VOCABULARY = "vocabulary.json"
-_REACH = 16  # tokens whose decoding a token may depend on
+_REACH = 16  # number of preceding tokens on which the decoding of a token may depend
 
 
 class Tokeniser(Protocol):
     """Text to tokens and back."""
 
     def encode(self, text: str) -> Tensor:
-        """Tokens, (n,)."""
+        """Encode text as tokens, ``(n,)``."""
 
     def pieces(self, tokens: Tensor) -> list[str]:
-        """What each token stands for."""
+        """Text of each token."""
 
     def save(self, folder: Path) -> None:
-        """Write it beside a model."""
+        """Write the tokeniser into the folder of a model."""
 
 
 class CharacterTokeniser:
-    """A token a character.
+    """Tokeniser with one token per character.
 
     Args:
-        characters: by their tokens 0..V-1; what is not among them becomes U+FFFD, which must be.
+        characters: characters by token, 0 to V - 1, with U+FFFD among them for all others.
+
+    Raises:
+        InputError: an entry is not a single character, or U+FFFD is missing.
 
     Example:
         >>> CharacterTokeniser(("a", "b", UNKNOWN)).encode("bax")
@@ -46,14 +49,16 @@ class CharacterTokeniser:
     def __init__(self, characters: tuple[str, ...]) -> None:
         self._characters = characters
         if UNKNOWN not in characters or any(len(character) != 1 for character in characters):
-            raise InputError("a vocabulary of characters holds single characters, U+FFFD among them.")
+            raise InputError(
+                f"characters has {len(characters)} entries; each must be a single character, with U+FFFD among them."
+            )
 
     def encode(self, text: str) -> Tensor:
-        """Tokens, (n,)."""
+        """Encode text as tokens, ``(n,)``."""
         return encode_characters(text, self._characters)
 
     def pieces(self, tokens: Tensor) -> list[str]:
-        """The characters."""
+        """Characters of the tokens."""
         return [self._characters[int(token)] for token in tokens]
 
     def save(self, folder: Path) -> None:
@@ -63,7 +68,7 @@ class CharacterTokeniser:
 
 
 class _PieceTokeniser:
-    """A tokeniser of ``transformers``."""
+    """Tokeniser of ``transformers``."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -72,7 +77,7 @@ class _PieceTokeniser:
         return torch.tensor(self._tokenizer.encode(text), dtype=torch.long)
 
     def pieces(self, tokens: Tensor) -> list[str]:
-        # What each token adds to the text before it: one by one, the spaces between words would be lost.
+        # The text that each token adds; decoding token by token would lose the spaces between words.
         found = []
         for end in range(1, len(tokens) + 1):
             begin = max(0, end - _REACH)
@@ -95,19 +100,22 @@ def build_causal_lm(
     *,
     dropout: float = 0.0,
 ) -> Any:
-    """A model with random weights, drawn from torch's global random state.
+    """Build a model with random weights, drawn from torch's global random state.
 
     Args:
-        architecture: one of five.
-        vocabulary: V.
-        layers: of the model.
+        architecture: one of the five names of ``Architecture``.
+        vocabulary: number V of tokens.
+        layers: number of layers.
         dim: size of the hidden states; the inner layers of the perceptrons are four times as wide.
-        heads: attention heads, which divide dim.
-        context: longest sequence.
-        dropout: of attention, and for GPT-2 of everything.
+        heads: number of attention heads, a divisor of dim.
+        context: largest number of tokens in a sequence.
+        dropout: dropout probability of the attention weights, and in GPT-2 of residuals and embeddings too.
+
+    Returns:
+        A causal language model of ``transformers``.
 
     Raises:
-        InputError: an architecture that is not among the five; ``transformers`` is missing.
+        InputError: the architecture is not among the five, or ``transformers`` is not installed.
     """
     if architecture not in get_args(Architecture):
         raise InputError(f"architecture is {architecture!r}; use one of {', '.join(get_args(Architecture))}.")
@@ -132,18 +140,21 @@ def build_causal_lm(
 
 
 def load_causal_lm(folder: Path) -> tuple[Any, Tokeniser]:
-    """A model and its tokeniser from a local folder; nothing is downloaded and nothing in it is executed.
+    """Load a model and its tokeniser from a local folder, without downloads and without running code in it.
 
     Args:
-        folder: as ``save_pretrained`` writes it, or ``probattn train``.
+        folder: folder written by ``save_pretrained`` or by ``probattn train``.
+
+    Returns:
+        The model and its tokeniser.
 
     Raises:
-        InputError: no such folder, or one that lacks a configuration, weights (safetensors), or a tokeniser; or
-            ``transformers`` is missing.
+        InputError: the folder does not exist or lacks a configuration, weights (safetensors) or a tokeniser, or
+            ``transformers`` is not installed.
     """
     transformers = _transformers()
     if not folder.is_dir():
-        raise InputError(f"--model {folder}: no such folder; name that of a local checkpoint.")
+        raise InputError(f"--model {folder}: no such folder; name the folder of a local checkpoint.")
     if not (folder / "config.json").is_file():
         raise InputError(f"--model {folder}: holds no config.json; name the folder of a local checkpoint.")
     chatter = transformers.utils.logging
@@ -153,9 +164,9 @@ def load_causal_lm(folder: Path) -> tuple[Any, Tokeniser]:
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # the readers have no common class for what a damaged folder may cause
+    except Exception as error:  # the errors that a damaged folder causes in the readers have no common class
         raise InputError(
-            f"--model {folder}: cannot be loaded ({_first_line(error)}); give a whole checkpoint."
+            f"--model {folder}: cannot be loaded ({_first_line(error)}); give a complete checkpoint."
         ) from None
     finally:
         if shown:
@@ -163,8 +174,8 @@ def load_causal_lm(folder: Path) -> tuple[Any, Tokeniser]:
     lacking = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
     if lacking:  # the library fills them with random numbers
         raise InputError(
-            f"--model {folder}: lacks {len(lacking)} weights of its architecture, such as {lacking[0]}; give a whole "
-            "checkpoint."
+            f"--model {folder}: lacks {len(lacking)} weights of its architecture, such as {lacking[0]}; give a "
+            "complete checkpoint."
         )
     vocabulary = folder / _VOCABULARY
     try:
@@ -185,7 +196,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise InputError("needs transformers; install probattn[lm].") from None
+        raise InputError("transformers is not installed, and language models need it; install probattn[lm].") from None
     return transformers
 
 

@@ -21,11 +21,11 @@ _LIMIT = 255
 
 
 class Windows(NamedTuple):
-    """Non-overlapping stretches of a corpus.
+    """Consecutive windows of a corpus that do not overlap.
 
     Attributes:
-        inputs: characters y_1..y_T, (N, T).
-        targets: their successors y_2..y_{T+1}, (N, T).
+        inputs: characters y_1 to y_T, ``(N, T)``.
+        targets: their successors y_2 to y_{T+1}, ``(N, T)``.
     """
 
     inputs: Tensor
@@ -37,10 +37,10 @@ class Corpus:
     """A text, its vocabulary and its characters as integers.
 
     Attributes:
-        name: how reports call it.
-        text: the text for training.
-        heldout: the text for evaluation, disjoint from the other.
-        vocabulary: characters of the training text, by falling frequency, with U+FFFD for all that are rarer or unseen.
+        name: name in reports.
+        text: training text.
+        heldout: evaluation text, disjoint from the training text.
+        vocabulary: characters of the training text in order of falling frequency, with U+FFFD for rare and unseen ones.
     """
 
     name: str
@@ -50,22 +50,25 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of both texts, to tell one corpus from another."""
+        """SHA-256 digest of both texts, which identifies the corpus."""
         return hashlib.sha256(f"{self.text}\0{self.heldout}".encode()).hexdigest()
 
     def encode(self, text: str) -> Tensor:
-        """Characters as indices into the vocabulary, (len(text),)."""
+        """Encode characters as indices into the vocabulary, ``(len(text),)``."""
         return encode_characters(text, self.vocabulary)
 
     def windows(self, context: int, *, heldout: bool = False) -> Windows:
         """Cut the text into windows of ``context`` characters with their successors.
 
         Args:
-            context: T.
-            heldout: cut the evaluation text instead.
+            context: number T of characters in a window.
+            heldout: cut the evaluation text instead of the training text.
+
+        Returns:
+            Windows, ``(N, T)``.
 
         Raises:
-            InputError: if the text does not fill one window.
+            InputError: the text does not fill one window.
 
         Example:
             >>> Corpus("toy", "abcabcabc", "abcab", ("a", "b", "c", UNKNOWN)).windows(4).inputs
@@ -79,15 +82,22 @@ class Corpus:
         if count < 1:
             raise InputError(
                 f"corpus {self.name}: its {part} part has {len(text)} characters, too short for a context of "
-                f"{context}; "
-                "give a longer text or a smaller --context."
+                f"{context}; give a longer text or a smaller --context."
             )
         tokens = self.encode(text[: count * context + 1])
         return Windows(tokens[:-1].view(count, context), tokens[1:].view(count, context))
 
 
 def encode_characters(text: str, vocabulary: Sequence[str]) -> Tensor:
-    """Characters as indices into a vocabulary that holds U+FFFD for those it lacks, (len(text),)."""
+    """Encode characters as indices into a vocabulary, with U+FFFD for those it lacks.
+
+    Args:
+        text: characters to encode.
+        vocabulary: characters by index, U+FFFD among them.
+
+    Returns:
+        Indices, ``(len(text),)``.
+    """
     index = {character: k for k, character in enumerate(vocabulary)}
     unknown = index[UNKNOWN]
     return torch.tensor([index.get(character, unknown) for character in text], dtype=torch.long)
@@ -97,16 +107,19 @@ def load_corpus(spec: str = "python-docs", *, heldout: str | None = None, fracti
     """Load a corpus by name or path.
 
     Args:
-        spec: "python-docs" (the Python language reference that ships with CPython, no download), a path to a UTF-8
-            text, or "hf:NAME[:CONFIG]" (the ``datasets`` package and a network).
-        heldout: the same kinds again, for evaluation; None: the last part of the text.
-        fraction: how much of the text to hold out where no second text is given.
+        spec: "python-docs" for the Python language reference that ships with CPython, a path to a UTF-8 text, or
+            "hf:NAME[:CONFIG]" for a data set of the ``datasets`` package, which needs a network.
+        heldout: evaluation text, named in the same way; the last part of the text where None.
+        fraction: fraction of the text to hold out where no evaluation text is named.
+
+    Returns:
+        The corpus.
 
     Raises:
-        InputError: a text that is missing, empty, binary, not UTF-8, or too short to be split.
+        InputError: a text is missing, empty, binary, not UTF-8, or too short to split.
     """
     if not 0 < fraction < 1:
-        raise InputError(f"fraction is {fraction}; the held-out share must lie between 0 and 1.")
+        raise InputError(f"fraction is {fraction}; the fraction to hold out must lie between 0 and 1.")
     name, text = read_text(spec)
     if heldout is not None:
         evaluation = read_text(heldout)[1]
@@ -122,7 +135,7 @@ def load_corpus(spec: str = "python-docs", *, heldout: str | None = None, fracti
 
 
 def read_text(spec: str) -> tuple[str, str]:
-    """Name and text of a corpus; see :func:`load_corpus` for the kinds and the errors."""
+    """Read the name and the text of a corpus; :func:`load_corpus` lists the kinds and the errors."""
     if spec == "python-docs":
         return "Python language reference (pydoc_data.topics)", _python_docs()
     if spec.startswith("hf:"):
@@ -164,11 +177,14 @@ def _hugging_face(spec: str) -> str:
     name, _, config = spec.removeprefix("hf:").partition(":")
     try:
         dataset = load_dataset(name, config or None, split="train")
-    except Exception as error:  # the hub's failures have no common class
+    except Exception as error:  # the errors of the hub have no common class
         raise InputError(f"corpus {spec}: could not be loaded ({error}); check the name and the network.") from error
     if "text" not in dataset.column_names:
-        raise InputError(f"corpus {spec}: has no column named text, only {dataset.column_names}.")
+        raise InputError(
+            f"corpus {spec}: has the columns {', '.join(dataset.column_names)}; choose a data set with a column named "
+            "text."
+        )
     text = "\n".join(dataset["text"])
     if not text.strip():
-        raise InputError(f"corpus {spec}: its column text is empty.")
+        raise InputError(f"corpus {spec}: its column text is empty; choose another data set or configuration.")
     return text

@@ -1,4 +1,4 @@
-"""Causal language models over discrete tokens under one interface: all positions at once, or one token at a time."""
+"""One interface for causal language models over discrete tokens: all positions at once, or one token at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Side = Literal["left", "right"]
 
 
 class NextTokenModel(Protocol):
-    r"""P(y_2..n | y_1) as a product of next-token laws, computed in two ways that must agree.
+    r"""Product of next-token distributions, computed in two ways that must agree.
 
     .. math::
         \log P(y_{2..n} | y_1) = \sum_{i < n} \log \mathrm{softmax}(\mathrm{logits}_i)_{y_{i+1}}
@@ -28,43 +28,48 @@ class NextTokenModel(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """V: tokens are 0..V-1."""
+        """Number V of tokens, which are 0 to V - 1."""
 
     @property
     def context(self) -> int:
-        """Longest sequence."""
+        """Largest number of tokens in a sequence."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the model computes."""
+        """Floating-point type of the computation."""
 
     @property
     def padding(self) -> tuple[Side, ...]:
-        """Sides on which a row may be padded."""
+        """Sides on which a sequence may be padded."""
 
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits of the next token after every position, (N, T, V), in one pass over tokens (N, T).
+        """Compute the logits of the next token after every position in one pass.
 
-        Where ``mask`` (N, T) is False the token is padding, and the logits there mean nothing.
+        Args:
+            tokens: tokens, ``(N, T)``.
+            mask: False on padding, ``(N, T)``; the logits there are meaningless.
+
+        Returns:
+            Logits, ``(N, T, V)``.
         """
 
     def steps(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The same logits by decoding: each position is computed before any later token is shown."""
+        """Compute the same logits by decoding, each position before any later token is known."""
 
 
 class OwnModel:
-    """The language model of this package with its sites at one value, such as the mode.
+    """Language model of this package with its sites fixed at one value, such as the mode.
 
-    It has no cache: each step runs the whole prefix again. Its positions are learnt and counted from the first column,
-    so that only right padding can leave a row unchanged.
+    It has no cache; each step runs the complete prefix again. Its positions are learnt and counted from the first
+    column, so that only right padding leaves the logits of a sequence unchanged.
 
     Args:
-        model: the model.
-        values: its sites, as a fit returns them.
-        dtype: in which to compute; None: that of the values.
+        model: language model.
+        values: values of its sites, as a fit returns them.
+        dtype: floating-point type of the computation; that of the values where None.
 
     Raises:
-        InputError: a site is missing.
+        InputError: a site has no value.
 
     Example:
         >>> from probattn.models.language import LanguageConfig
@@ -86,39 +91,46 @@ class OwnModel:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Number V of tokens."""
         return self._model.config.vocabulary
 
     @property
     def context(self) -> int:
-        """T of the longest window."""
+        """Largest number of tokens in a window."""
         return self._model.config.context
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embeddings, and so of everything after them."""
+        """Floating-point type of the embeddings, and so of everything after them."""
         return self._values["embedding"].dtype
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits after every position, (N, T, V), in one pass.
+        """Compute the logits after every position in one pass.
 
         Args:
-            tokens: (N, T).
-            mask: (N, T), False on padding, which may follow a row only; a causal model needs no more than that.
+            tokens: tokens, ``(N, T)``.
+            mask: False on padding, ``(N, T)``, which may only follow the tokens of a sequence, where a causal model
+                does not see it.
+
+        Returns:
+            Logits, ``(N, T, V)``.
 
         Raises:
-            InputError: tokens of a wrong shape, kind, length or range; a mask that is not right padding.
+            InputError: the tokens have a wrong shape, type, length or range, or the mask is not right padding.
         """
         _require_tokens(self, tokens, mask)
         return self._model.decode(self._values, self._model.embed(self._values, tokens))
 
     def steps(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The same logits, each from its prefix alone.
+        """Compute the same logits, each from its prefix alone.
 
         Args:
-            tokens: (N, T).
+            tokens: tokens, ``(N, T)``.
             mask: as in :meth:`logits`.
+
+        Returns:
+            Logits, ``(N, T, V)``.
 
         Raises:
             InputError: as :meth:`logits` does.
@@ -128,14 +140,14 @@ class OwnModel:
 
 
 class HuggingFaceModel:
-    """A causal language model of the ``transformers`` library; the steps use its key-value cache.
+    """Causal language model of the ``transformers`` library, decoded with its key-value cache.
 
     Args:
-        model: such as ``GPT2LMHeadModel`` or ``LlamaForCausalLM``, in evaluation mode.
-        dtype: compute in a converted copy; None: in the model as it is.
+        model: model in evaluation mode, such as ``GPT2LMHeadModel`` or ``LlamaForCausalLM``.
+        dtype: floating-point type of a converted copy; None uses the model as it is.
 
     Raises:
-        InputError: the model is in training mode, or it has no vocabulary size in its configuration.
+        InputError: the model is in training mode, or its configuration has no vocabulary size.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel  # doctest: +SKIP
@@ -156,35 +168,39 @@ class HuggingFaceModel:
             )
         self._model = model if dtype is None else copy.deepcopy(model).to(dtype)
         self._config = config
-        # Releases of transformers differ in what they call the cache, as an argument and in the output.
+        # Releases of transformers differ in the name of the cache, as an argument and in the output.
         named = inspect.signature(self._model.forward).parameters
         self._cache = "cache" if "cache" in named else "past_key_values"
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Number V of tokens."""
         return int(self._config.vocab_size)
 
     @property
     def context(self) -> int:
-        """Positions that the model has, without limit where its configuration names none."""
+        """Number of positions of the model; unlimited where its configuration names none."""
         return int(getattr(self._config, "max_position_embeddings", None) or sys.maxsize)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first parameter."""
+        """Floating-point type of the first parameter."""
         return next(self._model.parameters()).dtype
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits after every position, (N, T, V), in one pass.
+        """Compute the logits after every position in one pass.
 
         Args:
-            tokens: (N, T).
-            mask: (N, T), False on padding, before or after a row; positions count from its first token.
+            tokens: tokens, ``(N, T)``.
+            mask: False on padding, ``(N, T)``, before or after the tokens of a sequence; positions count from its first
+                token.
+
+        Returns:
+            Logits, ``(N, T, V)``.
 
         Raises:
-            InputError: tokens of a wrong shape, kind, length or range; a mask with gaps.
+            InputError: the tokens have a wrong shape, type, length or range, or the mask has gaps.
         """
         shown = _require_tokens(self, tokens, mask)
         output: Any = self._model(
@@ -194,11 +210,14 @@ class HuggingFaceModel:
 
     @torch.no_grad()
     def steps(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The same logits one token at a time, the keys and values of the past taken from the cache.
+        """Compute the same logits one token at a time, with the keys and values of the past from the cache.
 
         Args:
-            tokens: (N, T).
+            tokens: tokens, ``(N, T)``.
             mask: as in :meth:`logits`.
+
+        Returns:
+            Logits, ``(N, T, V)``.
 
         Raises:
             InputError: as :meth:`logits` does.
@@ -221,16 +240,16 @@ class HuggingFaceModel:
 
     @staticmethod
     def positions(mask: Tensor) -> Tensor:
-        """Place of each token in its own row, (N, T); 0 on padding to the left."""
+        """Position of each token in its sequence, ``(N, T)``; 0 on padding to the left."""
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
     def cached_positions(self, mask: Tensor) -> Tensor:
-        """Positions that decoding step by step passes to the model; the same, unless a subclass is to be wrong."""
+        """Positions that decoding passes to the model; a subclass overrides them to be wrong on purpose."""
         return self.positions(mask)
 
 
 def _require_tokens(model: NextTokenModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Refuse what the model cannot take; the mask, all True where there is none."""
+    """Check tokens and mask against the model and return the mask, all True where None is given."""
     if tokens.dim() != 2 or 0 in tokens.shape or tokens.shape[1] > model.context:
         raise InputError(
             f"tokens have shape {tuple(tokens.shape)}; they must be (N, T), not empty, with T <= {model.context}, the "
@@ -258,7 +277,7 @@ def _require_tokens(model: NextTokenModel, tokens: Tensor, mask: Tensor | None) 
         if not mask[row].any() or (entered and left):
             raise InputError(
                 f"mask[{row}] keeps {int(mask[row].sum())} of {mask.shape[1]} tokens, with padding in the middle, on "
-                "both sides or everywhere; a row is a stretch of tokens with padding on one side."
+                "both sides or everywhere; a row must hold consecutive tokens with padding on one side."
             )
         if (entered and "left" not in model.padding) or (left and "right" not in model.padding):
             side = "left" if entered else "right"

@@ -1,4 +1,4 @@
-"""Observed sequences of vectors, with priors on the attention parameters and on the noise."""
+"""Model of observed sequences of vectors, with priors on the attention parameters and on the noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
-from probattn.solve.search import Selection
+from probattn.solve.selection import Selection
 
 __all__ = ["EmbeddingModel", "Parameters"]
 
@@ -22,38 +22,38 @@ Parameters = Literal["factors", "qk_matrix"]
 
 
 class EmbeddingModel(SequenceModel):
-    r"""Sequences u_1..u_T in R^p from a causal attention whose parameters are unknown.
+    r"""Sequences of vectors from a causal attention whose parameters are unknown.
 
     .. math::
         W_Q, W_K \sim N(0, s^2 / p), \quad [W_V \sim N(0, s^2 / p),\; W_O \sim N(0, s^2 / d_v)], \quad
         \log \sigma_j \sim N(0, t^2), \quad u^{(n)} \sim \mathrm{LatentAttention}(W, \sigma)
 
-    or, with ``parameters="qk_matrix"``, the identified matrix itself: A_h ~ N(0, s^2 / p) entry by entry, W_V = W_O = I.
+    With ``parameters="qk_matrix"`` the prior is on the identified matrix itself, :math:`A_h \sim N(0, s^2 / p)` entry
+    by entry, and :math:`W_V = W_O = I`.
 
-    Only the products A = c W_K^T W_Q and W_O W_V and the multiset of heads are identified: read those, not the factors.
+    Only the products :math:`A_h = c\, W_K^\top W_Q` and :math:`W_O W_V` and the multiset of heads are identified; read
+    those, not the factors.
 
     Args:
-        length: T.
-        dim: p.
-        heads: H.
-        rank: r; None: p.
-        value_dim: dv; None fixes W_V = W_O = I.
-        prior_scale: s.
-        mask: as in :class:`CausalAttention`.
-        parameters: "factors" (W_Q, W_K) or "qk_matrix" (A, of full rank).
-        noise_spread: t.
-        noise_scale: sigma where it is known; None infers it.
-        power: lambda, the power to which the density of the sequences is raised (of a posterior tempered by it, as in
-            :class:`~probattn.models.language.LanguageModel`).
-        jacobian: whether the likelihood has its log-determinants. Without them it is not a density of u; the choice is
-            there to show what a naive fit of the residuals gets wrong.
+        length: number T of tokens in a sequence.
+        dim: number p of features of a token.
+        heads: number H of heads.
+        rank: size r of queries and keys; p where None.
+        value_dim: size dv of the values; None fixes W_V = W_O = I.
+        prior_scale: scale s of the prior of the attention parameters.
+        mask: tokens that each token sees, "strict" or "inclusive".
+        parameters: "factors" for W_Q and W_K, or "qk_matrix" for A with full rank.
+        noise_spread: standard deviation t of the prior of log sigma.
+        noise_scale: standard deviation sigma of the noise where it is known; None infers it.
+        power: power lambda to which the density of the sequences is raised, for a tempered posterior.
+        jacobian: include the log-determinants in the likelihood. Without them it is not a density of u; the option
+            exists to show the error of a fit that omits them.
 
     Sites: ``query``, ``key``, [``value``, ``output``] or ``qk_matrix``; [``noise_scale``]; and ``u`` in the plate
-    ``sequences``. Every expression is written for leading batch axes, so particles and parallel predictive draws
-    vectorise.
+    ``sequences``. All expressions accept leading batch axes, so that particles and predictive draws run in parallel.
 
     Raises:
-        InputError: a size below 1, a scale that is not positive, a rank or value size beside ``qk_matrix``.
+        InputError: a size is below 1, a scale is not positive, or a rank or value size comes with ``qk_matrix``.
 
     Example:
         >>> _ = pyro.set_rng_seed(0)
@@ -95,7 +95,10 @@ class EmbeddingModel(SequenceModel):
         if parameters not in get_args(Parameters):
             raise InputError(f"parameters is {parameters!r}; use one of {', '.join(get_args(Parameters))}.")
         if parameters == "qk_matrix" and (rank is not None or value_dim is not None):
-            raise InputError("a QK matrix A has full rank and W_V = W_O = I; for a rank or a value size use factors.")
+            raise InputError(
+                f"parameters is 'qk_matrix' with rank {rank} and value_dim {value_dim}; A has full rank and "
+                "W_V = W_O = I there: omit both, or use parameters='factors'."
+            )
         rank = dim if rank is None else rank
         sizes = {
             "length": length,
@@ -123,7 +126,10 @@ class EmbeddingModel(SequenceModel):
         self.noise_scale, self.power = noise_scale, power
 
     def altered(self, **changes: Any) -> EmbeddingModel:
-        """The same model with some of its options changed.
+        """Copy the model with some of its options changed.
+
+        Args:
+            **changes: new values of arguments of the constructor, by name.
 
         Example:
             >>> EmbeddingModel(5, 2).altered(heads=2).heads
@@ -135,20 +141,24 @@ class EmbeddingModel(SequenceModel):
         """Score or draw sequences.
 
         Args:
-            u: observed sequences, (N, T, p), or (particles, N, T, p) for other data a particle; None draws them.
-            sequences: how many to draw where u is None.
-            total: size of the whole data set where u is a minibatch of it; the likelihood is scaled by total / N.
+            u: observed sequences, ``(N, T, p)``, or ``(particles, N, T, p)`` with separate data per particle; None
+                draws them.
+            sequences: number of sequences to draw where u is None.
+            total: size of the complete data set where u is a minibatch of it; the likelihood is scaled by total / N.
 
         Returns:
-            The sequences, (*particles, N, T, p).
+            The sequences, ``(*particles, N, T, p)``.
+
+        Raises:
+            InputError: u has another number of axes, or the number of sequences is not positive.
         """
         size = self.batch_size(u, sequences)
-        values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
+        values = {name: self.parameter(name, prior) for name, prior in self.parameter_priors().items()}
         with pyro.plate("sequences", total or size, subsample_size=size), poutine.scale(scale=self.power):
             return pyro.sample("u", self.likelihood(values), obs=u)
 
     def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
-        """The prior of every parameter."""
+        """Prior of every parameter, by site."""
         shapes: dict[str, tuple[int, int]] = {"qk_matrix": (self.dim, self.dim)}
         if self.parameters_as == "factors":
             shapes = {"query": (self.rank, self.dim), "key": (self.rank, self.dim)}
@@ -163,13 +173,19 @@ class EmbeddingModel(SequenceModel):
         return priors
 
     def likelihood(self, values: Mapping[str, Tensor], selection: Selection = "unique") -> LatentAttention:
-        """The law of one sequence given the values of the sites, (*batch, *event) each."""
-        law = LatentAttention if self.jacobian else ResidualNoise
+        """Distribution of one sequence given values of the sites.
+
+        Args:
+            values: values of the sites, ``(*batch, *event)`` each.
+            selection: rule for the choice among several solutions, as in
+                :class:`~probattn.distributions.LatentAttention`.
+        """
+        family = LatentAttention if self.jacobian else ResidualNoise
         noise_scale = values["noise_scale"] if self.noise_scale is None else self.noise_scale
-        return law(self.attention_of(values), noise_scale, self.length, selection=selection)
+        return family(self.attention_of(values), noise_scale, self.length, selection=selection)
 
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
-        """The attention with given values of the sites, (*batch, H, ., .) each."""
+        """Attention with given values of the sites, ``(*batch, H, ., .)`` each."""
         if self.parameters_as == "qk_matrix":
             return CausalAttention.from_qk_matrix(values["qk_matrix"], mask=self.mask)
         value, output = values.get("value"), values.get("output")

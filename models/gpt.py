@@ -1,11 +1,11 @@
-r"""A small causal transformer on characters, the ordinary kind, whose attention heads can be looked at.
+r"""A small ordinary transformer on characters that returns its attention heads.
 
 .. math::
     u = E[y] + P, \qquad x \leftarrow x + W_O\,\mathrm{Attn}(\mathrm{LN}\,x), \quad
     x \leftarrow x + W_2\,\mathrm{GELU}(W_1\,\mathrm{LN}\,x), \qquad \mathrm{logits} = R\,\mathrm{LN}\,x
 
-Unlike :class:`~probattn.models.language.LanguageModel` it has no prior and no sample sites: it is what penalties are
-tried on.
+Unlike :class:`~probattn.models.language.LanguageModel` it has no prior and no sample sites. The study of robustness
+trains it with and without penalties.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from probattn.errors import InputError
 
 __all__ = ["CharacterGPT", "GPTConfig", "Heads"]
 
-# The spread of the embeddings at the start, as in LanguageModel.initial_values.
+# Standard deviations of the initial embeddings, as in LanguageModel.initial_values.
 _TABLE, _POSITIONS = 0.5, 0.1
 
 
@@ -30,11 +30,11 @@ class GPTConfig:
     """Sizes of a :class:`CharacterGPT`.
 
     Attributes:
-        vocabulary: number of characters, V.
-        context: T, characters in a window.
-        dim: p, size of the embeddings and of every layer.
-        layers: how many.
-        heads: of each layer; they divide dim.
+        vocabulary: number V of characters.
+        context: number T of characters in a window.
+        dim: size p of the embeddings and of every layer.
+        layers: number of layers.
+        heads: number H of heads in each layer, a divisor of dim.
     """
 
     vocabulary: int
@@ -55,7 +55,9 @@ class Heads(NamedTuple):
     """Queries, keys and values of one layer, as they enter its logits and its mean.
 
     Attributes:
-        query, key, value: (N, H, T, p / H) each; the logit scale is (p / H)**-0.5.
+        query: queries, ``(N, H, T, p / H)``; the logit scale is ``(p / H)**-0.5``.
+        key: keys, ``(N, H, T, p / H)``.
+        value: values, ``(N, H, T, p / H)``.
     """
 
     query: Tensor
@@ -64,7 +66,7 @@ class Heads(NamedTuple):
 
 
 class _Block(nn.Module):
-    """One pre-norm layer: attention, then a perceptron, each added to what entered it."""
+    """One pre-norm layer: attention, then a perceptron, each added to its input."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -82,11 +84,11 @@ class _Block(nn.Module):
 
 
 class CharacterGPT(nn.Module):
-    """Characters, or their embeddings, to the logits of the next character.
+    """Character transformer with accessible embeddings and heads.
 
     Args:
         config: sizes.
-        seed: of the initial values, torch's usual ones; the global random state is left as it was.
+        seed: random seed for the initial values; the global random state is not touched.
 
     Example:
         >>> model = CharacterGPT(GPTConfig(5, context=4, dim=8, layers=1, heads=2))
@@ -106,16 +108,16 @@ class CharacterGPT(nn.Module):
             self.readout = nn.Linear(config.dim, config.vocabulary)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """U = E[y] + P, what enters the first layer.
+        """Embed characters: u = E[y] + P, the input of the first layer.
 
         Args:
-            tokens: characters, (N, T) with T at most the context.
+            tokens: characters, ``(N, T)`` with T at most the context.
 
         Returns:
-            (N, T, p).
+            Embeddings, ``(N, T, p)``.
 
         Raises:
-            InputError: another shape, or a longer window.
+            InputError: the tokens have another number of axes, or the window is longer than the context.
         """
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.config.context:
             raise InputError(
@@ -124,21 +126,32 @@ class CharacterGPT(nn.Module):
         return F.embedding(tokens, self.table) + self.positions[: tokens.shape[1]]
 
     def forward(self, tokens: Tensor | None = None, *, u: Tensor | None = None) -> Tensor:
-        """Logits of the next character, (N, T, V).
+        """Compute the logits of the next character.
 
         Args:
-            tokens: characters, (N, T).
-            u: embeddings in their place, (N, T, p), as :meth:`embed` makes them.
+            tokens: characters, ``(N, T)``.
+            u: embeddings instead of characters, ``(N, T, p)``, as :meth:`embed` returns them.
+
+        Returns:
+            Logits, ``(N, T, V)``.
 
         Raises:
             InputError: both or neither are given.
         """
         if (tokens is None) == (u is None):
-            raise InputError("pass either tokens or their embeddings u.")
+            given = "neither tokens nor u was" if u is None else "both tokens and u were"
+            raise InputError(f"{given} given; pass either tokens or their embeddings u.")
         return self.forward_with_heads(self.embed(tokens) if tokens is not None else u)[0]  # type: ignore[arg-type]
 
     def forward_with_heads(self, u: Tensor) -> tuple[Tensor, list[Heads]]:
-        """Logits, (N, T, V), and the heads of every layer in the same pass, from embeddings (N, T, p)."""
+        """Compute the logits and the heads of every layer in one pass.
+
+        Args:
+            u: embeddings, ``(N, T, p)``.
+
+        Returns:
+            Logits, ``(N, T, V)``, and one :class:`Heads` per layer.
+        """
         heads = []
         for block in self.blocks:
             u, own = block(u)

@@ -1,4 +1,4 @@
-"""Hidden states dumped from a model, as sequences of vectors: ``.npy``, ``.npz`` and ``.safetensors``."""
+"""Read hidden states of a model as sequences of vectors: ``.npy``, ``.npz`` and ``.safetensors``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ _SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 def load_hidden_states(path: Path, *, array: str | None = None) -> Tensor:
-    """Read sequences (N, T, p) in double precision.
+    """Read sequences of vectors in double precision.
+
+    Pickled objects are refused, never executed.
 
     Args:
-        path: the file. Pickled objects are refused, never executed.
-        array: which one, where the file holds several.
+        path: file with the sequences.
+        array: name of the array to read, where the file holds several.
+
+    Returns:
+        Sequences, ``(N, T, p)``, float64.
 
     Raises:
-        InputError: a file that is missing, damaged or of another kind; several arrays and none chosen (with their
-            names); a wrong shape; fewer than three tokens; NaN or infinity (with the place).
+        InputError: the file is missing, damaged or of another kind; it holds several arrays and none is named; its
+            shape is wrong or T is below 3; or it holds NaN or infinity.
 
     Example:
         >>> import tempfile
@@ -38,7 +43,7 @@ def load_hidden_states(path: Path, *, array: str | None = None) -> Tensor:
     if path.suffix not in _SUFFIXES:
         raise InputError(f"data {path}: the suffix is {path.suffix!r}; give one of {', '.join(_SUFFIXES)}.")
     if not path.is_file():
-        raise InputError(f"data {path}: no such file.")
+        raise InputError(f"data {path}: no such file; check the path.")
     try:
         found = _read(path, array)
     except InputError:
@@ -50,16 +55,18 @@ def load_hidden_states(path: Path, *, array: str | None = None) -> Tensor:
                 "(numpy.save of a float array)."
             ) from None
         raise InputError(f"data {path}: cannot be read ({error}); it is damaged or of another kind.") from None
-    except Exception as error:  # the readers have no common class for what a damaged file may cause
+    except Exception as error:  # the errors that a damaged file causes in the readers have no common class
         raise InputError(f"data {path}: cannot be read ({error}); it is damaged or of another kind.") from None
     if not found.is_floating_point():
-        raise InputError(f"data {path}: holds {found.dtype}; hidden states are floating-point numbers.")
+        raise InputError(f"data {path}: holds {found.dtype}; save floating-point numbers.")
     if found.dim() != 3 or 0 in found.shape:
-        raise InputError(f"data {path}: has shape {tuple(found.shape)}; it must be (sequences, T, p), none of them 0.")
+        raise InputError(
+            f"data {path}: has shape {tuple(found.shape)}; it must be (sequences, T, p) without an axis of size 0."
+        )
     if found.shape[1] < 3:
         raise InputError(
-            f"data {path}: T is {found.shape[1]}; with fewer than 3 tokens no token has a past that varies, and "
-            "nothing can be learnt of the attention."
+            f"data {path}: T is {found.shape[1]}; give sequences of at least 3 tokens, since before the third no token "
+            "has a past that varies and the data say nothing about the attention."
         )
     require_finite(f"data {path}, axes (sequence, token, feature)", found)
     return found.double()

@@ -1,4 +1,4 @@
-r"""Characters to embeddings with the attention prior, to a causal decoder, to the next character."""
+"""Character language model: embeddings with the attention prior, a causal decoder, the next character."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ class LanguageConfig:
     """Sizes and prior of a :class:`LanguageModel`.
 
     Attributes:
-        vocabulary: number of characters.
-        context: T, characters in a window.
-        dim: p, size of the embeddings and of the decoder.
-        layers: decoder layers.
-        decoder_heads: heads of the decoder's own attention; they divide dim.
-        stage_heads: H of the attention stage in the prior.
-        stage_rank: r of that stage.
-        weight: lambda, the power to which the density of the embeddings is raised; 0 leaves the stage out.
-        kind: the penalty that takes the place of -log|det J|.
-        prior: "full" (Gaussian term and penalty) or "margin" (penalty alone: the limit of infinite noise variance).
+        vocabulary: number V of characters.
+        context: number T of characters in a window.
+        dim: size p of the embeddings and of the decoder.
+        layers: number of decoder layers.
+        decoder_heads: number of heads in the decoder's own attention, a divisor of dim.
+        stage_heads: number H of heads in the attention stage of the prior.
+        stage_rank: size r of queries and keys in that stage.
+        weight: power lambda to which the density of the embeddings is raised; 0 omits the stage.
+        kind: penalty that replaces ``-log|det J|``.
+        prior: "full" for the Gaussian term and the penalty, "margin" for the penalty alone, which is the limit of
+            infinite noise variance.
         noise_scale: standard deviation of the noise in the full prior.
         prior_scale: standard deviation of the normal prior of every parameter.
-        mask: of the stage.
+        mask: tokens that each token of the stage sees, "strict" or "inclusive".
     """
 
     vocabulary: int
@@ -69,18 +70,20 @@ class LanguageConfig:
         if not self.weight >= 0 or math.isinf(self.weight):
             raise InputError(f"weight is {self.weight}; lambda must be finite and not negative.")
         if self.dim % self.decoder_heads:
-            raise InputError(f"dim is {self.dim}, which decoder_heads = {self.decoder_heads} does not divide.")
+            raise InputError(
+                f"dim is {self.dim}, which decoder_heads = {self.decoder_heads} does not divide; choose a multiple."
+            )
         for name, allowed in (("kind", BarrierKind), ("prior", Prior), ("mask", Mask)):
             if getattr(self, name) not in get_args(allowed):
                 raise InputError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}.")
 
     def as_dict(self) -> dict[str, object]:
-        """The fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
 class _Decoder(nn.Module):
-    """Torch's own transformer layers under a causal mask, then logits."""
+    """Transformer layers of torch under a causal mask, followed by the logits."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
@@ -104,15 +107,15 @@ class LanguageModel(SequenceModel):
         u = E[y] + P, \qquad \log p = \sum_i \log p(y_{i+1} | u_{\le i})
         - \lambda \sum_i [\tfrac12 |e_i|_S^2 + \tfrac{p}{2} \log 2\pi\sigma^2 + b_i] + \log p(\theta)
 
-    with the Gaussian terms left out under ``prior="margin"``. The embeddings of discrete characters have no density on
-    R^p: here the prior acts as a regulariser of the table E, not as the law of observed vectors.
+    where ``prior="margin"`` omits the Gaussian terms. The embeddings of discrete characters have no density on
+    :math:`\mathbb R^p`; here the prior is a regulariser of the table E, not the distribution of observed vectors.
 
     Args:
         config: sizes and prior.
 
-    Sites: ``embedding`` (V, p), ``position`` (T, p), ``query``, ``key`` (H, r, p; absent where lambda = 0),
-    ``decoder.*`` (torch's names), the observed ``u`` (full prior with the literal barrier) or the factor
-    ``attention_prior``, and ``characters`` in the plate ``windows``.
+    Sites: ``embedding`` ``(V, p)``, ``position`` ``(T, p)``, ``query`` and ``key`` ``(H, r, p)``, both absent where
+    lambda = 0, ``decoder.*`` under torch's names, the observed ``u`` (full prior with the literal barrier) or the
+    factor ``attention_prior``, and ``characters`` in the plate ``windows``.
     """
 
     def __init__(self, config: LanguageConfig) -> None:
@@ -124,7 +127,14 @@ class LanguageModel(SequenceModel):
             self.__dict__["_decoder"] = _Decoder(config)
 
     def initial_values(self, seed: int) -> dict[str, Tensor]:
-        """Torch's usual initial values for every site; the global random state is left as it was."""
+        """Draw initial values for every site, as torch does, without touching the global random state.
+
+        Args:
+            seed: random seed for the values.
+
+        Returns:
+            Values by site.
+        """
         config, options = self.config, {"dtype": self.unit.dtype, "device": self.unit.device}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -140,15 +150,15 @@ class LanguageModel(SequenceModel):
         """Score or draw the next characters.
 
         Args:
-            inputs: characters, (N, T) with T at most the context.
-            targets: their successors, (N, T); None draws them.
-            total: windows in the whole data set; the terms of a minibatch are scaled by total / N.
+            inputs: characters, ``(N, T)`` with T at most the context.
+            targets: their successors, ``(N, T)``; None draws them.
+            total: number of windows in the complete data set; the terms of a minibatch are scaled by total / N.
 
         Returns:
-            Logits, (*particles, N, T, V).
+            Logits, ``(*particles, N, T, V)``.
 
         Raises:
-            InputError: windows of a wrong shape or longer than the context.
+            InputError: the windows have a wrong shape or are longer than the context.
         """
         config = self.config
         if inputs.dim() != 2 or not 1 <= inputs.shape[1] <= config.context:
@@ -159,7 +169,7 @@ class LanguageModel(SequenceModel):
             raise InputError(
                 f"targets have shape {tuple(targets.shape)}; they must have that of inputs, {tuple(inputs.shape)}."
             )
-        values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
+        values = {name: self.parameter(name, prior) for name, prior in self.parameter_priors().items()}
         with pyro.plate("windows", total or len(inputs), subsample_size=len(inputs)):
             u = self.embed(values, inputs)
             if config.weight > 0:
@@ -169,7 +179,7 @@ class LanguageModel(SequenceModel):
         return logits
 
     def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
-        """The prior of every parameter: normal around 0, around 1 for the gains of the layer norms."""
+        """Prior of every parameter: normal around 0, or around 1 for the gains of the layer norms."""
         config = self.config
         shapes: dict[str, tuple[int, ...]] = {
             "embedding": (config.vocabulary, config.dim),
@@ -186,18 +196,18 @@ class LanguageModel(SequenceModel):
         return priors
 
     def embed(self, values: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """Embeddings u = E[y] + P, (*particles, N, T, p)."""
+        """Embed characters: u = E[y] + P, ``(*particles, N, T, p)``."""
         table, position = values["embedding"], values["position"]
         if table.dim() > 2:  # particles carry an axis of size one for the plate: (particles, 1, V, p)
             table = table.squeeze(-3)
         return table[..., inputs, :] + position[..., : inputs.shape[-1], :]
 
     def stage(self, values: dict[str, Tensor]) -> CausalAttention:
-        """The attention of the prior, with W_V = W_O = I."""
+        """Attention of the prior, with W_V = W_O = I."""
         return CausalAttention(values["query"], values["key"], mask=self.config.mask)
 
     def decode(self, values: dict[str, Tensor], u: Tensor) -> Tensor:
-        """Logits of the next character, (*particles, N, T, V); particles are mapped over with ``torch.vmap``."""
+        """Logits of the next character, ``(*particles, N, T, V)``, with ``torch.vmap`` over particles."""
         parameters = {name: values[f"decoder.{name}"] for name, _ in self._decoder.named_parameters()}
         particles = u.shape[:-3]
         if not particles:

@@ -1,4 +1,4 @@
-"""The teaching model: tokens on a line, one slope a, one noise scale."""
+"""Teaching model: tokens on a line, one slope a, one noise scale."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
-from probattn.solve.search import Selection
+from probattn.solve.selection import Selection
 
 __all__ = ["ScalarModel", "scalar_attention"]
 
 
 def scalar_attention(a: float | Tensor, *, mask: Mask = "strict") -> CausalAttention:
-    """The scalar instance l_is = a u_s u_i, whose blocks are J_i = 1 - a Var_i under the strict mask.
+    r"""Build the attention on the line with logits :math:`\ell_{is} = a\, u_s u_i`.
+
+    Its Jacobian blocks are :math:`J_i = 1 - a \operatorname{Var}_i` under the strict mask.
 
     Args:
-        a: a number, or a tensor of any batch shape (*batch,).
-        mask: as in :class:`CausalAttention`.
+        a: slope, a number or a tensor of batch shape ``(*batch)``.
+        mask: tokens that each token sees, "strict" or "inclusive".
+
+    Returns:
+        An attention with one head, p = 1 and batch shape ``(*batch)``.
+
+    Raises:
+        InputError: the mask does not exist.
 
     Example:
         >>> scalar_attention(0.5).qk_matrix
@@ -34,19 +42,23 @@ def scalar_attention(a: float | Tensor, *, mask: Mask = "strict") -> CausalAtten
 
 
 class ScalarModel(SequenceModel):
-    r"""a ~ N(0, prior_scale^2), log sigma ~ N(0, noise_spread^2), and N sequences from the scalar attention.
+    r"""Sequences on the line from a scalar attention whose slope and noise scale are unknown.
+
+    .. math::
+        a \sim N(0, s^2), \qquad \log \sigma \sim N(0, t^2), \qquad u^{(n)} \sim \mathrm{LatentAttention}(a, \sigma)
 
     Args:
-        length: T.
-        prior_scale: standard deviation of the prior of a.
-        mask: as in :class:`CausalAttention`.
-        noise_spread: standard deviation of the prior of log sigma.
-        jacobian: as in :class:`~probattn.models.embedding.EmbeddingModel`.
+        length: number T of tokens in a sequence.
+        prior_scale: standard deviation s of the prior of a.
+        mask: tokens that each token sees, "strict" or "inclusive".
+        noise_spread: standard deviation t of the prior of log sigma.
+        jacobian: include the log-determinants in the likelihood; see
+            :class:`~probattn.models.embedding.EmbeddingModel`.
 
-    Sites: ``a``, ``noise_scale``, ``u`` in the plate ``sequences``.
+    Sites: ``a``, ``noise_scale``, and ``u`` in the plate ``sequences``.
 
     Raises:
-        InputError: a length below 1, a prior scale that is not positive.
+        InputError: the length or a standard deviation is not positive, or the mask does not exist.
 
     Example:
         >>> _ = pyro.set_rng_seed(0)
@@ -72,23 +84,41 @@ class ScalarModel(SequenceModel):
         self.length, self.prior_scale, self.mask = length, prior_scale, mask
 
     def forward(self, u: Tensor | None = None, *, sequences: int | None = None, total: int | None = None) -> Tensor:
-        """Score or draw sequences; see :meth:`EmbeddingModel.forward` for the arguments."""
+        """Score or draw sequences.
+
+        Args:
+            u: observed sequences, ``(N, T, 1)`` or ``(particles, N, T, 1)``; None draws them.
+            sequences: number of sequences to draw where u is None.
+            total: size of the complete data set where u is a minibatch of it; the likelihood is scaled by total / N.
+
+        Returns:
+            The sequences, ``(*particles, N, T, 1)``.
+
+        Raises:
+            InputError: u has another number of axes, or the number of sequences is not positive.
+        """
         size = self.batch_size(u, sequences)
-        values = {name: self.parameter(name, law) for name, law in self.parameter_priors().items()}
+        values = {name: self.parameter(name, prior) for name, prior in self.parameter_priors().items()}
         with pyro.plate("sequences", total or size, subsample_size=size):
             return pyro.sample("u", self.likelihood(values), obs=u)
 
     def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
-        """The prior of every parameter."""
+        """Prior of every parameter, by site."""
         zero = 0.0 * self.unit
         return {"a": dist.Normal(zero, self.prior_scale), "noise_scale": dist.LogNormal(zero, self.noise_spread)}
 
     def likelihood(self, values: Mapping[str, Tensor], selection: Selection = "unique") -> LatentAttention:
-        """See :meth:`EmbeddingModel.likelihood`."""
-        law = LatentAttention if self.jacobian else ResidualNoise
+        """Distribution of one sequence given values of the sites.
+
+        Args:
+            values: slope ``a`` and ``noise_scale``, ``(*batch)`` each.
+            selection: rule for the choice among several solutions, as in
+                :class:`~probattn.distributions.LatentAttention`.
+        """
+        family = LatentAttention if self.jacobian else ResidualNoise
         noise_scale = values["noise_scale"].unsqueeze(-1)
-        return law(self.attention_of(values), noise_scale, self.length, selection=selection)
+        return family(self.attention_of(values), noise_scale, self.length, selection=selection)
 
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
-        """The attention with a given slope ``a``, (*batch,)."""
+        """Attention with a given slope ``a``, ``(*batch)``."""
         return scalar_attention(values["a"], mask=self.mask)

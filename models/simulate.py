@@ -1,4 +1,4 @@
-"""Drawing sequences from a known attention, with the regime of each beside it."""
+"""Draw sequences from a known attention, with the regime of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from probattn.errors import InputError, NoSolutionError
 from probattn.folds.regime import Regime, regime
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.scalar import ScalarModel
-from probattn.solve.search import Selection
+from probattn.solve.selection import Selection
 from probattn.solve.sequence import find_sequence
 
 __all__ = ["Simulation", "draw_data_sets", "simulate"]
@@ -24,8 +24,8 @@ class Simulation(NamedTuple):
     """Simulated sequences.
 
     Attributes:
-        u: (N, T, p).
-        regimes: one a sequence.
+        u: sequences, ``(N, T, p)``.
+        regimes: the regime of each sequence, N of them.
     """
 
     u: Tensor
@@ -41,18 +41,23 @@ def simulate(
     seed: int = 0,
     selection: Selection = "unique",
 ) -> Simulation:
-    """Draw N sequences of length T; the global random state is left as it was.
+    """Draw N sequences of T tokens without touching the global random state.
 
     Args:
-        attention: without batch axes.
-        noise_scale: as in :class:`LatentAttention`.
-        length: T.
-        sequences: N.
-        seed: of the draws.
-        selection: as in :class:`LatentAttention`.
+        attention: attention without batch axes.
+        noise_scale: standard deviation of the noise, a number or one per feature, as in
+            :class:`~probattn.distributions.LatentAttention`.
+        length: number T of tokens in a sequence.
+        sequences: number N of sequences.
+        seed: random seed for the draws.
+        selection: rule for the choice among several solutions, as in
+            :class:`~probattn.distributions.LatentAttention`.
+
+    Returns:
+        The sequences, ``(N, T, p)``, and their regimes.
 
     Raises:
-        InputError: an attention with batch axes, or no sequences asked for.
+        InputError: the attention has batch axes, or the number of sequences is below 1.
         SeveralSolutionsError: the attention folds on a path that was drawn, under selection "unique".
 
     Example:
@@ -62,7 +67,10 @@ def simulate(
         (torch.Size([2, 6, 1]), ['certified', 'certified'])
     """
     if attention.batch_shape or sequences < 1:
-        raise InputError(f"simulate needs one attention and at least one sequence, got {attention!r} and {sequences}.")
+        raise InputError(
+            f"simulate was given {attention!r} and {sequences} sequences; it needs one attention without batch axes "
+            "and at least one sequence."
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         u = LatentAttention(attention, noise_scale, length, selection=selection).sample((sequences,))
@@ -73,38 +81,39 @@ def simulate(
 def draw_data_sets(
     model: ScalarModel | EmbeddingModel, values: Mapping[str, Tensor], sequences: int
 ) -> tuple[Tensor, Tensor]:
-    """One data set for each of S values of a model's sites, and whether these values have a law to draw from.
+    """Draw one data set for each of S values of a model's parameters, and flag the data sets that are usable.
 
-    Where the attention folds on a path, several tokens solve for the same noise and the model does not say which one
-    comes; where no solution is found, the path has grown beyond the precision of its numbers. Draws from the present
-    random state.
+    A data set is unusable where the attention folds on one of its paths, since several tokens then solve for the same
+    noise and the model does not choose between them, and where no solution was found, since the path has then grown
+    beyond the precision of its numbers. Draws from the global random state.
 
     Args:
-        model: the story that the data sets follow.
-        values: of its sites, (S, *event) each.
-        sequences: N.
+        model: generative model of the data sets.
+        values: values of its sites, ``(S, *event)`` each.
+        sequences: number N of sequences in a data set.
 
     Returns:
-        u, (S, N, T, p), and which of the S met neither, (S,); the others' data are of no use.
+        The data sets, ``(S, N, T, p)``, and a mask of the usable ones, ``(S)``.
 
     Example:
         >>> values = {"a": torch.tensor([0.1, 5.0]).double(), "noise_scale": torch.ones(2).double()}
         >>> _ = torch.manual_seed(0)
-        >>> u, lawful = draw_data_sets(ScalarModel(20), values, sequences=3)
-        >>> u.shape, lawful
+        >>> u, usable = draw_data_sets(ScalarModel(20), values, sequences=3)
+        >>> u.shape, usable
         (torch.Size([2, 3, 20, 1]), tensor([ True, False]))
     """
     count = len(next(iter(values.values())))
-    law = model.likelihood({name: value.unsqueeze(1) for name, value in values.items()}).expand((count, sequences))
+    batched = {name: value.unsqueeze(1) for name, value in values.items()}  # (S, 1, *event)
+    process = model.likelihood(batched).expand((count, sequences))
     try:
-        u, several = find_sequence(law.attention, law.base_dist.sample(), "smallest_step")
+        u, several = find_sequence(process.attention, process.base_dist.sample(), "smallest_step")
         return u, ~several.flatten(1).any(-1)
     except NoSolutionError:
         if count == 1:
-            nothing = law.attention.query.new_zeros(1, sequences, *law.event_shape)
+            nothing = process.attention.query.new_zeros(1, sequences, *process.event_shape)
             return nothing, torch.zeros(1, dtype=torch.bool, device=nothing.device)
     halves = [
         {name: value[part] for name, value in values.items()} for part in (slice(count // 2), slice(count // 2, None))
     ]
     drawn = [draw_data_sets(model, half, sequences) for half in halves]
-    return torch.cat([u for u, _ in drawn]), torch.cat([lawful for _, lawful in drawn])
+    return torch.cat([u for u, _ in drawn]), torch.cat([usable for _, usable in drawn])
