@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,7 +27,7 @@ from probattn.inference.results.posterior import assemble
 from probattn.inference.runtime.checkpoint import identify
 from probattn.inference.runtime.distributed import process_group, rank, world_size
 from probattn.inference.runtime.environment import describe
-from probattn.inference.runtime.files import prepare_folder, write_atomically, write_json, write_text
+from probattn.inference.runtime.files import finite_or_null, prepare_folder, write_figure, write_json, write_text
 from probattn.models.corpus import load_corpus
 from probattn.models.embedding import EmbeddingModel, Parameters
 from probattn.models.hidden_states import load_hidden_states
@@ -288,17 +287,16 @@ def _write(out: Path, found: Fit, diagnosis: Diagnosis, record: dict[str, Any]) 
     table = summary(found.to_datatree(), var_names=names, kind=kind, round_to=None)
     write_text(out / "summary.csv", table.to_csv())
     write_json(out / "diagnosis.json", {"schema": 1, **diagnosis.as_dict()})
-    write_json(out / "config.json", _finite(record))
+    write_json(out / "config.json", finite_or_null(record))
     folder = prepare_folder(out / "figures")
     for name, figure in _figures(found).items():
-        write_atomically(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=130))
+        write_figure(folder / f"{name}.png", figure)
 
 
 def _write_comparison(out: Path, compared: list[Compared]) -> None:
     write_json(out / "comparison.json", {"schema": 1, "models": [vars(entry) for entry in compared]})
     differences = {entry.name: (entry.difference, entry.difference_se) for entry in compared}
-    figure = plot_comparison(differences)
-    write_atomically(out / "figures" / "comparison.png", partial(figure.savefig, format="png", dpi=130))
+    write_figure(out / "figures" / "comparison.png", plot_comparison(differences))
 
 
 _SUMMARISED = ("qk_matrix", "ov_matrix", "noise_scale", "smallest_margin")
@@ -325,12 +323,3 @@ def _figures(found: Fit) -> dict[str, Any]:
     if found.method == "nuts":
         figures["chains"] = plot_chains(shown, np.asarray(found.groups["sample_stats"]["diverging"], dtype=bool))
     return figures
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

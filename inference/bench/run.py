@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from probattn.inference.bench.posterior import nuts
 from probattn.inference.bench.sampling import sequences
 from probattn.inference.bench.training import character_step, gpt2_step
 from probattn.inference.runtime.environment import describe
-from probattn.inference.runtime.files import prepare_folder, write_atomically, write_json, write_text
+from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
 from probattn.moments import cpu
 from probattn.penalty import attention_penalty
 from probattn.plotting import plot_cost
@@ -88,8 +87,7 @@ def bench(
     curves: dict[str, Any] = {}
     if not parts or "penalty" in parts:
         curves = growth(device)
-        figure = plot_cost(curves)
-        write_atomically(out / "cost.png", partial(figure.savefig, format="png", dpi=130))
+        write_figure(out / "cost.png", plot_cost(curves))
     content = {"schema": 1, "environment": environment, "rows": [row.as_dict() for row in rows], "growth": curves}
     write_json(out / "bench.json", content)
     write_text(out / "bench.md", as_table(rows, environment))

@@ -22,6 +22,7 @@ from probattn.barrier import MarginKind
 from probattn.errors import InputError
 from probattn.hf.decoding import head_margins
 from probattn.hf.hooks import LayerCall, observe
+from probattn.inference.runtime.files import finite_or_null
 from probattn.models.causal_lm import Tokeniser
 
 __all__ = ["SupportPage", "SupportToken", "TextMargins", "support_page", "text_margins"]
@@ -229,8 +230,8 @@ def _record(
         "windows": [list(window) for window in seen.windows],
         "kind": kind,
         "threshold": threshold,
-        "margins": {kind: _finite(values.tolist()) for kind, values in seen.margins.items()},
-        "support": [token._asdict() | {"margin": _finite(token.margin)} for token in seen.support(kind, support)],
+        "margins": {kind: finite_or_null(values.tolist()) for kind, values in seen.margins.items()},
+        "support": finite_or_null([token._asdict() for token in seen.support(kind, support)]),
         "below": low,
         "environment": dict(environment),
     }
@@ -265,13 +266,6 @@ def _render(seen: TextMargins, record: Mapping[str, Any]) -> str:
             "margins": packed,
         },
     )
-
-
-def _finite(value: Any) -> Any:
-    """Nested lists with None for infinity, which JSON does not have."""
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if value == float("inf") else value
 
 
 def _require_size(found: Mapping[MarginKind, Mapping[int, list[Tensor]]], length: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from probattn.barrier import BarrierKind, log_barrier, stability_margin, support
 from probattn.folds.mass import next_token_density, scalar_mass
 from probattn.folds.regime import regime
 from probattn.inference.claims.claim import Claim, Subject
-from probattn.inference.runtime.files import write_atomically
+from probattn.inference.runtime.files import write_figure
 from probattn.models.corpus import Corpus
 from probattn.models.scalar import scalar_attention
 from probattn.solve.context import Context
@@ -86,11 +85,9 @@ def save_figures(figures: Mapping[str, Figure], folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
     for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        data = buffer.getvalue()
-        write_atomically(folder / f"{name}.png", lambda partial, data=data: partial.write_bytes(data))  # type: ignore[misc]
-        images[name] = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        path = folder / f"{name}.png"
+        write_figure(path, figure)
+        images[name] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     return images
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from probattn.errors import InputError
 
-__all__ = ["prepare_folder", "write_atomically", "write_json", "write_text"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["finite_or_null", "prepare_folder", "write_atomically", "write_figure", "write_json", "write_text"]
 
 
 def prepare_folder(path: Path) -> Path:
@@ -52,6 +56,37 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON atomically; NaN and infinity are refused, as JSON has no such numbers."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_figure(path: Path, figure: Figure, *, dpi: int = 130) -> None:
+    """Write a figure as PNG, atomically.
+
+    Args:
+        path: file to write; its folder exists.
+        figure: matplotlib figure.
+        dpi: dots per inch.
+    """
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=dpi))
+
+
+def finite_or_null(value: Any) -> Any:
+    """Replace numbers that JSON does not have, NaN and infinity, by None.
+
+    Args:
+        value: number, text, or mapping, list or tuple of such, nested at will.
+
+    Returns:
+        The same with None for every float that is not finite; tuples become lists.
+
+    Example:
+        >>> finite_or_null({"k-hat": [0.3, float("inf")], "name": "NUTS"})
+        {'k-hat': [0.3, None], 'name': 'NUTS'}
+    """
+    if isinstance(value, Mapping):
+        return {name: finite_or_null(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _umask() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from probattn.hf.barrier import BarrierHandle
-from probattn.inference.runtime.files import write_text
+from probattn.inference.runtime.files import finite_or_null, write_text
 
 __all__ = ["LogBarrierTrainer", "LogBarrierTrainerMixin", "last_whole_checkpoint"]
 
@@ -79,7 +78,7 @@ class LogBarrierTrainerMixin:
         line = {"step": self.state.global_step, **logs}  # type: ignore[attr-defined]
         if self._metrics is not None:
             with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(line)) + "\n")
+                file.write(json.dumps(finite_or_null(line)) + "\n")
         self._report_line(line)
 
     def _figures(self, loss: float) -> dict[str, Any]:
@@ -189,10 +188,3 @@ def _keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError):  # the line that was being written when the process was killed
             continue
     write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if not isinstance(value, float) or math.isfinite(value) else str(value)
-        for name, value in line.items()
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from probattn import plotting
 from probattn.inference.runtime.environment import describe
-from probattn.inference.runtime.files import write_atomically, write_text
+from probattn.inference.runtime.files import write_figure, write_text
 from probattn.inference.studies.robustness.study import CLEAN, FAMILIES, QUANTILES, Record, label
 from probattn.inference.studies.robustness.summary import (
     LITERAL,
@@ -71,7 +70,7 @@ def write_results(
     environment = describe(device or torch.device("cpu"), torch.float32, study.seeds[0])
     figures = draw_study(summary)
     for name, figure in figures.items():
-        write_atomically(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=130))
+        write_figure(folder / f"{name}.png", figure)
     path = folder / "robustness.md"
     write_text(path, render_table(summary, verdict, records, arms, study, corpus, environment, list(figures)))
     return path
