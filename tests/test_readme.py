@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands, and its commands exist."""
+"""The README: its code runs as printed, its make targets and links exist."""
 
 import re
 import warnings
@@ -20,8 +20,8 @@ def test_the_example_runs(capsys):
         for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
             exec(code, names)
     assert capsys.readouterr().out.strip() in ("certified", "regular", "folded")
-    assert len(names["law"].roots(0.0)) == 3
-    assert names["law"].mass().value == pytest.approx(2.23, abs=0.005)
+    assert len(names["next_token"].roots(0.0)) == 3
+    assert names["next_token"].mass().value == pytest.approx(2.23, abs=0.005)
 
 
 def test_its_targets_and_links_exist():
