@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probattn.attention import Mask
-from probattn.errors import InputError
+from probattn.errors import InputError, require_choice
 from probattn.inference.methods.draws import Draws, feasible_start
 from probattn.inference.methods.laplace import fit_laplace
 from probattn.inference.methods.log_density import LogDensity
@@ -93,8 +93,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         if (self.data is None) == (self.corpus is None):
             raise InputError("give either --data with hidden states or --corpus with a text, not both and not neither.")
-        if self.method not in get_args(Method):
-            raise InputError(f"--method is {self.method!r}; use one of {', '.join(get_args(Method))}.")
+        require_choice("--method", self.method, get_args(Method))
         if self.compare and (self.method == "map" or self.corpus is not None):
             raise InputError("--compare needs draws of a likelihood: --data, and --method nuts, svi or laplace.")
         if self.sequences < 0:

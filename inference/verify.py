@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from probattn.barrier import stability_margin
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 from probattn.inference.claims import Claim, Settings, Subject, require_claims, run_claims
 from probattn.inference.methods.map import MapConfig, MapResult, fit_map
 from probattn.inference.reports.verify import draw_figures, render_report, save_figures
@@ -63,8 +63,7 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         require_claims(self.claims)
-        if self.jobs < 1:
-            raise InputError(f"--jobs is {self.jobs}; it must be at least 1.")
+        require_at_least("--jobs", self.jobs)
 
 
 def verify(

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_choice
 from probattn.models.corpus import UNKNOWN, encode_characters
 
 __all__ = ["Architecture", "CharacterTokeniser", "Tokeniser", "build_causal_lm", "load_causal_lm"]
@@ -117,8 +117,7 @@ def build_causal_lm(
     Raises:
         InputError: the architecture is not among the five, or ``transformers`` is not installed.
     """
-    if architecture not in get_args(Architecture):
-        raise InputError(f"architecture is {architecture!r}; use one of {', '.join(get_args(Architecture))}.")
+    require_choice("architecture", architecture, get_args(Architecture))
     transformers = _transformers()
     sizes: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if architecture == "gpt2":

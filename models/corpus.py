@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 
 __all__ = ["UNKNOWN", "Corpus", "Windows", "encode_characters", "load_corpus", "read_text"]
 
@@ -76,8 +76,7 @@ class Corpus:
                     [1, 2, 0, 1]])
         """
         part, text = ("held-out", self.heldout) if heldout else ("training", self.text)
-        if context < 1:
-            raise InputError(f"context is {context}; it must be at least 1.")
+        require_at_least("context", context)
         count = (len(text) - 1) // context
         if count < 1:
             raise InputError(

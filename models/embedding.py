@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least, require_choice, require_positive
 from probattn.models.module import SequenceModel
 from probattn.solve.selection import Selection
 
@@ -92,8 +92,7 @@ class EmbeddingModel(SequenceModel):
             "power": power,
             "jacobian": jacobian,
         }
-        if parameters not in get_args(Parameters):
-            raise InputError(f"parameters is {parameters!r}; use one of {', '.join(get_args(Parameters))}.")
+        require_choice("parameters", parameters, get_args(Parameters))
         if parameters == "qk_matrix" and (rank is not None or value_dim is not None):
             raise InputError(
                 f"parameters is 'qk_matrix' with rank {rank} and value_dim {value_dim}; A has full rank and "
@@ -108,8 +107,7 @@ class EmbeddingModel(SequenceModel):
             "value_dim": 1 if value_dim is None else value_dim,
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise InputError(f"{name} is {size}; it must be at least 1.")
+            require_at_least(name, size)
         positive = {
             "prior_scale": prior_scale,
             "noise_spread": noise_spread,
@@ -117,8 +115,8 @@ class EmbeddingModel(SequenceModel):
             "power": power,
         }
         for name, scale in positive.items():
-            if scale is not None and not scale > 0:
-                raise InputError(f"{name} is {scale}; it must be positive.")
+            if scale is not None:
+                require_positive(name, scale)
         require_mask(mask)
         self.length, self.dim, self.heads, self.rank, self.value_dim = length, dim, heads, rank, value_dim
         self.prior_scale, self.mask = prior_scale, mask

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 
 __all__ = ["CharacterGPT", "GPTConfig", "Heads"]
 
@@ -45,8 +45,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1.")
+            require_at_least(name, value)
         if self.dim % self.heads:
             raise InputError(f"dim is {self.dim}, which heads = {self.heads} does not divide; choose a multiple.")
 

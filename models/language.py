@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import get_args
 
@@ -18,7 +17,7 @@ from probattn.attention import CausalAttention, Mask
 from probattn.barrier import BarrierKind, log_barrier
 from probattn.distributions import LatentAttention, noise_distribution
 from probattn.embedding_prior import Prior
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least, require_choice, require_positive
 from probattn.models.module import SequenceModel
 
 __all__ = ["LanguageConfig", "LanguageModel"]
@@ -62,20 +61,16 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         sizes = ("vocabulary", "context", "dim", "layers", "decoder_heads", "stage_heads", "stage_rank")
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            require_at_least(name, getattr(self, name))
         for name in ("noise_scale", "prior_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be positive and finite.")
-        if not self.weight >= 0 or math.isinf(self.weight):
-            raise InputError(f"weight is {self.weight}; lambda must be finite and not negative.")
+            require_positive(name, getattr(self, name))
+        require_at_least("weight", self.weight, 0)
         if self.dim % self.decoder_heads:
             raise InputError(
                 f"dim is {self.dim}, which decoder_heads = {self.decoder_heads} does not divide; choose a multiple."
             )
         for name, allowed in (("kind", BarrierKind), ("prior", Prior), ("mask", Mask)):
-            if getattr(self, name) not in get_args(allowed):
-                raise InputError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}.")
+            require_choice(name, getattr(self, name), get_args(allowed))
 
     def as_dict(self) -> dict[str, object]:
         """Return the fields by name."""

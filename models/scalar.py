@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
-from probattn.errors import InputError
+from probattn.errors import require_positive
 from probattn.models.module import SequenceModel
 from probattn.solve.selection import Selection
 
@@ -77,8 +77,7 @@ class ScalarModel(SequenceModel):
     ) -> None:
         super().__init__()
         for name, value in (("length", length), ("prior_scale", prior_scale), ("noise_spread", noise_spread)):
-            if not value > 0:
-                raise InputError(f"{name} is {value}; it must be positive.")
+            require_positive(name, value)
         require_mask(mask)
         self.dim, self.noise_spread, self.jacobian = 1, noise_spread, jacobian
         self.length, self.prior_scale, self.mask = length, prior_scale, mask

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from probattn import blocks
 from probattn.attention import CausalAttention
-from probattn.errors import InputError, require_finite
+from probattn.errors import InputError, require_choice, require_finite, require_positive
 
 __all__ = [
     "BarrierKind",
@@ -81,9 +81,8 @@ def log_barrier(
 
 def require_penalty(kind: str, sharpness: float) -> None:
     """Refuse a penalty that does not exist, or a sharpness that is not positive."""
-    _require_kind("kind", kind, BarrierKind)
-    if not sharpness > 0:
-        raise InputError(f"sharpness is {sharpness}; it must be positive.")
+    require_choice("kind", kind, get_args(BarrierKind))
+    require_positive("sharpness", sharpness)
 
 
 def penalty_and_margin(matrix: Tensor, dim: int, kind: BarrierKind, sharpness: float = 10.0) -> tuple[Tensor, Tensor]:
@@ -142,7 +141,7 @@ def stability_margin(attention: CausalAttention, u: Tensor, kind: MarginKind = "
         >>> [round(float(stability_margin(attention, u, kind)[-1]), 6) for kind in ("determinant", "spectral")]
         [1.0, -1.0]
     """
-    _require_kind("kind", kind, MarginKind)
+    require_choice("kind", kind, get_args(MarginKind))
     require_finite("u", u)
     return _margin(attention, u, kind)
 
@@ -200,8 +199,3 @@ def _margin(attention: CausalAttention, u: Tensor, kind: MarginKind) -> Tensor:
         return 1 - blocks.largest_real_eigenvalue(core, attention.dim)
     sign, logabs = blocks.logabsdet_one_minus(core)
     return sign * logabs.exp()
-
-
-def _require_kind(name: str, kind: str, allowed: object) -> None:
-    if kind not in get_args(allowed):
-        raise InputError(f"{name} is {kind!r}; use one of {', '.join(map(repr, get_args(allowed)))}.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from probattn import blocks
 from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.barrier import BarrierKind, penalty_and_margin, require_penalty
-from probattn.errors import InputError
+from probattn.errors import InputError, require_choice
 from probattn.penalty import Penalty, attention_penalty
 
 __all__ = ["AttentionStage", "Prior"]
@@ -57,8 +57,7 @@ class AttentionStage(nn.Module):
     ) -> None:
         super().__init__()
         require_mask(mask)
-        if prior not in get_args(Prior):
-            raise InputError(f"prior is {prior!r}; use one of {', '.join(get_args(Prior))}.")
+        require_choice("prior", prior, get_args(Prior))
         if min(dim, heads, rank) < 1 or not 0 < noise_scale < math.inf:
             raise InputError(
                 f"dim {dim}, heads {heads}, rank {rank} and noise_scale {noise_scale} must be positive and finite."

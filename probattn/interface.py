@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from probattn.errors import InputError
+from probattn.errors import require_choice
 
 __all__ = ["Attention", "Mask", "require_mask"]
 
@@ -26,8 +26,7 @@ def require_mask(mask: str) -> None:
     Example:
         >>> require_mask("strict")
     """
-    if mask not in get_args(Mask):
-        raise InputError(f"mask is {mask!r}; use one of {', '.join(map(repr, get_args(Mask)))}.")
+    require_choice("mask", mask, get_args(Mask))
 
 
 class Attention(Protocol):

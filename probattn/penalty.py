@@ -27,7 +27,7 @@ from torch import Tensor
 from probattn import blocks
 from probattn.attention import Mask, require_mask
 from probattn.barrier import BarrierKind, penalty_and_margin, require_penalty
-from probattn.errors import InputError
+from probattn.errors import InputError, require_share
 from probattn.moments.operators import past_moments
 
 __all__ = ["Penalty", "attention_penalty", "choose_positions"]
@@ -80,8 +80,7 @@ def choose_positions(length: int, share: float, device: torch.device | None = No
         >>> choose_positions(4, 1.0)
         tensor([0, 1, 2, 3])
     """
-    if not 0 < share <= 1:
-        raise InputError(f"positions is {share}; the share of positions must lie in (0, 1].")
+    require_share("positions", share)
     if share == 1:
         return torch.arange(length, device=device)
     return torch.randperm(length, device=device)[: max(1, round(share * length))].sort().values

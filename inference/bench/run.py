@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from probattn.errors import InputError
+from probattn.errors import require_at_least, require_choice
 from probattn.inference.bench.density import density
 from probattn.inference.bench.growth import growth
 from probattn.inference.bench.harness import Row, race
@@ -67,10 +67,8 @@ def bench(
         InputError: a part that does not exist, or no rounds.
     """
     for name in parts:
-        if name not in PARTS:
-            raise InputError(f"part {name!r} does not exist; choose among {', '.join(PARTS)}.")
-    if rounds < 1:
-        raise InputError(f"--rounds is {rounds}; it must be at least 1.")
+        require_choice("--parts", name, tuple(PARTS))
+    require_at_least("--rounds", rounds)
     prepare_folder(out)
     rows: list[Row] = []
     for name, part in PARTS.items():

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from probattn import plotting
 from probattn.attention import CausalAttention
 from probattn.barrier import MarginKind, stability_margin
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 from probattn.inference.claims.claim import Claim, Settings, Subject
 
 __all__ = ["Decoded", "Size", "decode_windows", "decoding_claim", "kl_divergence"]
@@ -328,8 +328,7 @@ def _require_room(subject: Subject, size: Size, prompt: int, length: int) -> Non
     # A 95 % interval has no ends below 40 resamples.
     least = {"windows": 2, "steps": 2, "draws": 2, "resamples": 40}
     for name, count in {**size._asdict(), "windows": windows}.items():
-        if count < least[name]:
-            raise InputError(f"{name} is {count}; it must be at least {least[name]}.")
+        require_at_least(name, count, least[name])
 
 
 def _last_logits(subject: Subject, u: Tensor, noise: Tensor) -> Tensor:

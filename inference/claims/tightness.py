@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from probattn import plotting
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 from probattn.inference.claims.claim import Claim, Settings, Subject, judge
 from probattn.models.discrete import NextTokenModel, OwnModel
 
@@ -352,9 +352,8 @@ def _require_end(end: int, vocabulary: int) -> None:
 
 def _require_run(model: NextTokenModel, end: int, paths: int, length: int) -> None:
     _require_end(end, model.vocabulary)
-    for name, value, least in (("paths", paths, 2), ("length", length, 1)):
-        if value < least:
-            raise InputError(f"{name} is {value}; it must be at least {least}.")
+    require_at_least("paths", paths, 2)
+    require_at_least("length", length)
 
 
 def _figure(survival: Survival, lengths: Tensor, floor: float, control: Survival) -> Figure:

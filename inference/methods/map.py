@@ -19,7 +19,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, init_to_value
 from torch import Tensor, nn
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least, require_positive
 from probattn.inference.methods.minibatch import minibatch
 from probattn.inference.runtime.checkpoint import identify, load_checkpoint
 from probattn.inference.runtime.distributed import my_shards, rank, shard, sum_over_processes
@@ -63,11 +63,9 @@ class MapConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every", "checkpoint_every", "shards"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            require_at_least(name, getattr(self, name))
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
+            require_positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least, require_choice
 from probattn.inference.methods.draws import Draws, curvature_guess, feasible_start
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.nuts import NutsConfig, run_nuts
@@ -44,10 +44,8 @@ class McmcConfig:
     memory: int = 8 * 2**30
 
     def __post_init__(self) -> None:
-        if self.chains < 1:
-            raise InputError(f"chains is {self.chains}; it must be at least 1.")
-        if self.chain_method not in get_args(ChainMethod):
-            raise InputError(f"chain_method is {self.chain_method!r}; use one of {', '.join(get_args(ChainMethod))}.")
+        require_at_least("chains", self.chains)
+        require_choice("chain_method", self.chain_method, get_args(ChainMethod))
 
 
 def fit_nuts(

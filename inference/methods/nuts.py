@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 from probattn.inference.runtime.checkpoint import load_checkpoint
 from probattn.inference.runtime.files import write_atomically
 
@@ -50,8 +50,7 @@ class NutsConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 20), ("draws", 4), ("max_depth", 1), ("checkpoint_every", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+            require_at_least(name, getattr(self, name), least)
         if not 0 < self.target_accept < 1:
             raise InputError(f"target_accept is {self.target_accept}; it must lie between 0 and 1.")
 

@@ -21,7 +21,7 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least, require_choice, require_positive
 from probattn.inference.methods.draws import Draws, approximation, feasible_start
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.minibatch import minibatch
@@ -71,15 +71,11 @@ class SviConfig:
     correct: bool = True
 
     def __post_init__(self) -> None:
-        if self.guide not in get_args(Guide):
-            raise InputError(f"guide is {self.guide!r}; use one of {', '.join(get_args(Guide))}.")
-        for name, least in (("particles", 1), ("shards", 1), ("batch", 0), ("window", 2), ("stages", 1), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.draws < 4:
-            raise InputError(f"draws is {self.draws}; it must be at least 4.")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate is {self.learning_rate}; it must be positive.")
+        require_choice("guide", self.guide, get_args(Guide))
+        least = {"particles": 1, "shards": 1, "batch": 0, "window": 2, "stages": 1, "steps": 1, "draws": 4}
+        for name, smallest in least.items():
+            require_at_least(name, getattr(self, name), smallest)
+        require_positive("learning_rate", self.learning_rate)
         if self.renyi is not None and (self.renyi == 1 or not math.isfinite(self.renyi) or self.particles < 2):
             raise InputError(
                 f"renyi is {self.renyi} with {self.particles} particles; alpha must be finite and not 1 (that is the "

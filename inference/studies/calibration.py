@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probattn.barrier import stability_margin
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 from probattn.inference.methods.draws import Draws, curvature_guess, feasible_start
 from probattn.inference.methods.laplace import fit_laplace
 from probattn.inference.methods.log_density import LogDensity
@@ -69,8 +69,7 @@ class Study:
 
     def __post_init__(self) -> None:
         for name, least in (("replicates", 1), ("sequences", 1), ("length", 3), ("dim", 1), ("ranked", 3)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+            require_at_least(name, getattr(self, name), least)
 
     def model(self, *, jacobian: bool = True) -> EmbeddingModel:
         """The model of the study."""

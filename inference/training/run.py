@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from probattn.barrier import BarrierKind
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least, require_choice, require_positive, require_share
 from probattn.hf.barrier import Placement, attach_barrier
 from probattn.inference.runtime.distributed import launched_rank
 from probattn.inference.runtime.environment import describe, select_device
@@ -101,19 +101,13 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("layers", "dim", "heads", "context", "steps", "batch", "accumulate", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("save_every", "evaluate_every", "warmup", "evaluate_windows"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative.")
+            require_at_least(_flag(name), getattr(self, name))
+        for name in ("save_every", "evaluate_every", "warmup", "evaluate_windows", "weight"):
+            require_at_least(_flag(name), getattr(self, name), 0)
         if self.dim % self.heads:
             raise InputError(f"--dim is {self.dim}, which --heads {self.heads} does not divide.")
-        if not 0 <= self.weight < math.inf:
-            raise InputError(f"--weight is {self.weight}; lambda must be finite and not negative.")
-        if not 0 < self.positions <= 1:
-            raise InputError(f"--positions is {self.positions}; the share of positions must lie in (0, 1].")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"--learning-rate is {self.learning_rate}; it must be positive and finite.")
+        require_share("--positions", self.positions)
+        require_positive("--learning-rate", self.learning_rate)
         choices = {
             "architecture": Architecture,
             "kind": BarrierKind,
@@ -121,8 +115,7 @@ class TrainOptions:
             "precision": Precision,
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise InputError(f"--{name} is {getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}.")
+            require_choice(_flag(name), getattr(self, name), get_args(allowed))
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if self.batch % (world * self.accumulate):
             raise InputError(
@@ -135,6 +128,10 @@ class TrainOptions:
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 class _Windows(Dataset[dict[str, Tensor]]):

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from probattn.barrier import MarginKind
-from probattn.errors import InputError
+from probattn.errors import InputError, require_choice
 
 __all__ = ["read_source", "support"]
 
@@ -42,8 +42,7 @@ def support(
 
     if dtype not in _DTYPES:
         raise InputError(f"--dtype is {dtype!r}; use {' or '.join(_DTYPES)}.")
-    if kind not in get_args(MarginKind):
-        raise InputError(f"--kind is {kind!r}; use one of {', '.join(get_args(MarginKind))}.")
+    require_choice("--kind", kind, get_args(MarginKind))
     name, text = read_source(source)
     place = select_device(device)
     torch.manual_seed(seed)

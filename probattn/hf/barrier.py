@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from probattn.barrier import BarrierKind, require_penalty
 from probattn.embedding_prior import AttentionStage
-from probattn.errors import InputError, NonFinitePenaltyError
+from probattn.errors import InputError, NonFinitePenaltyError, require_at_least, require_choice, require_share
 from probattn.hf.auxiliary_loss import attach, forget_gain, new_account, record_gain
 from probattn.hf.hooks import LayerCall, attention_layers, observe, padding_of
 from probattn.penalty import Penalty, attention_penalty, choose_positions
@@ -88,8 +88,7 @@ class BarrierHandle:
 
     @weight.setter
     def weight(self, value: float) -> None:
-        if not 0 <= value < math.inf:
-            raise InputError(f"weight is {value}; lambda must be finite and not negative.")
+        require_at_least("weight", value, 0)
         # A tensor, a new one each time: a compiled model is not compiled again, and a pass under way keeps its own.
         self._weight = torch.tensor(float(value), dtype=torch.float64)
 
@@ -280,10 +279,8 @@ def attach_barrier(
         >>> model(input_ids, labels=input_ids).loss.backward()  # doctest: +SKIP
     """
     require_penalty(kind, 1.0)
-    if placement not in get_args(Placement):
-        raise InputError(f"placement is {placement!r}; use one of {', '.join(get_args(Placement))}.")
-    if not 0 < positions <= 1:
-        raise InputError(f"positions is {positions}; the share of positions must lie in (0, 1].")
+    require_choice("placement", placement, get_args(Placement))
+    require_share("positions", positions)
     if "_probattn_handle" in model.__dict__:
         raise InputError("a barrier is attached to this model already; call its detach() first.")
     if placement == "embeddings" and stage is None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from probattn.barrier import BarrierKind, MarginKind
-from probattn.errors import InputError
+from probattn.errors import InputError, require_choice
 from probattn.hf.hooks import LayerCall, observe
 from probattn.penalty import attention_penalty
 
@@ -162,8 +162,7 @@ class MarginMonitor:
         *,
         end: Sequence[int] | None = None,
     ) -> None:
-        if kind not in get_args(MarginKind):
-            raise InputError(f"kind is {kind!r}; use one of {', '.join(map(repr, get_args(MarginKind)))}.")
+        require_choice("kind", kind, get_args(MarginKind))
         if threshold is not None and math.isnan(threshold):
             raise InputError(f"threshold is {threshold}; give a number, or None for no flags.")
         self.kind, self.threshold = kind, threshold

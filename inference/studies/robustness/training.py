@@ -24,7 +24,7 @@ from torch import Tensor
 
 from probattn.barrier import BarrierKind
 from probattn.embedding_prior import AttentionStage, Prior
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least, require_choice, require_positive, require_share
 from probattn.models.corpus import Corpus
 from probattn.models.gpt import CharacterGPT, GPTConfig, Heads
 from probattn.penalty import attention_penalty
@@ -79,16 +79,11 @@ class Arm:
 
     def __post_init__(self) -> None:
         for name, allowed in (("placement", Placement), ("kind", BarrierKind), ("prior", Prior)):
-            if getattr(self, name) not in get_args(allowed):
-                raise InputError(
-                    f"arm {self.name}: {name} is {getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}."
-                )
+            require_choice(f"arm {self.name}: {name}", getattr(self, name), get_args(allowed))
         for name in ("weight", "neftune", "relative_noise", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"arm {self.name}: {name} is {getattr(self, name)}; it must be finite and at least 0.")
+            require_at_least(f"arm {self.name}: {name}", getattr(self, name), 0)
         for name in ("positions", "windows"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"arm {self.name}: {name} is {getattr(self, name)}; a share must lie in (0, 1].")
+            require_share(f"arm {self.name}: {name}", getattr(self, name))
 
     @property
     def barrier(self) -> bool:
@@ -214,16 +209,11 @@ class Study:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 1, "context": 3, "dim": 1, "layers": 1, "heads": 1, "rank": 1, "windows": 2}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}.")
+        for name, smallest in {**least, "warmup": 0}.items():
+            require_at_least(name, getattr(self, name), smallest)
+        require_positive("learning_rate", self.learning_rate)
         if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
             raise InputError(f"seeds are {self.seeds}; give at least two, no one twice.")
-        if not 0 < self.learning_rate < math.inf or self.warmup < 0:
-            raise InputError(
-                f"learning_rate is {self.learning_rate} and warmup {self.warmup}; the one must be positive, the other "
-                "not negative."
-            )
 
     def gpt(self, vocabulary: int) -> GPTConfig:
         """The model's sizes."""
