@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from probattn.errors import InputError
+from probattn.errors import require_choice
 from probattn.inference.claims.barrier import barrier_claim
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Claim, Settings, Subject
@@ -53,8 +53,7 @@ def require_claims(names: Sequence[str]) -> None:
         InputError: naming those that do.
     """
     for name in names:
-        if name not in CLAIMS:
-            raise InputError(f"claim {name!r} does not exist; choose among {', '.join(CLAIMS)}.")
+        require_choice("claim", name, tuple(CLAIMS))
 
 
 def run_claims(

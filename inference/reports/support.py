@@ -19,7 +19,7 @@ from matplotlib.colors import to_hex
 from torch import Tensor
 
 from probattn.barrier import MarginKind
-from probattn.errors import InputError
+from probattn.errors import InputError, require_choice
 from probattn.hf.decoding import head_margins
 from probattn.hf.hooks import LayerCall, observe
 from probattn.inference.runtime.files import finite_or_null
@@ -195,8 +195,7 @@ def support_page(
         >>> page = support_page("To be, or not to be", model, tokeniser)  # doctest: +SKIP
         >>> page.record["support"][0]["text"]  # doctest: +SKIP
     """
-    if kind not in _KINDS:
-        raise InputError(f"kind is {kind!r}; use one of {', '.join(map(repr, _KINDS))}.")
+    require_choice("kind", kind, _KINDS)
     if threshold is not None and not np.isfinite(threshold):
         raise InputError(f"threshold is {threshold}; give a finite number, or none.")
     if support < 1:

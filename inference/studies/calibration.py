@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probattn.barrier import stability_margin
-from probattn.errors import InputError, require_at_least
+from probattn.errors import InputError, require_at_least, require_choice
 from probattn.inference.methods.draws import Draws, curvature_guess, feasible_start
 from probattn.inference.methods.laplace import fit_laplace
 from probattn.inference.methods.log_density import LogDensity
@@ -265,8 +265,7 @@ def calibrate(
     Raises:
         InputError: an unknown method, a store of another study.
     """
-    if method not in METHODS:
-        raise InputError(f"method is {method!r}; use one of {', '.join(METHODS)}.")
+    require_choice("method", method, tuple(METHODS))
     drawn = simulate_study(study) if simulated is None else simulated
     chunks = list(range(0, study.replicates, chunk))
     identity = {**asdict(study), "method": method, "chunk": chunk}

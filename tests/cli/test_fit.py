@@ -179,7 +179,7 @@ def test_a_text_gives_the_posterior_of_its_attention_stage(folder):
         (["--data", "nan.npy"], "is not finite: nan at index (0, 1, 1)"),
         (["--data", "several.npz"], "holds 2 arrays (a, b); name one with --array"),
         (["--data", "short.npy"], "T is 2; with fewer than 3 tokens"),
-        (["--data", "hidden.npz", "--method", "gibbs"], "--method is 'gibbs'; use one of nuts, svi, laplace, map"),
+        (["--data", "hidden.npz", "--method", "gibbs"], "--method is 'gibbs'; use one of 'nuts', 'svi', 'laplace', 'map'"),
         (["--data", "hidden.npz", "--chains", "9999999"], "use at most"),
         (["--data", "hidden.npz", "--guide", "full"], "guide is 'full'"),
         (["--data", "hidden.npz", "--mask", "causal"], "mask is 'causal'"),

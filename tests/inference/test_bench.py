@@ -111,7 +111,7 @@ def test_a_run_writes_its_rows(tmp_path):
     assert content["schema"] == 1
     assert content["rows"][0]["met"] is True, content["rows"]
     assert len(seen) == 1
-    with pytest.raises(InputError, match="choose among penalty"):
+    with pytest.raises(InputError, match="--parts is 'speed'; use one of 'penalty'"):
         bench(tmp_path, torch.device("cpu"), parts=["speed"])
     with pytest.raises(InputError, match="at least 1"):
         bench(tmp_path, torch.device("cpu"), rounds=0)

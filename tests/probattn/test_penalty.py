@@ -290,7 +290,7 @@ class TestBadInput:
             ({"kind": "log"}, "kind is 'log'; use one of 'logdet'"),
             ({"kind": "smooth", "sharpness": 0.0}, "sharpness is 0.0; it must be positive"),
             ({"causal": "future"}, "mask is 'future'; use one of 'strict', 'inclusive'"),
-            ({"positions": 0.0}, r"positions is 0.0; the share of positions must lie in \(0, 1\]"),
+            ({"positions": 0.0}, r"positions is 0.0; a share must lie in \(0, 1\]"),
             ({"positions": 1.5}, "positions is 1.5"),
             ({"mask": torch.ones(2, 6, 6, dtype=torch.bool)}, r"mask has shape \(2, 6, 6\).*\(2, 4, 6, 6\)"),
             ({"mask": torch.ones(3, 1, 6, 6, dtype=torch.bool)}, r"mask has shape \(3, 1, 6, 6\)"),
@@ -386,7 +386,7 @@ class TestStage:
 
     def test_bad_input(self):
         for options, message in [
-            ({"prior": "half"}, "prior is 'half'; use one of full, margin"),
+            ({"prior": "half"}, "prior is 'half'; use one of 'full', 'margin'"),
             ({"mask": "none"}, "mask is 'none'"),
             ({"heads": 0}, "heads 0"),
             ({"noise_scale": math.inf}, "noise_scale inf"),

@@ -101,5 +101,5 @@ def test_more_chains_than_the_memory_allows():
 def test_options():
     with pytest.raises(InputError, match="chains is 0"):
         McmcConfig(chains=0)
-    with pytest.raises(InputError, match="chain_method is 'parallel'; use one of vectorised, sequential, process"):
+    with pytest.raises(InputError, match="chain_method is 'parallel'; use one of 'vectorised', 'sequential', 'process'"):
         McmcConfig(chain_method="parallel")

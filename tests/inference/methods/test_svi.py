@@ -107,7 +107,7 @@ def test_an_objective_that_is_not_finite_stops_with_the_step():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guide": "normal"}, "guide is 'normal'; use one of mean_field"),
+        ({"guide": "normal"}, "guide is 'normal'; use one of 'mean_field'"),
         ({"particles": 0}, "particles is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"draws": 2}, "draws is 2"),

@@ -133,7 +133,7 @@ def test_coverage_counts_central_ranks():
 
 
 def test_options():
-    with pytest.raises(InputError, match="method is 'gibbs'; use one of nuts"):
+    with pytest.raises(InputError, match="method is 'gibbs'; use one of 'nuts'"):
         calibrate(STUDY, "gibbs")
     with pytest.raises(InputError, match="length is 2"):
         Study(length=2)

@@ -174,7 +174,7 @@ def test_a_penalty_that_is_not_finite_stops_and_keeps_the_checkpoint(text, tmp_p
         ({"dim": 15}, "does not divide"),
         ({"kind": "log"}, "logdet, one_sided"),
         ({"positions": 0.0}, "must lie in"),
-        ({"weight": -1.0}, "not negative"),
+        ({"weight": -1.0}, "--weight is -1.0; it must be finite and at least 0"),
         ({"steps": 0}, "--steps is 0"),
         ({"precision": "fp16"}, "needs a CUDA device"),
         ({"learning_rate": float("nan")}, "positive and finite"),

@@ -255,7 +255,7 @@ class TestGradients:
         for name, part in plain.items():
             torch.testing.assert_close(two[name] - part, 2 * (one[name] - part), rtol=1e-9, atol=1e-12)
         for bad in (-0.1, math.nan, math.inf):
-            with pytest.raises(InputError, match="lambda must be finite and not negative"):
+            with pytest.raises(InputError, match="it must be finite and at least 0"):
                 handle.weight = bad
         assert handle.weight == 2 * WEIGHT
 
@@ -670,10 +670,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"weight": -1.0}, "weight is -1.0; lambda must be finite and not negative"),
+            ({"weight": -1.0}, "weight is -1.0; it must be finite and at least 0"),
             ({"weight": WEIGHT, "kind": "log"}, "kind is 'log'"),
             ({"weight": WEIGHT, "positions": 0.0}, r"positions is 0.0.*\(0, 1\]"),
-            ({"weight": WEIGHT, "placement": "values"}, "placement is 'values'; use one of heads, embeddings"),
+            ({"weight": WEIGHT, "placement": "values"}, "placement is 'values'; use one of 'heads', 'embeddings'"),
         ],
     )
     def test_options_leave_the_model_as_it_was(self, options, message):
