@@ -15,10 +15,11 @@ from torch import Tensor
 from probattn.attention import Mask
 from probattn.errors import InputError, require_choice
 from probattn.inference.methods.draws import Draws, feasible_start
-from probattn.inference.methods.laplace import fit_laplace
+from probattn.inference.methods.laplace import LaplaceConfig, fit_laplace
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import MapConfig, fit_map
-from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
+from probattn.inference.methods.mcmc import fit_nuts
+from probattn.inference.methods.nuts import NutsConfig
 from probattn.inference.methods.svi import SviConfig, fit_svi
 from probattn.inference.results.comparison import AS_ASKED, Compared, compare, variants
 from probattn.inference.results.diagnosis import Diagnosis, diagnose
@@ -78,7 +79,7 @@ class FitOptions:
     mask: Mask = "strict"
     prior_scale: float = 1.0
     jacobian: bool = True
-    nuts: McmcConfig = field(default_factory=McmcConfig)
+    nuts: NutsConfig = field(default_factory=NutsConfig)
     svi: SviConfig = field(default_factory=SviConfig)
     map: MapConfig = field(default_factory=lambda: MapConfig(learning_rate=0.03, patience=10, tolerance=1e-6, shards=2))
     language: Mapping[str, Any] = field(default_factory=dict)
@@ -234,7 +235,9 @@ def _infer(options: FitOptions, target: LogDensity, report: Report, variant: str
     described = json.dumps({**identify(target.model, target.data), "device": options.device.type}, sort_keys=True)
     checkpoint = options.out / f"{'-'.join(filter(None, (options.method, variant)))}.pt"
     if options.method == "laplace":
-        return fit_laplace(target, draws=options.laplace_draws, seed=options.seed, correct=options.correct)
+        return fit_laplace(
+            target, LaplaceConfig(draws=options.laplace_draws, seed=options.seed, correct=options.correct)
+        )
     keep: dict[str, Any] = {"checkpoint": checkpoint, "resume": options.resume}
     if options.method == "nuts":
 
@@ -267,7 +270,7 @@ def _attributes(options: FitOptions, model: EmbeddingModel, record: Mapping[str,
         "mask": model.mask,
         "power": model.power,
         "jacobian": int(model.jacobian),
-        "max_depth": options.nuts.nuts.max_depth,
+        "max_depth": options.nuts.max_depth,
         "seed": options.seed,
         "command": environment["command"],
         "date": environment["date"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.inference.bench.harness import Row, Timing
 from probattn.inference.methods.log_density import LogDensity
-from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
+from probattn.inference.methods.mcmc import fit_nuts
 from probattn.inference.methods.nuts import NutsConfig
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.simulate import simulate
@@ -38,10 +39,10 @@ def nuts(rounds: int, *, warmup: int = 150, draws: int = 150, chains: int = 32) 
     """
     model, u = _problem()
     target = LogDensity(model, u)
-    config = NutsConfig(warmup=warmup, draws=draws)
+    config = NutsConfig(chains=chains, warmup=warmup, draws=draws)
     competitors: dict[str, Callable[[], _Sampled]] = {
-        "vectorised": lambda: _ours(target, McmcConfig(chains, "vectorised", config)),
-        "stock Pyro": lambda: _ours(target, McmcConfig(1, "sequential", config)),
+        "vectorised": lambda: _ours(target, config),
+        "stock Pyro": lambda: _ours(target, replace(config, chains=1, chain_method="sequential")),
     }
     missing = ""
     try:
@@ -90,7 +91,7 @@ def _problem() -> tuple[EmbeddingModel, Tensor]:
     return EmbeddingModel(_LENGTH, 2, parameters="qk_matrix"), u
 
 
-def _ours(target: LogDensity, config: McmcConfig) -> _Sampled:
+def _ours(target: LogDensity, config: NutsConfig) -> _Sampled:
     start = time.perf_counter()
     found = fit_nuts(target, config)
     seconds = time.perf_counter() - start

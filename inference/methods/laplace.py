@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 from probattn.inference.methods.draws import Draws, approximation, feasible_start
 from probattn.inference.methods.log_density import LogDensity
 
-__all__ = ["fit_laplace", "maximise"]
+__all__ = ["LaplaceConfig", "fit_laplace", "maximise"]
+
+
+@dataclass(frozen=True)
+class LaplaceConfig:
+    """Options of the Laplace approximation.
+
+    Attributes:
+        draws: number of draws.
+        steps: largest number of steps of the search for the mode.
+        correct: resample the draws by importance weights where these can be trusted.
+        seed: random seed of the start and of the draws.
+    """
+
+    draws: int = 2000
+    steps: int = 200
+    correct: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("draws", 4), ("steps", 1)):
+            require_at_least(name, getattr(self, name), smallest)
+
 
 _FLAT = 1e-7
 _POLISH = 3
@@ -69,9 +93,7 @@ def _polish(target: LogDensity, mode: Tensor) -> tuple[Tensor, Tensor]:
     return mode, gradient
 
 
-def fit_laplace(
-    target: LogDensity, *, draws: int = 2000, seed: int = 0, correct: bool = True, start: Tensor | None = None
-) -> Draws:
+def fit_laplace(target: LogDensity, config: LaplaceConfig, *, start: Tensor | None = None) -> Draws:
     r"""Draws from N(z*, -H^{-1}) with H the Hessian of the log-density at its mode z*, one chain.
 
     Directions in which the density does not change at all (rotations that W_Q and W_K share) get no spread: what is
@@ -79,17 +101,15 @@ def fit_laplace(
 
     Args:
         target: the posterior.
-        draws: how many.
-        seed: of the start and the draws.
-        correct: resample by importance weights, see :func:`~probattn.inference.methods.draws.approximation`.
+        config: options, see :class:`LaplaceConfig`.
         start: where to begin, (D,); None finds a feasible point.
 
     Raises:
         InputError: no mode, or a Hessian with a direction of growth (a saddle).
     """
     if start is None:
-        start = feasible_start(target, 1, seed)[0]
-    mode = maximise(target, start)
+        start = feasible_start(target, 1, config.seed)[0]
+    mode = maximise(target, start, steps=config.steps)
     values, vectors = torch.linalg.eigh(-target.hessian(mode.unsqueeze(0))[0])
     largest = float(values.max())
     if float(values.min()) < -_FLAT * largest:
@@ -103,9 +123,15 @@ def fit_laplace(
     if not flat:
         law = MultivariateNormal(mode, scale_tril=torch.linalg.cholesky(root @ root.mT))
         return approximation(
-            target, "laplace", law, draws=draws, seed=seed, correct=correct, notes={"flat_directions": 0}
+            target,
+            "laplace",
+            law,
+            draws=config.draws,
+            seed=config.seed,
+            correct=config.correct,
+            notes={"flat_directions": 0},
         )
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(draws, int(curved.sum()), generator=generator, dtype=torch.float64).to(mode)
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(config.draws, int(curved.sum()), generator=generator, dtype=torch.float64).to(mode)
     z = mode + noise @ root.mT
     return Draws("laplace", z.unsqueeze(0), {"lp": target.evaluate(z)["lp"].unsqueeze(0)}, {"flat_directions": flat})

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import joblib
 import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
-from probattn.errors import InputError, require_at_least, require_choice
+from probattn.errors import InputError
 from probattn.inference.methods.draws import Draws, curvature_guess, feasible_start
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.nuts import NutsConfig, run_nuts
@@ -21,36 +21,12 @@ from probattn.inference.runtime.checkpoint import load_checkpoint
 from probattn.inference.runtime.files import write_atomically
 from probattn.inference.runtime.isolation import isolated
 
-__all__ = ["ChainMethod", "McmcConfig", "fit_nuts"]
-
-ChainMethod = Literal["vectorised", "sequential", "process"]
-
-
-@dataclass(frozen=True)
-class McmcConfig:
-    """Chains and how they run.
-
-    Attributes:
-        chains: how many.
-        chain_method: "vectorised" (all chains in one tensor program), "sequential" (Pyro's NUTS, one after the other)
-            or "process" (Pyro's NUTS, one process a chain, through joblib, whose backend may be a cluster's).
-        nuts: warm-up, draws, step size, seed.
-        memory: bytes that all chains may take at once, for their attention scores and their draws.
-    """
-
-    chains: int = 4
-    chain_method: ChainMethod = "vectorised"
-    nuts: NutsConfig = field(default_factory=NutsConfig)
-    memory: int = 8 * 2**30
-
-    def __post_init__(self) -> None:
-        require_at_least("chains", self.chains)
-        require_choice("chain_method", self.chain_method, get_args(ChainMethod))
+__all__ = ["fit_nuts"]
 
 
 def fit_nuts(
     target: LogDensity,
-    config: McmcConfig,
+    config: NutsConfig,
     *,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -75,13 +51,13 @@ def fit_nuts(
         InputError: more chains than the memory allows, no feasible start, a checkpoint of another run.
     """
     _require_memory(target, config)
-    start = feasible_start(target, config.chains, config.nuts.seed)
+    start = feasible_start(target, config.chains, config.seed)
     notes: dict[str, str | int | float] = {"chain_method": config.chain_method, "chains": config.chains}
     if config.chain_method == "vectorised":
         run = run_nuts(
             target.value_and_gradient,
             start,
-            config.nuts,
+            config,
             covariance=curvature_guess(target, start),
             pool=config.chains,
             checkpoint=checkpoint,
@@ -91,10 +67,10 @@ def fit_nuts(
         )
         stats = {name: column.T for name, column in run.stats.items()}
         return Draws("nuts", run.z.transpose(0, 1), stats, notes)
-    described = f"{identity} {sorted(asdict(config.nuts).items())}"
+    described = f"{identity} {sorted(asdict(config).items())}"
     paths = [None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{k}") for k in range(len(start))]
     jobs = [
-        joblib.delayed(_stock_chain)(target.model, target.data, start[k], config.nuts, k, paths[k], resume, described)
+        joblib.delayed(_stock_chain)(target.model, target.data, start[k], config, k, paths[k], resume, described)
         for k in range(config.chains)
     ]
     workers = config.chains if config.chain_method == "process" else 1
@@ -105,17 +81,18 @@ def fit_nuts(
     )
 
 
-def _require_memory(target: LogDensity, config: McmcConfig) -> None:
+def _require_memory(target: LogDensity, config: NutsConfig) -> None:
     together = 1 if config.chain_method == "sequential" else config.chains
     data = target.data[0]
     # Weights and logits of every position against every other, forward and backward.
     each = 8 * data.shape[-3] * data.shape[-2] ** 2 * 8 if data.dim() >= 3 else 8 * data.numel() * data.shape[-1] * 8
-    kept = 8 * config.nuts.draws * target.dim  # every draw stays in memory until it is written
+    kept = 8 * config.draws * target.dim  # every draw stays in memory until it is written
     each = each + kept
-    if together * each > config.memory:
+    allowed = int(config.memory * 2**30)
+    if together * each > allowed:
         raise InputError(
-            f"chains is {config.chains}: about {together * each / 2**30:.1f} GiB at once, {config.memory / 2**30:.1f} "
-            f"allowed; use at most {max(1, config.memory // each)}, or --chain-method sequential."
+            f"chains is {config.chains}: about {together * each / 2**30:.1f} GiB at once, {config.memory:g} allowed; "
+            f"use at most {max(1, allowed // each)}, or --chain-method sequential."
         )
 
 

@@ -12,17 +12,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from probattn.errors import InputError, require_at_least
+from probattn.errors import InputError, require_at_least, require_choice, require_positive
 from probattn.inference.runtime.checkpoint import load_checkpoint
 from probattn.inference.runtime.files import write_atomically
 
-__all__ = ["NutsConfig", "NutsRun", "run_nuts"]
+__all__ = ["ChainMethod", "NutsConfig", "NutsRun", "run_nuts"]
 
+ChainMethod = Literal["vectorised", "sequential", "process"]
 ValueAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _DIVERGENCE = 1000.0
 _EARLY_DEPTH = 5  # doublings at most while the mass matrix is still learnt: a tiny step would hold up all chains
@@ -30,27 +31,37 @@ _EARLY_DEPTH = 5  # doublings at most while the mass matrix is still learnt: a t
 
 @dataclass(frozen=True)
 class NutsConfig:
-    """How to sample.
+    """Options of NUTS.
 
     Attributes:
+        chains: number of chains.
+        chain_method: "vectorised" (all chains in one tensor program), "sequential" (Pyro's NUTS, one after the other)
+            or "process" (Pyro's NUTS, one process per chain, through joblib, whose backend may be a cluster's).
         warmup: transitions of adaptation, discarded.
-        draws: transitions kept, a chain.
-        target_accept: mean acceptance statistic the step size aims at.
-        max_depth: doublings of a trajectory at most.
-        seed: of all draws.
+        draws: transitions kept, per chain.
+        target_accept: mean acceptance statistic that the step size aims at.
+        max_depth: largest number of doublings of a trajectory.
+        memory: GiB that all chains together may take.
         checkpoint_every: kept draws between two checkpoints.
+        seed: random seed.
     """
 
+    chains: int = 4
+    chain_method: ChainMethod = "vectorised"
     warmup: int = 500
     draws: int = 500
     target_accept: float = 0.8
     max_depth: int = 10
-    seed: int = 0
+    memory: float = 8.0
     checkpoint_every: int = 100
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 20), ("draws", 4), ("max_depth", 1), ("checkpoint_every", 1)):
-            require_at_least(name, getattr(self, name), least)
+        require_choice("chain_method", self.chain_method, get_args(ChainMethod))
+        least = {"chains": 1, "warmup": 20, "draws": 4, "max_depth": 1, "checkpoint_every": 1}
+        for name, smallest in least.items():
+            require_at_least(name, getattr(self, name), smallest)
+        require_positive("memory", self.memory)
         if not 0 < self.target_accept < 1:
             raise InputError(f"target_accept is {self.target_accept}; it must lie between 0 and 1.")
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from probattn.barrier import stability_margin
 from probattn.errors import InputError, require_at_least, require_choice
 from probattn.inference.methods.draws import Draws, curvature_guess, feasible_start
-from probattn.inference.methods.laplace import fit_laplace
+from probattn.inference.methods.laplace import LaplaceConfig, fit_laplace
 from probattn.inference.methods.log_density import LogDensity
-from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
+from probattn.inference.methods.mcmc import fit_nuts
 from probattn.inference.methods.nuts import NutsConfig, run_nuts
 from probattn.inference.methods.svi import SviConfig, fit_svi
 from probattn.inference.runtime.files import write_json
@@ -210,12 +210,11 @@ def _one_by_one(fit: Callable[[LogDensity, int, int], Draws]) -> Sampler:
 
 
 def _fit_laplace(target: LogDensity, count: int, seed: int, *, correct: bool) -> Draws:
-    return fit_laplace(target, draws=4 * count, seed=seed, correct=correct)
+    return fit_laplace(target, LaplaceConfig(draws=4 * count, seed=seed, correct=correct))
 
 
 def _fit_pyro(target: LogDensity, count: int, seed: int) -> Draws:
-    config = NutsConfig(warmup=200, draws=4 * count, seed=seed)
-    return fit_nuts(target, McmcConfig(chains=1, chain_method="sequential", nuts=config))
+    return fit_nuts(target, NutsConfig(chains=1, chain_method="sequential", warmup=200, draws=4 * count, seed=seed))
 
 
 def _fit_svi(target: LogDensity, count: int, seed: int, **options: Any) -> Draws:

@@ -177,7 +177,6 @@ def fit(
     from probattn.inference.fit import FitOptions
     from probattn.inference.fit import fit as run
     from probattn.inference.methods.map import MapConfig
-    from probattn.inference.methods.mcmc import McmcConfig
     from probattn.inference.methods.nuts import NutsConfig
     from probattn.inference.methods.svi import SviConfig
     from probattn.inference.runtime.distributed import launched_rank
@@ -186,7 +185,6 @@ def fit(
     if dtype not in _DTYPES:
         raise InputError(f"--dtype is {dtype!r}; use {' or '.join(_DTYPES)}.")
     quiet = launched_rank() > 0
-    nuts = NutsConfig(warmup=warmup, draws=draws, target_accept=target_accept, max_depth=max_depth, seed=seed)
     options = FitOptions(
         out=out,
         data=data,
@@ -201,7 +199,16 @@ def fit(
         mask=mask,  # type: ignore[arg-type]  # checked by the model
         prior_scale=prior_scale,
         jacobian=jacobian,
-        nuts=McmcConfig(chains, chain_method, nuts, int(memory * 2**30)),  # type: ignore[arg-type]  # checked there
+        nuts=NutsConfig(
+            chains=chains,
+            chain_method=chain_method,  # type: ignore[arg-type]  # checked there
+            warmup=warmup,
+            draws=draws,
+            target_accept=target_accept,
+            max_depth=max_depth,
+            memory=memory,
+            seed=seed,
+        ),
         svi=SviConfig(
             guide=guide,  # type: ignore[arg-type]  # checked there
             particles=particles,
