@@ -1,6 +1,14 @@
-"""Language models of `transformers`: attention hooks, the barrier in training, margins while decoding."""
+"""Language models of `transformers`: layers as attentions, the barrier in training, margins while decoding."""
 
 from probattn.hf.barrier import BarrierHandle, LayerStatistics, attach_barrier
 from probattn.hf.decoding import MarginMonitor
+from probattn.hf.layers import AttentionLayer, attention_layer
 
-__all__ = ["BarrierHandle", "LayerStatistics", "MarginMonitor", "attach_barrier"]
+__all__ = [
+    "AttentionLayer",
+    "BarrierHandle",
+    "LayerStatistics",
+    "MarginMonitor",
+    "attach_barrier",
+    "attention_layer",
+]
