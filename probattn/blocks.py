@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from probattn.moments import cpu
+from probattn.numerics import linalg
 from probattn.numerics.derivatives import first_order_only
 
 __all__ = [
@@ -118,8 +119,7 @@ def logabsdet_one_minus(matrix: Tensor) -> tuple[Tensor, Tensor]:
         sign, value, _ = function.apply(matrix)  # type: ignore[no-untyped-call]
         return sign, value
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    sign, value = torch.linalg.slogdet(identity - matrix)
-    return sign, value
+    return linalg.slogdet(identity - matrix)
 
 
 @torch.library.custom_op("probattn::determinants", mutates_args=())
@@ -257,7 +257,7 @@ class _LargestRealEigenvalue(torch.autograd.Function):
             null[..., -1] = True
             chosen = torch.diag_embed(null.to(shift.dtype))
             overlap = chosen @ left.mH @ right.mH @ chosen + identity - chosen  # Y^H X on the null vectors, I elsewhere
-            projector = right.mH @ chosen @ torch.linalg.inv_ex(overlap)[0] @ chosen @ left.mH  # X (Y^H X)^-1 Y^H
+            projector = right.mH @ chosen @ linalg.inverse(overlap, check=False) @ chosen @ left.mH  # X (Y^H X)^-1 Y^H
             slope = projector.mT.real / null.sum(-1)[..., None, None]
             slope = slope.where((finite | none)[..., None, None], torch.nan)
             result = torch.where(none[..., None, None], torch.zeros_like(slope), gradient[..., None, None] * slope)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.errors import InputError
+from probattn.numerics import linalg
 
 __all__ = [
     "CRITICAL",
@@ -74,7 +75,7 @@ def response(attention: CausalAttention, covariance: Tensor, noise_covariance: T
         >>> response(scalar_attention(0.5), one, one)  # 1 / (1 - 0.5)^2
         tensor([[4.]], dtype=torch.float64)
     """
-    inverse = torch.linalg.inv(_block(attention, covariance))
+    inverse = linalg.inverse(_block(attention, covariance))
     spread: Tensor = inverse @ noise_covariance @ inverse.mT
     return spread
 
@@ -182,7 +183,7 @@ def mean_field_flow(
     def slope(_: float, state: NDArray[np.float64]) -> NDArray[np.float64]:
         m, v = unpack(state)
         block = _block(attention, v)
-        drift = torch.linalg.solve(block, carried @ m) - m
+        drift = linalg.solve(block, (carried @ m).unsqueeze(-1)).squeeze(-1) - m
         change = response(attention, v, noise_covariance) - v + torch.outer(drift, drift)
         return torch.cat([drift, change.flatten()]).numpy()
 
@@ -257,7 +258,7 @@ def _newton(attention: CausalAttention, noise_covariance: Tensor, start: Tensor)
         slopes = torch.func.jacrev(lambda x: response(attention, x, noise_covariance))(v).view(dim * dim, dim * dim)
         if not bool(torch.isfinite(slopes).all()):
             return None
-        change, _ = torch.linalg.solve_ex(identity - slopes, gap.flatten())
+        change = linalg.solve(identity - slopes, gap.view(-1, 1), check=False)
         v = v + change.view(dim, dim)
         if float(change.norm()) < 1e-13 * float(v.norm()):
             break
@@ -270,6 +271,6 @@ def _newton(attention: CausalAttention, noise_covariance: Tensor, start: Tensor)
     passed = (eigenvalues.imag.abs() < 1e-9) & (eigenvalues.real <= 0)
     if slope >= 1 or bool(passed.any()) or float(torch.linalg.eigvalsh((v + v.mT) / 2)[0]) <= 0:
         return None
-    motion = torch.linalg.solve(block, attention.ov_matrix.sum(-3)) - torch.eye(dim, dtype=torch.float64)
+    motion = linalg.solve(block, attention.ov_matrix.sum(-3)) - torch.eye(dim, dtype=torch.float64)
     drift = float(torch.linalg.eigvals(motion).real.max())
     return Stationary(v, slope, drift, float(torch.linalg.svdvals(block)[-1]))
