@@ -1,4 +1,4 @@
-"""What a claim is, and the fitted model that the claims are measured on."""
+"""A claim with its verdict, and the fitted model on which claims are measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from probattn.attention import CausalAttention
 from probattn.models.corpus import Corpus
 from probattn.models.language import LanguageModel
 
-__all__ = ["Claim", "Settings", "Subject", "judge", "worst"]
+__all__ = ["Claim", "Settings", "Subject", "Verdict", "judge", "verdict_in_words", "worst"]
 
 Kind = Literal["identity", "statistical", "empirical"]
 Verdict = Literal["supported", "supported_within", "not_supported", "not_run"]
@@ -30,15 +30,16 @@ class Claim:
         statement: one sentence that can be false.
         kind: "identity" (must hold to numerical precision), "statistical" (a test with a stated error rate) or
             "empirical" (an experiment whose verdict decides nothing but itself).
-        verdict: "supported", "supported_within" (then ``condition`` says where), "not_supported", "not_run" (then
-            ``condition`` says why).
+        verdict: "supported", "supported_within" (under ``condition``), "not_supported" or "not_run" (for the reason in
+            ``condition``); :func:`verdict_in_words` puts it into words.
         measured: numbers by name.
         bound: the largest value that each decisive number may take.
-        condition: where it holds.
+        condition: a phrase that completes "holds if ..." for "supported_within", or the reason for "not_run".
         formula: the statement in one line of mathematics.
-        control: the negative control: what was broken on purpose, and what came of it.
-        figures: by name, for the report.
-        seconds: how long the measurement took.
+        control: the negative control: a fault made on purpose, and its effect on the measurement.
+        finding: sentences on what else was seen, above all where the statement fails.
+        figures: figures for the report, by name.
+        seconds: duration of the measurement.
     """
 
     id: str
@@ -50,16 +51,17 @@ class Claim:
     condition: str | None = None
     formula: str = ""
     control: str = ""
+    finding: str = ""
     figures: Mapping[str, Figure] = field(default_factory=dict, compare=False)
     seconds: float = 0.0
 
     @property
     def broken(self) -> bool:
-        """Whether an identity that must hold did not."""
+        """True if an identity, which must hold, does not."""
         return self.kind == "identity" and self.verdict == "not_supported"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; a number that JSON lacks becomes its name, such as "inf"."""
+        """Return plain JSON values; a number that JSON lacks becomes its name, such as "inf"."""
         return {
             "id": self.id,
             "statement": self.statement,
@@ -70,6 +72,7 @@ class Claim:
             "measured": {name: _json_number(value) for name, value in self.measured.items()},
             "bound": {name: _json_number(value) for name, value in self.bound.items()},
             "control": self.control,
+            "finding": self.finding,
             "seconds": round(self.seconds, 3),
         }
 
@@ -80,13 +83,13 @@ class Subject:
 
     Attributes:
         model: the model.
-        values: its sites at the mode.
-        inputs: held-out windows, (N, T).
-        targets: their successors, (N, T).
-        total: windows in the training data.
+        values: the model's sites at the mode.
+        inputs: characters of held-out windows, (N, T).
+        targets: the successor of each of these characters, (N, T).
+        total: number of windows in the training data.
+        seed: random seed for the claims.
         line_feed: index of the line feed in the vocabulary, which ends a string; None where the text has none.
-        seed: of everything random in a claim.
-        corpus: the text itself, for a claim that trains models of its own; None: such a claim is not run.
+        corpus: the text itself, for a claim that trains models of its own; without it such a claim is not run.
     """
 
     model: LanguageModel
@@ -104,20 +107,20 @@ class Subject:
         return self.model.stage(dict(self.values))
 
     def tokens(self, windows: int) -> Tensor:
-        """Embeddings of the first held-out windows, (windows, T, p)."""
+        """Return the embeddings of the first held-out windows, (windows, T, p)."""
         return self.model.embed(dict(self.values), self.inputs[:windows])
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """Size and place of the measurements.
 
     Attributes:
-        full: the whole of a claim instead of a representative part.
-        named: the claim was asked for by name: with ``full`` its long study is run, which otherwise is read in.
-        jobs: processes that share a study.
-        folder: where a study keeps what it has finished, to go on from there; None keeps nothing.
-        report: called with a line now and then.
+        full: measure the whole of a claim instead of a representative part.
+        named: the claim was asked for by name; with ``full`` its long study is run instead of read from the package.
+        jobs: number of processes that share a study.
+        folder: folder in which a study keeps its finished parts, so that it can resume; None keeps nothing.
+        report: function that receives a line of progress now and then.
     """
 
     full: bool = False
@@ -128,12 +131,34 @@ class Settings:
 
 
 def judge(measured: Mapping[str, float], bound: Mapping[str, float]) -> bool:
-    """Whether every bounded number stays within its bound; NaN does not."""
+    """Return True if every bounded number stays within its bound; NaN does not."""
     return all(measured[name] <= largest for name, largest in bound.items())
 
 
+def verdict_in_words(claim: Claim | Mapping[str, Any]) -> str:
+    """Put a verdict into words: "holds", "holds if ...", "does not hold" or "not run (...)".
+
+    Args:
+        claim: a claim, or its entry in ``claims.json``.
+
+    Returns:
+        A phrase that can follow the statement, without a full stop.
+
+    Example:
+        >>> verdict_in_words({"verdict": "supported_within", "condition": "the map does not fold"})
+        'holds if the map does not fold'
+    """
+    entry = claim.as_dict() if isinstance(claim, Claim) else claim
+    return {
+        "supported": "holds",
+        "supported_within": f"holds if {entry['condition']}",
+        "not_supported": "does not hold",
+        "not_run": f"not run ({entry['condition']})",
+    }[entry["verdict"]]
+
+
 def worst(*numbers: float) -> float:
-    """The largest of some errors; NaN if any is, which Python's own max may drop."""
+    """Return the largest of some errors; NaN if any is NaN, which Python's own max may drop."""
     return math.nan if any(math.isnan(number) for number in numbers) else max(numbers)
 
 

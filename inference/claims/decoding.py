@@ -1,8 +1,8 @@
-r"""Claim: along decoding, a small stability margin tells where the next-token distribution is sensitive to noise.
+r"""Claim: along decoding, the next-token distribution is sensitive to noise where the stability margin is small.
 
-Why one may expect it: :math:`du_i = J_i^{-1} d\varepsilon_i`, so that the reciprocal of the singular-value margin is
-the gain from noise to token. Why one may doubt it: the decoder that makes the next-token distribution is another
-network than the stage whose margin this is, and a distribution without entropy hardly changes, whatever the margin.
+A reason to expect it: :math:`du_i = J_i^{-1} d\varepsilon_i`, so that the reciprocal of the singular-value margin is the
+gain from noise to token. A reason to doubt it: the decoder behind the next-token distribution is another network than
+the attention stage with this margin, and a distribution without entropy hardly changes, whatever the margin.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from probattn import plotting
 from probattn.attention import CausalAttention
 from probattn.barrier import MarginKind, stability_margin
 from probattn.errors import InputError, require_at_least
-from probattn.inference.claims.claim import Claim, Settings, Subject
+from probattn.inference.claims.claim import Claim, Settings, Subject, Verdict
 
 __all__ = ["Decoded", "Size", "decode_windows", "decoding_claim", "kl_divergence"]
 
@@ -32,20 +32,20 @@ Array = NDArray[np.float64]
 
 LEVELS = (0.1, 0.3)
 PROMPT = 8
-_CONTROL = 0.8  # the exact local sensitivity must correlate at least so well with the measured one
-_PERMUTED = 20  # margins permuted across steps; of their 95 % intervals a few may miss zero by chance
-_HOLDING = 0.75  # the smallest share that may hold zero: below it lies 0.03 % of Binomial(20, 0.95)
+_CONTROL = 0.8  # smallest correlation of the exact local sensitivity with the measured one
+_PERMUTED = 20  # permutations of the margins across steps; of their 95 % intervals a few may miss zero by chance
+_HOLDING = 0.75  # smallest share of them that may contain zero: below it lies 0.03 % of Binomial(20, 0.95)
 _CHUNK = 1024  # sequences in one pass of the decoder
 
 
 class Size(NamedTuple):
-    """How much is measured.
+    """Size of the experiment.
 
     Attributes:
-        windows: at most so many held-out windows, the independent units.
-        steps: generated positions that are looked at, spread evenly.
-        draws: of noise.
-        resamples: of the bootstrap.
+        windows: largest number of held-out windows, the independent units.
+        steps: number of generated positions that are examined, spread evenly.
+        draws: number of noise draws.
+        resamples: number of bootstrap resamples.
     """
 
     windows: int
@@ -58,17 +58,17 @@ QUICK, FULL = Size(32, 8, 16, 500), Size(64, 16, 24, 2000)
 
 
 class Decoded(NamedTuple):
-    """Continuations of N prompts, and what was measured at S generated positions of each.
+    """Continuations of N prompts, with measurements at S generated positions of each.
 
     Attributes:
-        tokens: (N, T), of which the first ones are the prompt.
-        u: their embeddings, (N, T, p).
-        positions: the positions looked at, (S,).
-        entropy: of the next-token distribution in nats, (N, S).
-        attention_entropy: of the weights of the stage in nats, mean over heads, (N, S).
-        norm: of the embedding, (N, S).
-        local: the exact sensitivity to small noise on the last embedding, (N, S).
-        sensitivity: by form of noise and level, (N, S) each.
+        tokens: prompt and continuation, (N, T).
+        u: embeddings of the tokens, (N, T, p).
+        positions: the examined positions, (S,).
+        entropy: entropy of the next-token distribution in nats, (N, S).
+        attention_entropy: entropy of the attention weights in nats, mean over heads, (N, S).
+        norm: norm of the embedding, (N, S).
+        local: exact sensitivity to small noise on the last embedding, (N, S).
+        sensitivity: measured sensitivity by form of noise and level, (N, S) each.
     """
 
     tokens: Tensor
@@ -82,7 +82,14 @@ class Decoded(NamedTuple):
 
 
 def kl_divergence(logits: Tensor, others: Tensor) -> Tensor:
-    """KL(p || q) in nats of the distributions with logits (*batch, V) and (*batch, V), which broadcast.
+    """Compute KL(p || q) in nats.
+
+    Args:
+        logits: logits of p, (*batch, V).
+        others: logits of q, (*batch, V); the two broadcast.
+
+    Returns:
+        Divergences, at least zero, (*batch,).
 
     Example:
         >>> round(float(kl_divergence(torch.zeros(2), torch.tensor([0.0, 1.0]))), 4)
@@ -96,18 +103,21 @@ def kl_divergence(logits: Tensor, others: Tensor) -> Tensor:
 def decode_windows(subject: Subject, size: Size = QUICK, *, prompt: int = PROMPT) -> Decoded:
     r"""Continue prompts by ancestral sampling up to the context length, and perturb the embeddings.
 
-    JacobianFactors is the mean of :math:`KL(p(\cdot | u_{\le i}) \| p(\cdot | u_{\le i} + \delta))` over draws, with
-    δ = level · rms(u) · z on the last token or on all. z is matched: "last" takes the same M vectors at every step of
-    every window, so that steps do not differ by luck; "all" the same M sequences in every window, of which a step sees
-    the beginning. Since the noise is relative, a table of larger embeddings wins nothing.
+    The sensitivity is the mean of :math:`KL(p(\cdot | u_{\le i}) \| p(\cdot | u_{\le i} + \delta))` over draws, with
+    δ = level · rms(u) · z on the last token or on all. The draws z are matched: "last" takes the same M vectors at every
+    step of every window, so that steps do not differ by chance; "all" takes the same M sequences in every window, of
+    which a step sees the beginning. The noise is relative, so larger embeddings have no advantage.
 
     The local sensitivity is :math:`\tfrac12 \sigma^2 \mathrm{tr}(J^T F J)` at the first level, with J the Jacobian of
     the logits with respect to u_i and F = diag(p) - p p^T.
 
     Args:
-        subject: the fitted model, and the windows whose beginnings are the prompts.
-        size: how much.
-        prompt: characters in a prompt.
+        subject: the fitted model, and windows whose first characters are the prompts.
+        size: size of the experiment.
+        prompt: number of characters in a prompt.
+
+    Returns:
+        Continuations with their sensitivities and predictors of them.
 
     Raises:
         InputError: the context leaves no room to generate, the windows do not hold a prompt, or there are fewer than
@@ -120,8 +130,8 @@ def decode_windows(subject: Subject, size: Size = QUICK, *, prompt: int = PROMPT
     model = subject.model
     tokens = subject.inputs[: size.windows, :prompt]
     while tokens.shape[1] < length:
-        law = model.decode(values, model.embed(values, tokens))[:, -1].softmax(-1)
-        tokens = torch.cat([tokens, torch.multinomial(law, 1, generator=generator)], dim=1)
+        following = model.decode(values, model.embed(values, tokens))[:, -1].softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(following, 1, generator=generator)], dim=1)
 
     u = model.embed(values, tokens)
     positions = torch.linspace(prompt, length - 1, min(size.steps, length - prompt)).round().long()
@@ -164,27 +174,28 @@ def decoding_claim(
 ) -> Claim:
     """Rank steps of decoding by their margin, and by simpler predictors, against their measured sensitivity.
 
-    The rule, stated before anything was measured. Decisive is the singular-value margin against noise on all embeddings
-    at a tenth of their root mean square, by Spearman's ρ(-margin, sensitivity) with its 95 % interval from a bootstrap
-    of whole windows, for the noise that was drawn. Another seed decodes another text.
+    The rule was stated before anything was measured. The decisive number is Spearman's ρ(-margin, sensitivity) of the
+    singular-value margin, for noise on all embeddings at a tenth of their root mean square, with its 95 % interval from
+    a bootstrap of whole windows. Another seed decodes another text.
 
-    - "not_supported": the interval reaches down to 0; or a control fails, and the experiment proves nothing.
+    - "not_run": a control fails, so that the experiment proves nothing.
+    - "not_supported": the interval reaches down to 0.
     - "supported": the interval lies above 0, and so do those of the paired differences of |ρ| to the entropy of the
       next-token distribution and to the entropy of the attention.
-    - "supported_within": it lies above 0, but a simpler predictor does as well or better.
+    - "supported_within": the interval lies above 0, but a simpler predictor does as well or better.
 
-    Controls. Positive: the exact local sensitivity must reach ρ > 0.8 with noise on the last token, else no predictor
-    could have been found. Negative: margins permuted across steps must have intervals that hold 0.
+    Positive control: the exact local sensitivity must reach ρ > 0.8 with noise on the last token, or no predictor could
+    have been found. Negative control: margins permuted across steps must have intervals that contain 0.
 
     Args:
         subject: the fitted model and its text.
         settings: ``full`` takes more windows, steps and draws.
         margin: the predictor under test, (attention, u, kind) -> (N, T).
-        size: overrides what the settings ask for.
-        prompt: characters in a prompt.
+        size: size of the experiment; None for the size that the settings ask for.
+        prompt: number of characters in a prompt.
 
     Raises:
-        InputError: as :func:`decode_windows`; or ``margin`` gives NaN or a wrong shape.
+        InputError: invalid sizes as in :func:`decode_windows`, or a ``margin`` that gives NaN or a wrong shape.
     """
     size = size or (FULL if settings.full else QUICK)
     decoded = decode_windows(subject, size, prompt=prompt)
@@ -196,7 +207,7 @@ def decoding_claim(
     columns["position"] = np.broadcast_to(decoded.positions.numpy(), columns["entropy"].shape)
     columns |= {_label(*key): value.numpy() for key, value in decoded.sensitivity.items()}
     rng = np.random.default_rng(subject.seed)
-    # Of the real margin, so that the control stays one where another predictor is under test.
+    # Permutations of the real margin, so that the control remains one if another predictor is under test.
     real = stability_margin(subject.attention, decoded.u)[:, decoded.positions].numpy()
     permuted = [f"permuted_{k}" for k in range(_PERMUTED)]
     columns |= {name: rng.permutation(real.ravel()).reshape(real.shape) for name in permuted}
@@ -210,7 +221,7 @@ def decoding_claim(
     own = "singular_value_margin"
     for form in (decisive, other):
         best = max((f"{kind}_margin" for kind in margins), key=lambda name: abs(measured[f"rho_{name}_{form}"]))
-        # Chosen by |ρ| on the same steps, whatever its sign, which favours the margins.
+        # The best is chosen by |ρ| on the same steps, whatever its sign, which favours the margins.
         for name, first in ((own, own), ("best_margin", best)):
             for rival in ("entropy", "attention_entropy"):
                 _record(measured, f"lead_of_{name}_over_{rival}_{form}", study.lead(first, rival, form))
@@ -225,22 +236,24 @@ def decoding_claim(
     controlled = measured["control_positive_rho"] > _CONTROL and measured["control_negative_holds_zero"] >= _HOLDING
     above = measured[f"rho_{own}_{decisive}_low"] > 0
     rivals = [r for r in ("entropy", "attention_entropy") if not measured[f"lead_of_{own}_over_{r}_{decisive}_low"] > 0]
-    within = controlled and above and bool(rivals)
+    verdict: Verdict = "supported" if above and not rivals else "supported_within" if above else "not_supported"
+    condition = f"the margin need not predict better than {_beside(rivals)}" if verdict == "supported_within" else None
     return Claim(
         "decoding",
         "Along decoding, the smaller the stability margin at a step, the more sensitive the next-token distribution is "
-        "to noise on the embeddings.",
+        "to noise on the embeddings; and the margin predicts this better than the entropies of the next-token "
+        "distribution and of the attention.",
         "empirical",
-        "supported_within" if within else "supported" if controlled and above else "not_supported",
+        verdict if controlled else "not_run",
         measured,
-        condition=_condition(measured, own, rivals, decisive, other) if within else None,
+        condition=condition if controlled else "a control failed: the experiment could not have found a predictor",
         formula="ρ_S(−σ_min(J_i), E_δ KL(p(·|u_≤i) ‖ p(·|u_≤i + δ))) > 0,   δ = 0.1 · rms(u) · z",
         control="Positive: the exact local sensitivity ½ σ² tr(JᵀFJ) reaches "
-        f"ρ = {measured['control_positive_rho']:.2f} with noise on the last token (more than {_CONTROL} is asked). "
+        f"ρ = {measured['control_positive_rho']:.2f} with noise on the last token; it must exceed {_CONTROL}. "
         f"Negative: of {_PERMUTED} permutations of the margins across steps, "
-        f"{measured['control_negative_holds_zero']:.0%} have a 95 % interval that holds 0, and none has |ρ| above "
-        f"{measured['control_negative_largest_rho']:.2f}."
-        + ("" if controlled else " A control failed: nothing is shown."),
+        f"{measured['control_negative_holds_zero']:.0%} have a 95 % interval that contains 0, and none has |ρ| above "
+        f"{measured['control_negative_largest_rho']:.2f}.",
+        finding=_finding(measured, own, decisive, other),
         figures={"decoding": _figure(measured, decoded, margins["singular_value"])},
     )
 
@@ -248,7 +261,7 @@ def decoding_claim(
 class _Study:
     """Rank correlations of (N, S) columns, in the sample and in resamples of its N windows.
 
-    A resample is a weight for each window, and the ranks are those within the resample, ties shared.
+    A resample is a weight for each window; ranks are taken within the resample, and ties share their mean rank.
     """
 
     def __init__(self, columns: Mapping[str, Array], resamples: int, rng: np.random.Generator) -> None:
@@ -257,25 +270,25 @@ class _Study:
         codes = [np.unique(column, return_inverse=True)[1].ravel() for column in columns.values()]
         draws = rng.multinomial(windows, np.full(windows, 1 / windows), size=resamples)
         weights = np.vstack([np.ones(windows), draws]).repeat(steps, axis=1)
-        self.correlations = np.stack([_rank_correlations(codes, own) for own in weights])  # the first: the sample's
+        self.correlations = np.stack([_rank_correlations(codes, own) for own in weights])  # the sample's own first
 
     def rho(self, first: str, second: str) -> Array:
-        """Spearman's correlation, (1 + resamples,)."""
+        """Return Spearman's correlation in the sample and in each resample, (1 + resamples,)."""
         found: Array = self.correlations[:, self.index[first], self.index[second]]
         return found
 
     def lead(self, first: str, second: str, target: str) -> Array:
-        """By how much the first predictor has the larger |rho|."""
+        """Return |rho| of the first predictor minus |rho| of the second, (1 + resamples,)."""
         return np.abs(self.rho(first, target)) - np.abs(self.rho(second, target))
 
     def partial(self, first: str, second: str, given: tuple[str, ...]) -> Array:
-        """Correlation of what is left of the ranks after a linear regression on the ranks of others."""
+        """Return the partial correlation of the ranks, given the ranks of others, (1 + resamples,)."""
         pair, rest = [self.index[first], self.index[second]], [self.index[name] for name in given]
         across = self.correlations[:, pair][:, :, rest]
         inner = np.linalg.pinv(self.correlations[:, rest][:, :, rest], hermitian=True)
         left = self.correlations[:, pair][:, :, pair] - across @ inner @ across.swapaxes(1, 2)
         size = left[:, 0, 0] * left[:, 1, 1]
-        # Nothing but rounding is left where the others determine one of the two.
+        # If the others determine one of the two, nothing but rounding is left.
         return np.where(size > 1e-12, left[:, 0, 1] / np.sqrt(size.clip(1e-12)), 0.0)
 
 
@@ -311,7 +324,7 @@ def _margin(margin: Margin, attention: CausalAttention, decoded: Decoded, kind: 
     if found.shape != decoded.tokens.shape or bool(found[:, decoded.positions].isnan().any()):
         raise InputError(
             f"margin gave a tensor of shape {tuple(found.shape)} with {int(found.isnan().sum())} NaN for the kind "
-            f"{kind!r}; it must give one number a token, {tuple(decoded.tokens.shape)}, which can be ranked."
+            f"{kind!r}; it must give one number per token, {tuple(decoded.tokens.shape)}, which can be ranked."
         )
     return found[:, decoded.positions]
 
@@ -332,7 +345,7 @@ def _require_room(subject: Subject, size: Size, prompt: int, length: int) -> Non
 
 
 def _last_logits(subject: Subject, u: Tensor, noise: Tensor) -> Tensor:
-    """Logits after the last position with each noise (M, p) added to its embedding, (N, M, V)."""
+    """Compute logits after the last position with each noise (M, p) added to its embedding, (N, M, V)."""
     values = dict(subject.values)
     chunks = []
     for own in u.split(max(1, _CHUNK // len(noise))):
@@ -343,7 +356,15 @@ def _last_logits(subject: Subject, u: Tensor, noise: Tensor) -> Tensor:
 
 
 def _curvature(subject: Subject, u: Tensor) -> Tensor:
-    """tr(J^T F J) at the last position, (N,): the variance of the logits' derivatives under p, summed over axes."""
+    """Compute tr(J^T F J) at the last position: the variance of the logits' derivatives under p, summed over axes.
+
+    Args:
+        subject: the fitted model.
+        u: embeddings up to the position, (N, i + 1, p).
+
+    Returns:
+        One number per window, (N,).
+    """
     values, dim = dict(subject.values), u.shape[-1]
     found = []
     for own in u.split(max(1, _CHUNK // dim)):
@@ -356,8 +377,8 @@ def _curvature(subject: Subject, u: Tensor) -> Tensor:
         # The fused attention kernels have no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH):
             slope = vmap(lambda axis, own=own: jvp(last, (own,), (axis,))[1])(axes)  # (p, n, V)
-            law = last(own).softmax(-1)
-        variance = (law * (slope - (law * slope).sum(-1, keepdim=True)).square()).sum(-1)
+            p = last(own).softmax(-1)
+        variance = (p * (slope - (p * slope).sum(-1, keepdim=True)).square()).sum(-1)
         found.append(variance.sum(0))
     return torch.cat(found)
 
@@ -366,19 +387,23 @@ def _words(measured: Mapping[str, float], name: str) -> str:
     return f"{measured[name]:.2f} [{measured[f'{name}_low']:.2f}, {measured[f'{name}_high']:.2f}]"
 
 
-def _condition(measured: Mapping[str, float], own: str, rivals: list[str], decisive: str, other: str) -> str:
-    """Where the margin says something: beside what, how much of it is its own, and for which noise."""
-    names = {"entropy": "the entropy of the next-token distribution", "attention_entropy": "the attention entropy"}
-    beside = " nor ".join(
-        f"{names[rival]} (ρ = {_words(measured, f'rho_{rival}_{decisive}')}, |ρ| of the margin minus |ρ| of it "
-        f"{_words(measured, f'lead_of_{own}_over_{rival}_{decisive}')})"
-        for rival in rivals
-    )
+def _beside(rivals: list[str]) -> str:
+    names = {
+        "entropy": "the entropy of the next-token distribution",
+        "attention_entropy": "the entropy of the attention",
+    }
+    return " and ".join(names[rival] for rival in rivals)
+
+
+def _finding(measured: Mapping[str, float], own: str, decisive: str, other: str) -> str:
+    """Describe the correlation of the margin, those of the simpler predictors, and the part that is its own."""
     return (
-        f"with ρ = {_words(measured, f'rho_{own}_{decisive}')} for noise on all embeddings the margin does not beat "
-        f"{beside}; given entropy and position, ρ = {_words(measured, f'partial_rho_{own}_{decisive}')} is left. For "
-        f"noise on the last embedding alone ρ = {_words(measured, f'rho_{own}_{other}')}, and "
-        f"{_words(measured, f'partial_rho_{own}_{other}')} is left"
+        f"For noise on all embeddings ρ = {_words(measured, f'rho_{own}_{decisive}')} for the margin, "
+        f"{_words(measured, f'rho_entropy_{decisive}')} for the entropy of the next-token distribution and "
+        f"{_words(measured, f'rho_attention_entropy_{decisive}')} for the entropy of the attention; given the first "
+        f"entropy and the position, {_words(measured, f'partial_rho_{own}_{decisive}')} of the margin's is left. For "
+        f"noise on the last embedding alone ρ = {_words(measured, f'rho_{own}_{other}')}, of which "
+        f"{_words(measured, f'partial_rho_{own}_{other}')} is left."
     )
 
 

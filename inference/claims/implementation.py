@@ -1,4 +1,4 @@
-r"""Whether a language model is implemented as one law: the same probabilities however they are computed.
+r"""Claim: a language model is implemented as one distribution, with the same probabilities however they are computed.
 
 On paper P(y_1..n) is consistent, :math:`\sum_{y_{n+1}} P(y_{1..n+1}) = P(y_{1..n})`, because every factor is a softmax.
 What can fail is the program: a cache, a mask, a position, a padded batch.
@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 
 from probattn.errors import InputError
-from probattn.inference.claims.claim import Subject, worst
+from probattn.inference.claims.claim import Claim, Subject, judge, worst
 from probattn.models.discrete import HuggingFaceModel, NextTokenModel, OwnModel, Side
 
-__all__ = ["ROUNDINGS", "check_language_model", "implementation_numbers", "rounding_bounds"]
+__all__ = [
+    "ROUNDINGS",
+    "check_language_model",
+    "implementation_claim",
+    "implementation_numbers",
+    "rounding_bounds",
+]
 
-# How many units of rounding, each as large as the largest logit, two orders of the same computation may be apart. A
-# logit is the end of some dozen rounded operations a layer, and a fault in a cache, a mask or a position is larger by
-# many orders of magnitude: there is room for deep models. In bfloat16, with its two or three digits, there is none: the
-# bound excludes gross faults only, and the number itself is the result.
+# Units of rounding, each as large as the largest logit, by which two orders of the same computation may differ. A logit
+# is the end of some dozen rounded operations per layer, and a fault in a cache, a mask or a position is larger by many
+# orders of magnitude: there is room for deep models. In bfloat16, with its two or three digits, there is none: the bound
+# excludes gross faults only, and the number itself is the result.
 ROUNDINGS: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float64: 128.0, torch.float32: 128.0, torch.bfloat16: 32.0}
 )
@@ -33,16 +39,16 @@ _GPT2 = {"vocab_size": 61, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_hea
 
 
 def check_language_model(model: NextTokenModel, tokens: Tensor, *, seed: int = 0) -> dict[str, float]:
-    r"""Largest absolute differences of log-probabilities that should be the same, whichever way they are computed.
+    r"""Measure by how much log-probabilities differ that should be the same, whichever way they are computed.
 
     .. math::
         |\log P_{pass} - \log P_{steps}|, \quad |1 - \sum_y P(y | y_{1..n})|, \quad
         |\log \sum_{y} P(y_{1..n}, y) - \log P(y_{1..n})|
 
     Args:
-        model: the model, in any dtype; log-probabilities are taken from its logits in double precision.
-        tokens: rows to check it on, (N, T), N and T at least 2.
-        seed: of the tokens that stand for padding and for another future.
+        model: the language model, in any dtype; log-probabilities are taken from its logits in double precision.
+        tokens: rows of tokens to check it on, (N, T) with N and T at least 2.
+        seed: random seed for the tokens that stand for padding and for another future.
 
     Returns:
         ``steps``: one pass against decoding step by step, padded or not. ``batch``: a row alone against the row in the
@@ -94,16 +100,16 @@ def check_language_model(model: NextTokenModel, tokens: Tensor, *, seed: int = 0
 
 
 def rounding_bounds(found: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
-    r"""What rounding may explain of :func:`check_language_model`.
+    r"""Bound the differences of :func:`check_language_model` that rounding can explain.
 
     .. math::
         c\, \varepsilon \max(1, \max |\mathrm{logit}|), \qquad c = \mathrm{ROUNDINGS}[\mathrm{dtype}]
 
-    for one log-probability, as many times that as a chain has factors, and c ε for the sum of a softmax.
+    for one log-probability, that times the number of factors for a chain, and c ε for the sum of a softmax.
 
     Args:
-        found: what was measured, for its ``scale`` and ``chain_length``.
-        dtype: in which the model computed.
+        found: the measured numbers, of which ``scale`` and ``chain_length`` are used.
+        dtype: the precision in which the model computed.
 
     Raises:
         InputError: a dtype for which no bound is stated.
@@ -119,18 +125,42 @@ def rounding_bounds(found: Mapping[str, float], dtype: torch.dtype) -> dict[str,
     return {**dict.fromkeys(_CHECKS, one), "normalisation": unit, "chain": one * (found["chain_length"] + 1)}
 
 
+def implementation_claim(subject: Subject) -> Claim:
+    """Compare log-probabilities of language models across every way to compute them.
+
+    Args:
+        subject: the fitted model, whose passes, caches, batches, padding and precisions are compared.
+    """
+    measured, bound, control, words = implementation_numbers(subject)
+    measured["control_over_bound"] = control
+    holds = judge(measured, bound) and control > 1
+    return Claim(
+        "implementation",
+        "A language model assigns one probability to a text, whether it is computed in one pass, step by step with a "
+        "cache, alone, in a batch or with padding, and the probabilities of the next token sum to one.",
+        "identity",
+        "supported" if holds else "not_supported",
+        measured,
+        bound,
+        formula="Σ_y P(y_1..n, y) = P(y_1..n)",
+        control=words,
+        finding="The bounds are those of rounding. In bfloat16 rounding alone moves a log-probability by up to "
+        f"{worst(*(value for name, value in measured.items() if name.endswith('bfloat16_log_probability_error'))):.2g}.",
+    )
+
+
 def implementation_numbers(subject: Subject) -> tuple[dict[str, float], dict[str, float], float, str]:
     """Measure this package's model on the subject's text and, where transformers is installed, a random GPT-2.
 
-    In double precision every check counts by itself. In single precision and bfloat16 the number is the largest ratio
-    of a check to its bound, and beside it, without a bound, stands the largest difference of log-probabilities.
+    In double precision every check has its own bound. In single precision and bfloat16 the bounded number is the
+    largest ratio of a check to its bound; the largest difference of log-probabilities stands beside it without a bound.
 
     Args:
         subject: the fitted model and its text.
 
     Returns:
-        Measured numbers, their bounds, the error of the negative control (the smallest, where there are two) divided by
-        the bound that it must exceed, and a sentence about it.
+        Measured numbers, their bounds, the smallest error of a negative control divided by the bound that it must
+        exceed, and a sentence about the controls.
     """
     length = min(_LENGTH, subject.inputs.shape[1])
     tokens = subject.inputs[:_ROWS, :length]
@@ -168,12 +198,12 @@ def implementation_numbers(subject: Subject) -> tuple[dict[str, float], dict[str
         error = _gap(_log_probability(logits), _log_probability(model.steps(rows)))
         limit = rounding_bounds({"scale": float(logits.abs().max()), "chain_length": 0.0}, torch.float64)["steps"]
         controls.append((error / limit, f"{what}: log-probabilities off by {error:.2g}"))
-    sentence = f"Decoding that is wrong on purpose ({'; '.join(text for _, text in controls)}) is detected."
+    sentence = f"Decoding with a fault made on purpose ({'; '.join(text for _, text in controls)}) is detected."
     return measured, bound, min(ratio for ratio, _ in controls), sentence
 
 
 class _ForgetsFirst(OwnModel):
-    """Decodes as if its memory dropped the first token."""
+    """A model that decodes as if its memory dropped the first token."""
 
     def steps(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         first = self.logits(tokens[:, :1])
@@ -181,7 +211,7 @@ class _ForgetsFirst(OwnModel):
 
 
 class _PositionsOff(HuggingFaceModel):
-    """Decodes with every position after the first one too large."""
+    """A model that decodes with every position after the first one too large."""
 
     def cached_positions(self, mask: Tensor) -> Tensor:
         positions = self.positions(mask)
@@ -189,7 +219,7 @@ class _PositionsOff(HuggingFaceModel):
 
 
 def _random_gpt2(seed: int) -> Any:
-    """A small GPT-2 with random weights, nothing downloaded; None where transformers is not installed."""
+    """Build a small GPT-2 with random weights, without a download; None if transformers is not installed."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
@@ -214,24 +244,24 @@ def _random_like(tokens: Tensor, vocabulary: int, generator: torch.Generator) ->
 
 
 def _padded(model: NextTokenModel, tokens: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of unequal lengths, padded with random tokens on each side that the model can take."""
+    """Yield rows of unequal lengths, padded with random tokens on each side that the model accepts, and their masks."""
     count, length = tokens.shape
     places = torch.arange(length)
     sides: tuple[Side, ...] = model.padding
     for side in sides:
-        cut = (torch.arange(count) % min(4, length - 1))[:, None]  # how much of each row is padding
+        cut = (torch.arange(count) % min(4, length - 1))[:, None]  # padding in each row
         mask = places >= cut if side == "left" else places < length - cut
         yield torch.where(mask, tokens, _random_like(tokens, model.vocabulary, generator)), mask
 
 
 def _chain(model: NextTokenModel, prefix: Tensor) -> float:
-    """|log sum_y P(prefix, y) - log P(prefix)|, both given the first token, by passes over V + 1 sequences."""
+    """Compute |log sum_y P(prefix, y) - log P(prefix)|, both given the first token, by passes over V + 1 sequences."""
     longer = torch.cat([prefix.expand(model.vocabulary, -1), torch.arange(model.vocabulary)[:, None]], dim=1)
     sums = _log_joint(model, longer).logsumexp(0)
     return _gap(sums, _log_joint(model, prefix[None])[0])
 
 
 def _log_joint(model: NextTokenModel, tokens: Tensor) -> Tensor:
-    """Log-probability of y_2..n given y_1 for each row, (N,)."""
+    """Return the log-probability of y_2..n given y_1 for each row, (N,)."""
     chosen = _log_probability(model.logits(tokens))[:, :-1].gather(-1, tokens[:, 1:, None])
     return chosen.sum((-2, -1))

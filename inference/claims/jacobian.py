@@ -19,7 +19,7 @@ BOUND = {"max_abs_error": 1e-10, "max_logdet_error": 1e-10, "wrong_signs": 0.0, 
 
 
 def dense_jacobian(attention: CausalAttention, u: Tensor) -> Tensor:
-    """The whole Jacobian de/du of one sequence by automatic differentiation, (T, p, T, p): the reference."""
+    """Compute the Jacobian de/du of one sequence by automatic differentiation, (T, p, T, p): the reference."""
     jacobian: Tensor = torch.autograd.functional.jacobian(attention.residual, u)
     return jacobian
 
@@ -33,9 +33,9 @@ def jacobian_claim(
     """Compare blocks, log-determinants, signs and the causal pattern with automatic differentiation.
 
     Args:
-        subject: the fitted model; its stage is compared on real text, under both masks.
-        blocks: the function under test.
-        logabsdet: the function under test.
+        subject: the fitted model, whose attention is compared on real text under both masks.
+        blocks: the function under test for the blocks, (attention, u) -> (T, p, p).
+        logabsdet: the function under test for signs and log-determinants, (attention, u) -> (T,) each.
     """
     measured = dict.fromkeys(BOUND, 0.0)
     count, control = 0, 0.0
@@ -47,7 +47,7 @@ def jacobian_claim(
         own_sign, own_value = logabsdet(attention, u)
         above = positions[:, None] < positions[None, :]
         upper = dense.movedim(2, 1)[above]  # (pairs, p, p)
-        # The logarithm loses digits in proportion to the inverse of the smallest singular value.
+        # The logarithm loses digits in inverse proportion to the smallest singular value.
         conditioning = torch.linalg.svdvals(reference)[..., -1].clamp(max=1.0)
         numbers = {
             "max_abs_error": float((blocks(attention, u) - reference).abs().max()),
@@ -63,26 +63,26 @@ def jacobian_claim(
     return Claim(
         "jacobian",
         "The diagonal blocks of de/du and their log-determinants have the stated closed form under both masks, and "
-        "the blocks above "
-        "the diagonal are exactly zero.",
+        "the blocks above the diagonal are exactly zero.",
         "identity",
         "supported" if holds else "not_supported",
         {**measured, "blocks_compared": float(count), "control_error": control},
         BOUND,
         formula="J_i = I − Σ_h W_O [ Cov_i(v, k) c W_Q + α_ii (W_V + (v_i − v̄_i)(c W_Kᵀ q_i)ᵀ) ], the terms with α_ii "
         "under the inclusive mask only",
-        control=f"The strict formula under the inclusive mask: its blocks are wrong by up to {control:.2g}.",
+        control=f"The formula of the strict mask gives blocks that are wrong by up to {control:.2g} under the inclusive "
+        "mask.",
     )
 
 
 def _strict_formula(attention: CausalAttention, u: Tensor) -> Tensor:
-    """The blocks without the terms of the token's own weight: right under the strict mask alone."""
+    """Return the blocks without the terms of the token's own weight, which are right under the strict mask alone."""
     change = blocks.mean_jacobian(attention.mean_and_factors(u).factors._replace(own=None))
     return torch.eye(u.shape[-1], dtype=u.dtype) - change
 
 
 def _cases(subject: Subject) -> Iterator[tuple[CausalAttention, Tensor]]:
-    """Random attentions of many shapes, then the fitted stage on real text."""
+    """Yield random attentions of many shapes, then the fitted attention on real text."""
     generator = torch.Generator().manual_seed(subject.seed)
 
     def normal(*shape: int) -> Tensor:

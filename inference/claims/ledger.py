@@ -1,4 +1,4 @@
-"""All claims in order, and running them."""
+"""All claims in order, and a function that runs them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from types import MappingProxyType
 
 from probattn.errors import require_choice
 from probattn.inference.claims.barrier import barrier_claim
+from probattn.inference.claims.barrier_training import barrier_training_claim
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Claim, Settings, Subject
 from probattn.inference.claims.consistency import consistency_claim
 from probattn.inference.claims.decoding import PROMPT, decoding_claim
+from probattn.inference.claims.implementation import implementation_claim
 from probattn.inference.claims.jacobian import jacobian_claim
 from probattn.inference.claims.margin import margin_claim
 from probattn.inference.claims.normalisation import normalisation_claim
@@ -20,21 +22,26 @@ from probattn.inference.claims.objective import objective_claim
 from probattn.inference.claims.recovery import recovery_claim
 from probattn.inference.claims.robustness import robustness_claim
 from probattn.inference.claims.stationarity import stationarity_claim
+from probattn.inference.claims.stationary_distribution import stationary_distribution_claim
 from probattn.inference.claims.tightness import tightness_claim
 
 __all__ = ["CLAIMS", "require_claims", "run_claims"]
 
 Measure = Callable[[Subject, Settings], Claim]
 
+#: Measurements by id of the claim, in the order of the report: (subject, settings) -> claim.
 CLAIMS: Mapping[str, Measure] = MappingProxyType(
     {
         "jacobian": lambda subject, _: jacobian_claim(subject),
         "barrier": lambda subject, _: barrier_claim(subject),
+        "barrier-training": lambda subject, _: barrier_training_claim(subject),
         "margin": lambda subject, _: margin_claim(subject),
         "normalisation": normalisation_claim,
         "objective": lambda subject, _: objective_claim(subject),
-        "consistency": consistency_claim,
+        "consistency": lambda _, settings: consistency_claim(settings),
+        "implementation": lambda subject, _: implementation_claim(subject),
         "stationarity": lambda _, settings: stationarity_claim(settings),
+        "stationary-distribution": lambda _, settings: stationary_distribution_claim(settings),
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),
         "robustness": robustness_claim,
@@ -49,8 +56,11 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
 def require_claims(names: Sequence[str]) -> None:
     """Refuse claims that do not exist.
 
+    Args:
+        names: ids of claims.
+
     Raises:
-        InputError: naming those that do.
+        InputError: an id that is not in :data:`CLAIMS`, with those that are.
     """
     for name in names:
         require_choice("claim", name, tuple(CLAIMS))
@@ -67,12 +77,15 @@ def run_claims(
 
     Args:
         subject: the fitted model and its text.
-        report: called with each claim as soon as it is judged.
-        names: which; none: all, in order.
-        settings: how much of each; None: a representative part.
+        report: function that receives each claim as soon as it is judged.
+        names: ids of the claims to measure; empty for all of them, in order.
+        settings: size of the measurements; None for a representative part.
+
+    Returns:
+        The claims, with the duration of each measurement.
 
     Raises:
-        InputError: a name that is no claim.
+        InputError: an id that is not in :data:`CLAIMS`.
     """
     require_claims(names)
     settings = replace(settings or Settings(), named=bool(names))

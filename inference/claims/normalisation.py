@@ -1,4 +1,4 @@
-"""Claim: the attention density is a density. It is where the residual map does not fold."""
+"""Claim: the attention density integrates to one. It does if the residual map does not fold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOUND = {
     "mass_error": 1e-8,
     "mass_error_without_folds": 1e-8,
     "cubature_signed_error": 1e-8,
-    # Some 25 estimates, each within 4.5 of its own standard errors: a chance of 2e-4 to miss.
+    # Some 25 estimates, each within 4.5 of its own standard errors: a miss has a probability of 2e-4.
     "largest_z": 4.5,
 }
 _DIMENSIONS = (2, 4, 8)
@@ -39,7 +39,7 @@ def normalisation_claim(
     mass: Callable[[Context, float], ScalarMass] = scalar_mass,
     weights: Callable[[NextToken, int], tuple[Tensor, Tensor]] = NextToken.importance_weights,
 ) -> Claim:
-    """Masses by quadrature (p = 1), cubature (p = 2) and importance sampling (p up to 8) against independent values.
+    """Compare masses by quadrature (p = 1), cubature (p = 2) and importance sampling (p up to 8) with other values.
 
     In one dimension the pasts are {-1, +1}, random ones, and stretches of the text projected on the first principal
     axis of its embeddings; the mass by quadrature is compared with the mean number of solutions from the turning
@@ -49,8 +49,8 @@ def normalisation_claim(
     Args:
         subject: the fitted model.
         settings: ``full`` takes five times as many pasts in several dimensions.
-        mass: the function under test in one dimension.
-        weights: the function under test in several.
+        mass: the function under test in one dimension, (past, noise scale) -> :class:`ScalarMass`.
+        weights: the function under test in several dimensions, (next token, draws) -> weights and signed weights.
     """
     signed = quadrature = unfolded = largest = control = 0.0
     folds = cases = 0
@@ -91,19 +91,18 @@ def normalisation_claim(
     holds = judge(measured, BOUND) and control > BOUND["signed_mass_error"]
     return Claim(
         "normalisation",
-        "The next-token law N(e(u); 0, S) |det J(u)| integrates to one.",
+        "The next-token density N(e(u); 0, S) |det J(u)| integrates to one.",
         "identity",
         "supported_within" if holds else "not_supported",
         measured,
         BOUND,
-        f"where u_i → e_i does not fold: {cases - folds} of {cases} one-dimensional cases (a sup Var ≤ 1). With folds "
-        f"the mass is the mean number of solutions, here up to {measured['largest_mass']:.3f}, also in 2, 4 and 8 "
-        "dimensions. With det J in place of its modulus the integral is always one."
-        if holds
-        else None,
+        "the map u_i → e_i does not fold (in one dimension: a sup Var ≤ 1)" if holds else None,
         formula="Z(u_<i) = ∫ N(e_i; 0, S) |det J_i| du_i = E[number of u_i with u_i − μ_i = ε] ≥ 1,   "
         "∫ N(e_i; 0, S) det J_i du_i = 1",
-        control=f"The density without its determinant: its mass is wrong by up to {control:.2g}.",
+        control=f"Without its determinant the density has a mass that is wrong by up to {control:.2g}.",
+        finding=f"{cases - folds} of {cases} one-dimensional cases do not fold. In the others the mass is the mean "
+        f"number of solutions, here up to {measured['largest_mass']:.3f}; so it is in 2, 4 and 8 dimensions. With det J "
+        "in place of its modulus the integral is always one.",
         figures={"normalisation": _figure(exact, estimates)},
     )
 
@@ -111,7 +110,7 @@ def normalisation_claim(
 def _several_dimensions(
     seed: int, repeats: int, weights: Callable[[NextToken, int], tuple[Tensor, Tensor]]
 ) -> tuple[list[float], list[tuple[float, float, float, float]]]:
-    """Exact masses of attentions that act on rotated coordinates one by one, and their estimates with errors."""
+    """Return exact masses of attentions that act on rotated coordinates one by one, and their estimates."""
     generator = torch.Generator().manual_seed(seed + 3)
     exact, estimates = [], []
     for dim in _DIMENSIONS:
@@ -126,42 +125,44 @@ def _several_dimensions(
             basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
             axes = basis.mT.unsqueeze(1)  # (p, 1, p): head k sees coordinate k alone
             attention = CausalAttention(slopes.view(-1, 1, 1) * axes, axes, axes, axes.mT, scale=1.0)
-            law = NextToken(Context.of(attention, points @ basis.mT), _NOISE)
-            estimates.append(_estimate(law, weights))
+            next_token = NextToken(Context.of(attention, points @ basis.mT), _NOISE)
+            estimates.append(_estimate(next_token, weights))
     return exact, estimates
 
 
 def _plane(
     seed: int, weights: Callable[[NextToken, int], tuple[Tensor, Tensor]]
 ) -> tuple[list[float], float, list[tuple[float, float, float, float]]]:
-    """Masses of general attentions in the plane by cubature, the error of the signed ones, and the estimates."""
+    """Return masses of general attentions in the plane by cubature, the error of the signed ones, and estimates."""
     generator = torch.Generator().manual_seed(seed + 4)
     exact, estimates, signed = [], [], 0.0
     for strength in (0.1, 0.5, 1.0):
         attention = CausalAttention.from_qk_matrix(
             strength * torch.randn(2, 2, generator=generator, dtype=torch.float64)
         )
-        law = NextToken(Context.of(attention, torch.randn(8, 2, generator=generator, dtype=torch.float64)), _NOISE)
-        values = law.past.moved.sum(-3)
+        next_token = NextToken(
+            Context.of(attention, torch.randn(8, 2, generator=generator, dtype=torch.float64)), _NOISE
+        )
+        values = next_token.past.values.sum(-3)
         # The trapezoidal rule converges faster than any power for the smooth signed density; the kink of its modulus
         # at a fold leaves an error of the order of the cell, far below that of the estimates.
         ends = zip(values.amin(0).tolist(), values.amax(0).tolist(), strict=True)
         grids = [torch.linspace(low - 9, high + 9, 601, dtype=torch.float64) for low, high in ends]
         u = torch.stack(torch.meshgrid(*grids, indexing="ij"), dim=-1)
         cell = math.prod(float(grid[-1] - grid[0]) / 600 for grid in grids)
-        mean, jacobian = law.past.mean_and_jacobian(u)
-        density = law.noise.log_prob((u - mean).unsqueeze(-2)).exp() * torch.linalg.det(jacobian) * cell
+        mean, jacobian = next_token.past.mean_and_jacobian(u)
+        density = next_token.noise.log_prob((u - mean).unsqueeze(-2)).exp() * torch.linalg.det(jacobian) * cell
         exact.append(float(density.abs().sum()))
         signed = worst(signed, abs(float(density.sum()) - 1))
-        estimates.append(_estimate(law, weights))
+        estimates.append(_estimate(next_token, weights))
     return exact, signed, estimates
 
 
 def _estimate(
-    law: NextToken, weights: Callable[[NextToken, int], tuple[Tensor, Tensor]], draws: int = 20_000
+    next_token: NextToken, weights: Callable[[NextToken, int], tuple[Tensor, Tensor]], draws: int = 20_000
 ) -> tuple[float, float, float, float]:
-    """Z, its standard error, the signed mass, and its standard error, by importance sampling."""
-    absolute, signed = weights(law, draws)
+    """Estimate Z and the signed mass by importance sampling; return each with its standard error."""
+    absolute, signed = weights(next_token, draws)
     root = math.sqrt(draws)
     return float(absolute.mean()), float(absolute.std()) / root, float(signed.mean()), float(signed.std()) / root
 
@@ -189,7 +190,7 @@ def _past(a: float, tokens: Tensor) -> Context:
 
 
 def _first_axis(u: Tensor) -> Tensor:
-    """Tokens along their first principal axis, standardised, (windows, T)."""
+    """Project tokens on their first principal axis and standardise them, (windows, T)."""
     centred = u - u.mean((0, 1))
     axis = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)[2][0]
     line: Tensor = centred @ axis

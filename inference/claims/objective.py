@@ -29,7 +29,7 @@ Objective = Callable[[LanguageConfig, Values, Tensor, Tensor, int], Tensor]
 
 
 def log_joint(model: LanguageModel, values: Values, inputs: Tensor, targets: Tensor, total: int) -> Tensor:
-    """The log-joint that Pyro computes at given values of the sites, with the plate scaled to ``total``."""
+    """Let Pyro compute the log-joint at given values of the sites, with the plate scaled to ``total`` windows."""
     conditioned = poutine.condition(model, data=dict(values))
     with pyro.settings.context(module_local_params=True):
         trace = poutine.trace(conditioned).get_trace(inputs, targets, total=total)
@@ -39,7 +39,7 @@ def log_joint(model: LanguageModel, values: Values, inputs: Tensor, targets: Ten
 def penalised_cross_entropy(
     config: LanguageConfig, values: Values, inputs: Tensor, targets: Tensor, total: int
 ) -> Tensor:
-    r"""The objective written by hand in plain torch, sharing nothing with the package but the names of the sites.
+    r"""Compute the objective in plain torch, which shares nothing with the package but the names of the sites.
 
     .. math::
         \frac{N_{total}}{N} \sum \{ CE + \lambda\, [\tfrac12 |e|_S^2 + \tfrac p2 \log 2\pi\sigma^2] + \lambda\,
@@ -75,12 +75,12 @@ def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_
     """Compare value and gradient for every penalty, full prior and margin only, at random and at fitted parameters.
 
     The bound is on the gradient as one vector. The largest error of a single site is reported beside it without a
-    bound: the derivative of a tiny eigenvalue of a large matrix, which the spectral penalty asks for after a fit that
-    ran away, loses digits in proportion to that ratio, in any implementation.
+    bound: the spectral penalty needs the derivative of a tiny eigenvalue of a large matrix where the literal barrier
+    has grown without limit, and any implementation loses digits there in proportion to that ratio.
 
     Args:
-        subject: the fitted model, whose real text and whose fitted values are used.
-        objective: the objective under test.
+        subject: the fitted model, with its text and its fitted values.
+        objective: the objective under test, (configuration, values, inputs, targets, total) -> scalar.
     """
     inputs, targets = subject.inputs[:_WINDOWS, :_CONTEXT], subject.targets[:_WINDOWS, :_CONTEXT]
     base = subject.model.config
@@ -107,22 +107,22 @@ def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_
         whole = _relative(*(torch.cat([part.flatten() for part in parts]) for parts in (gaps, expected)))
         measured["gradient_error"] = worst(measured["gradient_error"], whole)
         measured["gradient_error_worst_site"] = worst(measured["gradient_error_worst_site"], *sites)
-    # The control: a penalty one percent too heavy on the other side of the last comparison.
+    # The control: a penalty that is one percent too heavy on one side of the last comparison.
     heavier = objective(replace(config, weight=1.01 * config.weight), leaves, inputs, targets, subject.total).item()
     measured["control_value_error"] = control = abs(mine - heavier) / abs(heavier)
     holds = judge(measured, BOUND) and control > BOUND["value_error"]
     return Claim(
         "objective",
-        "Minus the Pyro model's log-joint is cross-entropy + λ (Gaussian term + penalty) − log prior, value and "
-        "gradient, for "
-        "every penalty, with the full prior and with the margin alone, at random and at fitted parameters.",
+        "Minus the log-joint of the Pyro model is cross-entropy + λ (Gaussian term + penalty) − log prior, in value and "
+        "in gradient, for every penalty, with the full prior and with the margin alone, at random and at fitted "
+        "parameters.",
         "identity",
         "supported" if holds else "not_supported",
         measured,
         BOUND,
         formula="−log joint = CE(y) + λ Σ_i [ ½ |e_i|²_S + ½ log det 2πS + b_i ] − log p(θ)   (full prior),   "
         "CE(y) + λ Σ_i b_i − log p(θ)   (margin only)",
-        control=f"λ one percent too large: the two objectives differ by {control:.2g} of their size.",
+        control=f"With λ one percent too large the two objectives differ by {control:.2g} of their size.",
     )
 
 
@@ -135,7 +135,7 @@ def _gradient(objective: Tensor, leaves: Values) -> tuple[Tensor, ...]:
 
 
 def _penalty(kind: BarrierKind, left: Tensor, right: Tensor) -> Tensor:
-    """The penalty from M = I - J = left @ right, each by its definition."""
+    """Compute a penalty from M = I - J = left @ right by its definition."""
     change = left @ right
     identity = torch.eye(change.shape[-1], dtype=change.dtype)
     if kind == "singular_value":
@@ -163,7 +163,7 @@ def _minus_log_normal(name: str, value: Tensor, scale: float) -> Tensor:
 
 
 def _decoder_logits(config: LanguageConfig, values: Values, u: Tensor) -> Tensor:
-    """Pre-norm transformer layers spelled out."""
+    """Compute logits with the pre-norm transformer layers written out."""
     prefix = "decoder.layers.layers"
     x = u
     future = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool).triu(1)

@@ -1,4 +1,4 @@
-"""Claim: from sequences of the certified regime the identified products are recovered, with honest intervals."""
+"""Claim: posterior intervals of the identified product A contain the truth as often as stated."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ TRUTHS = (
     ((0.06, 0.05), (0.05, -0.04)),
 )
 STUDY = Study(replicates=200, sequences=8, length=16, prior_scale=0.5, noise_spread=0.5)
-_LARGER = 4  # how many times more sequences the second size has
+_LARGER = 4  # ratio of the two numbers of sequences
 ERROR = 0.01
 _LEVELS = (0.5, 0.9)
 _CURVE = np.arange(0.1, 1.0, 0.1)
 
 
 def recovery_claim(settings: Settings, *, study: Study = STUDY, method: str = "laplace") -> Claim:
-    """Coverage at 50 and 90 % and the fall of the error with the data, with the naive posterior beside it.
+    """Measure coverage at 50 and 90 % and the fall of the error with the data, with and without the Jacobian.
 
     Args:
-        settings: only ``full`` runs it.
-        study: replicates (a multiple of the four truths), sequences, length, and the weak prior of the posterior.
-        method: a name of :data:`~probattn.inference.studies.calibration.METHODS` that has a form "..._without_jacobian".
+        settings: the measurement needs ``full``.
+        study: number of replicates (a multiple of the four truths) and of sequences, their length, and the weak prior.
+        method: name in :data:`~probattn.inference.studies.calibration.METHODS` that has a form "..._without_jacobian".
     """
     if not settings.full:
-        return _claim("not_run", condition="takes minutes: run probattn verify --full")
+        return _claim("not_run", condition="it takes minutes: run probattn verify --full")
     sizes = (study.sequences, _LARGER * study.sequences)
     measured: dict[str, float] = {"replicates": float(study.replicates)}
     bound: dict[str, float] = {}
@@ -79,14 +79,15 @@ def recovery_claim(settings: Settings, *, study: Study = STUDY, method: str = "l
         "supported_within" if holds else "not_supported",
         measured=measured,
         bound=bound,
-        condition=f"in the certified regime ({measured[f'certified_share_{sizes[0]}']:.0%} of these sequences), from "
-        f"{sizes[0]} sequences of {study.length} tokens or more, for A itself: its factors are not identified. Four "
-        f"times the data divide the error by {measured['error_ratio']:.2f} (the square root is 2)."
+        condition=f"the regime is certified and there are at least {sizes[0]} sequences of {study.length} tokens"
         if holds
         else None,
-        control="The posterior without the Jacobian, on the same data: its 90 % intervals hold an entry of A in as few "
-        f"as {measured[naive]:.0%} of the replicates at N = {sizes[1]}, and four times the data divide its error by "
-        f"{measured['naive_error_ratio']:.2f} only.",
+        control="Without the Jacobian, on the same data, 90 % intervals contain an entry of A in as few as "
+        f"{measured[naive]:.0%} of the replicates at N = {sizes[1]}, and four times the data divide the error by only "
+        f"{measured['naive_error_ratio']:.2f}.",
+        finding=f"{measured[f'certified_share_{sizes[0]}']:.1%} of the sequences are certified. Four times the data "
+        f"divide the error by {measured['error_ratio']:.2f}; the square root is 2. The factors W_Q and W_K are not "
+        "identified and are not recovered.",
         figures={"recovery": plotting.plot_recovery(_CURVE, curves, (_CURVE - half, _CURVE + half), sizes, errors)},
     )
 
@@ -95,8 +96,8 @@ def _claim(verdict: Any, **more: Any) -> Claim:
     more = {"measured": {}, "bound": {}, **more}
     return Claim(
         "recovery",
-        "From sequences of a known attention in the certified regime the identified product A is recovered: central "
-        f"posterior intervals of 50 and 90 % hold it as often as they say (family-wise error {ERROR:.0%}).",
+        "Central posterior intervals of 50 and 90 % contain each entry of the product A = c W_Kᵀ W_Q, from which the "
+        f"sequences were simulated, in 50 and 90 % of the replicates (family-wise error {ERROR:.0%}).",
         "statistical",
         verdict,
         more.pop("measured"),
@@ -107,7 +108,7 @@ def _claim(verdict: Any, **more: Any) -> Claim:
 
 
 def _simulate(study: Study) -> Simulated:
-    """Data sets of the known matrices in turn, unit noise."""
+    """Draw data sets from the known matrices in turn, with unit noise."""
     model = study.model()
     truths = torch.tensor(TRUTHS, dtype=torch.float64)
     matrices = truths.repeat(-(-study.replicates // len(truths)), 1, 1)[: study.replicates]
@@ -123,11 +124,11 @@ def _simulate(study: Study) -> Simulated:
 
 
 def _coverage(ranks: Ranks, names: list[str], levels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of the replicates that hold each entry at each level, (entries, levels)."""
+    """Return the share of replicates whose interval contains each entry at each level, (entries, levels)."""
     return np.array([[ranks.coverage(float(level))[name] for level in levels] for name in names])
 
 
 def _chance(count: int, level: float, error: float) -> float:
-    """How far a share of ``count`` may be from its probability, but for the given error on either side."""
+    """Largest distance of a share of ``count`` from its probability, except with the given error probability."""
     low, high = binom.ppf([error / 2, 1 - error / 2], count, level) / count
     return float(max(level - low, high - level))

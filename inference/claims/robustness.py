@@ -1,8 +1,8 @@
 """Claim: a language model trained with the log-barrier is more robust to noise, at no loss of held-out accuracy.
 
-Scale is the trap: a penalty that makes the embeddings larger makes noise of a fixed size smaller beside them. So the
-decisive noise is in proportion to the embeddings, and what is found under noise of a fixed size alone is said to be so.
-The rules are those of :func:`~probattn.inference.studies.robustness.summary.judge_study`.
+A penalty that makes the embeddings larger makes noise of a fixed size smaller beside them. The decisive noise is
+therefore in proportion to the embeddings, and a gain under noise of a fixed size alone becomes a condition of the
+verdict. The rules are those of :func:`~probattn.inference.studies.robustness.summary.judge_study`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from probattn.inference.studies.robustness.table import draw_study, write_result
 from probattn.inference.studies.robustness.training import ARMS, VARIANTS, Arm, Study
 from probattn.models.corpus import Corpus
 
-__all__ = ["STUDY", "quick_study", "robustness_claim"]
+__all__ = ["STUDY", "quick_study", "robustness_claim", "words_of_verdict"]
 
 STUDY = Study()
 _RESULTS = "robustness.json"
 _QUICK_ARMS = tuple(arm for arm in ARMS if arm.name in (PLAIN, LITERAL))
-_CONTEXT = 32  # of the quick form: with half the usual context twice the steps take the same time, and learn more
-_PERMUTED = 20  # times that the labels of the two arms are permuted; of their 95 % intervals a few may miss zero
+_CONTEXT = 32  # context of the quick form: half the usual one allows twice the steps in the same time
+_PERMUTED = 20  # permutations of the labels of the two arms; of their 95 % intervals a few may miss zero
 _HOLDING = 0.75  # the smallest share that may hold zero: below it lies 0.03 % of Binomial(20, 0.95)
 _CLAIM = "is more robust to noise on its embeddings, at no loss of held-out accuracy."
 
@@ -55,17 +55,17 @@ def robustness_claim(
     """Train with and without the barrier, and compare.
 
     Args:
-        subject: the text; the sizes of its model are those of the quick form.
+        subject: the fitted model and its text; the quick form has models of the same size.
         settings: ``full`` with ``named`` runs the whole study, and writes its table and figures into ``folder``.
-            ``full`` alone takes the results that ship with the package where they are of the same study and text.
-            Otherwise the quick form: two arms, three seeds, a short training.
-        study: the whole study.
-        arms: of the whole study.
-        quick: the quick study; None: :func:`quick_study`.
+            ``full`` alone reads the results that ship with the package if they are of the same study and text.
+            Otherwise the quick form is run: two arms, three seeds, a short training.
+        study: sizes of the whole study.
+        arms: arms of the whole study.
+        quick: sizes of the quick study; None for :func:`quick_study`.
     """
     corpus = subject.corpus
     if corpus is None:
-        return _claim("not_run", {}, condition="it trains models of its own, and the text was not given")
+        return _claim("not_run", {}, condition="it trains models of its own, and no text was given")
     if settings.full and settings.named:
         return _whole(corpus, settings, study, arms)
     if settings.full:
@@ -76,7 +76,7 @@ def robustness_claim(
 
 
 def quick_study(subject: Subject) -> Study:
-    """A minute's study, of models as large as the subject's where that is small, and shorter where it is smaller."""
+    """Choose a study of about a minute, with models of the subject's size or, if that is large, of the study's."""
     config = subject.model.config
     small = config.dim <= STUDY.dim
     context, dim = min(config.context, _CONTEXT), config.dim if small else STUDY.dim
@@ -93,6 +93,25 @@ def quick_study(subject: Subject) -> Study:
         rank=min(config.stage_rank, STUDY.rank),
         windows=256,
     )
+
+
+def words_of_verdict(verdict: Verdict) -> dict[str, str | None]:
+    """Put the condition of a study's verdict into the form of a claim.
+
+    Args:
+        verdict: verdict of :func:`~probattn.inference.studies.robustness.summary.judge_study`.
+
+    Returns:
+        The fields ``condition`` and ``finding`` of a :class:`~probattn.inference.claims.claim.Claim`.
+    """
+    if verdict.overall == "supported_within":
+        condition = "the noise has a fixed size, whatever the size of the embeddings"
+        return {"condition": condition, "finding": _sentence(verdict.condition or "")}
+    return {"condition": verdict.condition, "finding": ""}
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _whole(corpus: Corpus, settings: Settings, study: Study, arms: Sequence[Arm]) -> Claim:
@@ -127,16 +146,16 @@ def _quick(subject: Subject, corpus: Corpus, settings: Settings, study: Study) -
     measured["control_permuted_holds_zero"] = held
     low, high = literal.differences["relative noise"].interval()
     control = (
-        f"Labels of the two arms permuted at every seed and window, {_PERMUTED} times: {held:.0%} of the intervals "
-        f"hold 0. An effect on relative noise of {(high - low) / 2:.4f} bits per character could be seen."
+        f"With the labels of the two arms permuted at every seed and window, {_PERMUTED} times, {held:.0%} of the "
+        f"intervals contain 0. An effect on relative noise of {(high - low) / 2:.4f} bits per character could be seen."
     )
     if held < _HOLDING:
-        reason = "the control failed: differences are found where there are none"
+        reason = "a control failed: differences are found where there are none"
         return _claim("not_run", measured, condition=reason, statement=statement, control=control)
     return _claim(
         verdict.overall,
         measured,
-        condition=verdict.condition,
+        **words_of_verdict(verdict),
         statement=statement,
         control=control,
         figures=draw_study(summary),
@@ -151,7 +170,7 @@ def _of_many(summary: Summary, verdict: Verdict) -> Claim:
     return _claim(
         verdict.overall,
         _measured(summary),
-        condition=verdict.condition,
+        **words_of_verdict(verdict),
         statement=statement,
         control=" ".join(
             verdict.words[name] for name in ("positive control", "negative control") if name in verdict.words
@@ -173,7 +192,7 @@ def _claim(verdict: Any, measured: Mapping[str, float], *, statement: str = "", 
 
 
 def _measured(summary: Summary) -> dict[str, float]:
-    """The decisive numbers: differences of the barrier arms and of the controls, and how many arms show what."""
+    """Return differences of the barrier arms and of the controls, and the number of arms behind each statement."""
     plain = summary.arms[PLAIN]
     measured = {"seeds": float(len(summary.seeds)), "barrier_arms": float(len(summary.barriers))}
     measured["diverged_runs"] = float(sum(len(arm.diverged) for arm in summary.arms.values()))
@@ -195,7 +214,7 @@ def _measured(summary: Summary) -> dict[str, float]:
 
 
 def _permuted(records: Sequence[Record], seed: int) -> float:
-    """Share of permutations of the two arms' labels whose interval, for relative noise, holds zero."""
+    """Return the share of permutations of the two arms' labels whose interval for relative noise contains zero."""
     names = [label("relative noise", level) for level in FAMILIES["relative noise"]]
     by_run = {(record.arm, record.seed): record for record in records if record.diverged is None}
     pairs = [
@@ -213,7 +232,7 @@ def _permuted(records: Sequence[Record], seed: int) -> float:
 
 
 def _identity(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> dict[str, Any]:
-    """What shipped results must be of, as it reads after a passage through JSON."""
+    """Describe the study, arms and text that shipped results must have, as read back from JSON."""
     content = {
         "study": {**study.as_dict(), "seeds": study.seeds},
         "arms": [arm.as_dict() for arm in arms],
@@ -224,7 +243,7 @@ def _identity(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> dict[str, An
 
 
 def _committed(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> Summary | None:
-    """The summary that ships with the package, where it is of the same study and text."""
+    """Read the summary that ships with the package; None if it is of another study or text."""
     file = resources.files("probattn.inference.studies") / "results" / _RESULTS
     if not file.is_file():
         return None

@@ -1,9 +1,9 @@
 r"""Claim: the language model puts all its mass on finite strings.
 
-Take one character as end of sequence: a string starts behind it and ends before the next. Then
-:math:`S(n) = E\prod_{t \le n} (1 - p_t)` is the probability that a string reaches n characters, with p_t that of its
-end at step t, and the model puts mass one on finite strings if and only if S(n) tends to 0 (Du et al., 2023,
-arXiv:2212.10502). Beyond its context the model sees the last T characters.
+One character is taken as end of sequence: a string starts after it and ends before the next one. Then
+:math:`S(n) = E\prod_{t \le n} (1 - p_t)` is the probability that a string reaches n characters, where p_t is the
+probability of the end at step t. The model puts mass one on finite strings if and only if S(n) tends to 0 (Du et al.,
+2023, arXiv:2212.10502). In a text longer than its context the model sees the last T characters.
 """
 
 from __future__ import annotations
@@ -27,34 +27,33 @@ __all__ = ["EndProbability", "Survival", "direct_lengths", "log_end_floor", "sim
 EndProbability = Callable[[int, Tensor], Tensor]
 
 ERROR = 0.01
-# Without a proof, how much mass may be left at the last step where one still speaks of a tight model.
-TOLERATED = 0.05
-_COUNT = 10  # fewest strings expected on either side of a length that is tested, for the normal approximation
+TOLERATED = 0.05  # without a proof: largest mass at the last step of a model that is called tight
+_COUNT = 10  # smallest number of strings expected on either side of a tested length, for the normal approximation
 _NORM, _READOUT = "decoder.layers.norm", "decoder.readout"
 
 
 class Survival(NamedTuple):
-    """Paths drawn without an end, and what the model said of the end along them.
+    """Probabilities of the end along paths that were drawn without one.
 
     Attributes:
         end: p_t at every step of every path, (paths, steps).
-        weights: the product of 1 - p_1..1 - p_n, (paths, steps); its mean over paths is S(n) without bias.
+        weights: product of 1 - p_1, ..., 1 - p_n, (paths, steps); its mean over paths is S(n) without bias.
     """
 
     end: Tensor
     weights: Tensor
 
     def mean(self) -> Tensor:
-        """S(1)..S(N)."""
+        """Return the estimates of S(1)..S(N), (steps,)."""
         return self.weights.mean(0)
 
     def error(self) -> Tensor:
-        """Its standard errors."""
+        """Return the standard errors of the estimates, (steps,)."""
         return self.weights.std(0) / math.sqrt(len(self.weights))
 
 
 def log_end_floor(values: Mapping[str, Tensor], end: int) -> float:
-    r"""Logarithm of a lower bound on the probability of the end, in every context whatever.
+    r"""Bound the probability of the end from below, in every context.
 
     Derived here. The decoder ends in a layer norm with gain g and bias c and a linear readout w, b. The normalised
     vector z has mean 0, and :math:`|z|^2 = p\,\mathrm{var} / (\mathrm{var} + \varepsilon) < p`. So the logits satisfy,
@@ -76,7 +75,7 @@ def log_end_floor(values: Mapping[str, Tensor], end: int) -> float:
         log δ; δ itself may be too small for a floating-point number.
 
     Raises:
-        InputError: no such character.
+        InputError: an index outside the vocabulary.
 
     Example:
         >>> values = {
@@ -107,18 +106,21 @@ def simulate_survival(
     seed: int = 0,
     end_probability: EndProbability | None = None,
 ) -> Survival:
-    """Survival with the end integrated out: paths are drawn as if no string ever ended, and weighted.
+    """Estimate survival with the end integrated out: paths are drawn as if no string ever ended, and weighted.
 
     Args:
         model: the language model.
-        end: index of the character that ends a string, and behind which it starts.
-        paths: how many, at least 2.
-        length: N, steps of each.
-        seed: of the draws.
-        end_probability: replaces p_t: called with t = 1, 2, ... and the model's p_t (paths,).
+        end: index of the character that ends a string, and after which the next one starts.
+        paths: number of paths, at least 2.
+        length: number of steps in each path, N.
+        seed: random seed for the draws.
+        end_probability: function that replaces p_t, (t, the model's p_t) -> (paths,), for t = 1, 2, ...
+
+    Returns:
+        Probabilities of the end along the paths, with the weights of the paths.
 
     Raises:
-        InputError: no such character; too few paths or steps; what replaces p_t is no probability.
+        InputError: an index outside the vocabulary, too few paths or steps, or a replacement that is no probability.
 
     Example:
         >>> from probattn.models.language import LanguageConfig, LanguageModel
@@ -133,9 +135,9 @@ def simulate_survival(
     tokens = torch.full((paths, 1), end)
     seen = []
     for _ in range(length):
-        law = _next_law(model, tokens)
-        seen.append(law[:, end])
-        others = _without(law, end)
+        following = _next_distribution(model, tokens)
+        seen.append(following[:, end])
+        others = _without(following, end)
         tokens = torch.cat([tokens, torch.multinomial(others, 1, generator=generator)], dim=1)
     return _weighted(torch.stack(seen, dim=1), end_probability)
 
@@ -149,34 +151,34 @@ def direct_lengths(
     seed: int = 0,
     end_probability: EndProbability | None = None,
 ) -> Tensor:
-    """Draw strings from the model as it is, the end included.
+    """Draw strings from the model itself, the end included.
 
     Args:
         model: the language model.
-        end: index of the character that ends a string, and behind which it starts.
-        paths: how many strings, at least 2.
-        length: N, characters after which a string is given up.
-        seed: of the draws.
+        end: index of the character that ends a string, and after which the next one starts.
+        paths: number of strings, at least 2.
+        length: number of characters after which a string is cut, N.
+        seed: random seed for the draws.
         end_probability: as in :func:`simulate_survival`; the other characters keep their proportions.
 
     Returns:
-        Characters in each string, (paths,); N where it was given up.
+        Number of characters in each string, (paths,); N for a string that was cut.
 
     Raises:
-        InputError: no such character; too few paths or steps.
+        InputError: an index outside the vocabulary, too few paths or steps, or a replacement that is no probability.
     """
     _require_run(model, end, paths, length)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.full((paths,), length)
     alive, tokens = torch.arange(paths), torch.full((paths, 1), end)
     for step in range(1, length + 1):
-        law = _next_law(model, tokens)
+        following = _next_distribution(model, tokens)
         if end_probability is not None:
-            chosen = _replaced(end_probability, step, law[:, end])
-            others = _without(law, end)
-            law = others * ((1 - chosen) / others.sum(-1))[:, None]
-            law[:, end] = chosen
-        drawn = torch.multinomial(law, 1, generator=generator)
+            chosen = _replaced(end_probability, step, following[:, end])
+            others = _without(following, end)
+            following = others * ((1 - chosen) / others.sum(-1))[:, None]
+            following[:, end] = chosen
+        drawn = torch.multinomial(following, 1, generator=generator)
         going = drawn[:, 0] != end
         lengths[alive[~going]] = step - 1
         alive, tokens = alive[going], torch.cat([tokens, drawn], dim=1)[going]
@@ -199,14 +201,14 @@ def tightness_claim(
     Args:
         subject: the fitted model and its text.
         settings: ``full`` draws four times the paths.
-        end: the character taken as end of sequence; None: the most frequent one of the subject's text.
-        paths: how many of each kind; None: 256, or 1024.
-        length: N; None: the context and 16 more characters, so that the window slides.
-        end_probability: replaces the model's probability of the end. Nothing is proved of it then: the claim is judged
-            by the mass that is left after N characters.
+        end: index of the character taken as end of sequence; None for the most frequent one of the subject's text.
+        paths: number of paths for each estimator; None for 256, or 1024 with ``full``.
+        length: number of characters, N; None for the context and 16 more, so that the window slides.
+        end_probability: function that replaces the model's probability of the end. Nothing is proved then, and the
+            claim is judged by the mass that is left after N characters.
 
     Raises:
-        InputError: no such character; too few paths or steps.
+        InputError: an index outside the vocabulary, or too few paths or steps.
     """
     model = OwnModel(subject.model, subject.values)
     chosen = int(subject.targets.flatten().bincount().argmax()) if end is None else end
@@ -253,31 +255,31 @@ def tightness_claim(
     holds = judge(measured, bound) and measured["control_survival"] > TOLERATED
     conditions = []
     if not proved:
-        conditions.append(f"no floor is proved: at most {limit:.2g} of the mass is left after {length} characters")
+        conditions.append(f"at most {limit:.2g} of the mass after {length} characters counts as none, without a proof")
     if not points:
-        conditions.append("no length was both reached and missed often enough to compare the two estimators")
+        conditions.append("the two estimators need not be compared: no length was reached and missed often enough")
     supported = "supported_within" if conditions else "supported"
     return Claim(
         "tightness",
         f"With {'the most frequent character' if end is None else f'character {end}'} taken as end of sequence, "
-        "the model puts all its mass on finite strings: in every context the end has a probability above one floor; "
-        f"and two independent estimators of survival agree (family-wise error {ERROR:.0%}).",
+        "the model puts all its mass on finite strings: the probability of the end has a positive lower bound in every "
+        f"context, and two independent estimators of survival agree (family-wise error {ERROR:.0%}).",
         "statistical",
         supported if holds else "not_supported",  # type: ignore[arg-type]
         measured,
         bound,
-        condition="; ".join(conditions) if holds and conditions else None,
+        condition=" and ".join(conditions) if holds and conditions else None,
         formula="S(n) = E ∏_{t≤n} (1 − p_t) ≤ (1 − δ)ⁿ → 0,   δ = 1 / Σ_v exp( √p |P[g ⊙ (w_v − w_end)]| + "
         "(w_v − w_end)·c + b_v − b_end )",
-        control=f"The same model with p_t = 1/(t + 1)² for its end: {measured['control_survival']:.4f} of the mass is "
-        f"left after {length} characters (exactly {exact:.4f}, in the limit 1/2; {share:.2f} of 128 strings drawn), "
-        "and the claim would not be supported.",
+        control=f"With p_t = 1/(t + 1)² for its end, the same model keeps {measured['control_survival']:.4f} of its mass "
+        f"after {length} characters (exactly {exact:.4f}, in the limit 1/2; {share:.2f} of 128 strings drawn), and the "
+        "claim would not hold.",
         figures={"tightness": _figure(survival, lengths, floor, control)},
     )
 
 
 def _rare(step: int, own: Tensor) -> Tensor:
-    """End probabilities with a finite sum: survival is (n + 2) / (2 (n + 1))."""
+    """Return end probabilities with a finite sum: survival is (n + 2) / (2 (n + 1))."""
     return torch.full_like(own, 1 / (step + 1) ** 2)
 
 
@@ -297,23 +299,27 @@ def _replaced(end_probability: EndProbability, step: int, own: Tensor) -> Tensor
     return chosen
 
 
-def _without(law: Tensor, end: int) -> Tensor:
-    """The other characters, in proportion; all the same where the end has probability one."""
-    others = law.clamp(min=torch.finfo(law.dtype).tiny)
+def _without(following: Tensor, end: int) -> Tensor:
+    """Return the probabilities of the other characters, unnormalised; all equal if the end has probability one."""
+    others = following.clamp(min=torch.finfo(following.dtype).tiny)
     others[:, end] = 0.0
     return others
 
 
-def _next_law(model: NextTokenModel, tokens: Tensor) -> Tensor:
-    """Probabilities of the next character behind the last T, (paths, V)."""
+def _next_distribution(model: NextTokenModel, tokens: Tensor) -> Tensor:
+    """Return the probabilities of the next character after the last T, (paths, V)."""
     return model.logits(tokens[:, -model.context :])[:, -1].double().softmax(-1)
 
 
 def _disagreement(survival: Survival, lengths: Tensor) -> tuple[list[int], list[float], float]:
-    """Lengths compared, standardised differences there, and the value that all stay below with probability 1 - ERROR.
+    """Compare the two estimators at powers of two and at the last length.
 
-    The lengths are powers of two and the last; which of them are reached and missed often enough is read from the
-    weighted paths alone, so that the drawn strings do not choose their own test.
+    A length is compared if it is reached and missed often enough by the weighted paths alone, so that the drawn strings
+    do not choose their own test.
+
+    Returns:
+        The lengths, the standardised differences there, and the bound that all of them respect with probability
+        1 - ERROR.
     """
     mean, error, steps = survival.mean(), survival.error(), survival.weights.shape[1]
     fewest = min(len(lengths), len(survival.weights))
@@ -329,7 +335,10 @@ def _disagreement(survival: Survival, lengths: Tensor) -> tuple[list[int], list[
 
 
 def _upper_limit(mean: float, paths: int, error: float = ERROR) -> float:
-    """Upper confidence limit for the mean of numbers in [0, 1] by Hoeffding's bound in its relative-entropy form."""
+    """Return an upper confidence limit for the mean of numbers in [0, 1], by Hoeffding's bound with relative entropy.
+
+    Hoeffding, 1963, doi:10.1080/01621459.1963.10500830.
+    """
     allowance = math.log(1 / error) / paths
 
     def divergence(limit: float) -> float:
