@@ -6,7 +6,9 @@ errors of 1e-2 and more (pytorch issues 141358 and 142815). One matrix at a time
 and on other devices, these functions are torch's own; larger matrices on the CPU are factored one by one. Cholesky, QR,
 singular values and eigenvalues are right as they are.
 
-Every function is differentiable any number of times, in reverse and in forward mode, also under ``torch.func.vmap``:
+Every function is differentiable any number of times in reverse mode, and once in forward mode on top of that
+(``torch.func.hessian``; torch drops the outer tangents where ``jvp`` is nested in itself), also under
+``torch.func.vmap``:
 
 .. math::
     d \log|\det A| = \mathrm{tr}(A^{-1} dA), \qquad d A^{-1} = -A^{-1}\, dA\, A^{-1}, \qquad
