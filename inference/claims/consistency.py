@@ -200,7 +200,7 @@ def _prefix_tests(prefixes: Prefixes, draws: int) -> dict[str, TwoSample]:
 
 
 def _raw_density_test(draws: int = 1500) -> tuple[TwoSample, TwoSample]:
-    """Test pairs of a folded process against pairs from the marginal of its three-token density, which is Z times theirs.
+    """Test pairs of a folded process against pairs from the marginal of its three-token density, Z times theirs.
 
     They are compared in the coordinates that Z depends on, |u_1 + u_2| / 2 and |u_2 - u_1| / 2. The second test
     compares the process with itself.
@@ -223,7 +223,7 @@ def _raw_density_test(draws: int = 1500) -> tuple[TwoSample, TwoSample]:
 
 
 def _lazy_and_eager(length: int) -> tuple[float, float]:
-    """Count entries that differ between a path extended in pieces and one drawn at once; take its error as a solution."""
+    """Count entries that differ between a path extended in pieces and one drawn at once; measure its residual."""
     generator = torch.Generator().manual_seed(4)
     matrix = -0.05 * torch.eye(4, dtype=torch.float64) + 0.01 * torch.randn(4, 4, generator=generator).double()
     process = AttentionProcess(CausalAttention.from_qk_matrix(matrix), 1.0)

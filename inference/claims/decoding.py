@@ -1,8 +1,8 @@
 r"""Claim: along decoding, the next-token distribution is sensitive to noise where the stability margin is small.
 
-A reason to expect it: :math:`du_i = J_i^{-1} d\varepsilon_i`, so that the reciprocal of the singular-value margin is the
-gain from noise to token. A reason to doubt it: the decoder behind the next-token distribution is another network than
-the attention stage with this margin, and a distribution without entropy hardly changes, whatever the margin.
+A reason to expect it: :math:`du_i = J_i^{-1} d\varepsilon_i`, so that the reciprocal of the singular-value margin is
+the gain from noise to token. A reason to doubt it: the decoder behind the next-token distribution is another network
+than the attention stage with this margin, and a distribution without entropy hardly changes, whatever the margin.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def decode_windows(subject: Subject, size: Size = QUICK, *, prompt: int = PROMPT
     r"""Continue prompts by ancestral sampling up to the context length, and perturb the embeddings.
 
     The sensitivity is the mean of :math:`KL(p(\cdot | u_{\le i}) \| p(\cdot | u_{\le i} + \delta))` over draws, with
-    δ = level · rms(u) · z on the last token or on all. The draws z are matched: "last" takes the same M vectors at every
-    step of every window, so that steps do not differ by chance; "all" takes the same M sequences in every window, of
-    which a step sees the beginning. The noise is relative, so larger embeddings have no advantage.
+    δ = level · rms(u) · z on the last token or on all. The draws z are matched: "last" takes the same M vectors at
+    every step of every window, so that steps do not differ by chance; "all" takes the same M sequences in every window,
+    of which a step sees the beginning. The noise is relative, so larger embeddings have no advantage.
 
     The local sensitivity is :math:`\tfrac12 \sigma^2 \mathrm{tr}(J^T F J)` at the first level, with J the Jacobian of
     the logits with respect to u_i and F = diag(p) - p p^T.

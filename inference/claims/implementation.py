@@ -26,10 +26,10 @@ __all__ = [
     "rounding_bounds",
 ]
 
-# Units of rounding, each as large as the largest logit, by which two orders of the same computation may differ. A logit
-# is the end of some dozen rounded operations per layer, and a fault in a cache, a mask or a position is larger by many
-# orders of magnitude: there is room for deep models. In bfloat16, with its two or three digits, there is none: the bound
-# excludes gross faults only, and the number itself is the result.
+# Units of rounding, each as large as the largest logit, by which two orders of the same computation may differ. A
+# logit is the end of some dozen rounded operations per layer, and a fault in a cache, a mask or a position is larger by
+# many orders of magnitude: there is room for deep models. In bfloat16, with its two or three digits, there is none: the
+# bound excludes gross faults only, and the number itself is the result.
 ROUNDINGS: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float64: 128.0, torch.float32: 128.0, torch.bfloat16: 32.0}
 )
@@ -132,6 +132,7 @@ def implementation_claim(subject: Subject) -> Claim:
         subject: the fitted model, whose passes, caches, batches, padding and precisions are compared.
     """
     measured, bound, control, words = implementation_numbers(subject)
+    half = worst(*(value for name, value in measured.items() if name.endswith("bfloat16_log_probability_error")))
     measured["control_over_bound"] = control
     holds = judge(measured, bound) and control > 1
     return Claim(
@@ -144,8 +145,7 @@ def implementation_claim(subject: Subject) -> Claim:
         bound,
         formula="Σ_y P(y_1..n, y) = P(y_1..n)",
         control=words,
-        finding="The bounds are those of rounding. In bfloat16 rounding alone moves a log-probability by up to "
-        f"{worst(*(value for name, value in measured.items() if name.endswith('bfloat16_log_probability_error'))):.2g}.",
+        finding=f"The bounds are those of rounding, which moves a log-probability in bfloat16 by up to {half:.2g}.",
     )
 
 

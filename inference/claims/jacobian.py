@@ -70,8 +70,8 @@ def jacobian_claim(
         BOUND,
         formula="J_i = I − Σ_h W_O [ Cov_i(v, k) c W_Q + α_ii (W_V + (v_i − v̄_i)(c W_Kᵀ q_i)ᵀ) ], the terms with α_ii "
         "under the inclusive mask only",
-        control=f"The formula of the strict mask gives blocks that are wrong by up to {control:.2g} under the inclusive "
-        "mask.",
+        control="Under the inclusive mask the formula of the strict one gives blocks that are wrong by up to "
+        f"{control:.2g}.",
     )
 
 

@@ -101,8 +101,8 @@ def normalisation_claim(
         "∫ N(e_i; 0, S) det J_i du_i = 1",
         control=f"Without its determinant the density has a mass that is wrong by up to {control:.2g}.",
         finding=f"{cases - folds} of {cases} one-dimensional cases do not fold. In the others the mass is the mean "
-        f"number of solutions, here up to {measured['largest_mass']:.3f}; so it is in 2, 4 and 8 dimensions. With det J "
-        "in place of its modulus the integral is always one.",
+        f"number of solutions, here up to {measured['largest_mass']:.3f}, and likewise in 2, 4 and 8 dimensions. With "
+        "det J in place of its modulus the integral is always one.",
         figures={"normalisation": _figure(exact, estimates)},
     )
 

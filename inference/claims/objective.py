@@ -113,8 +113,8 @@ def objective_claim(subject: Subject, *, objective: Objective = penalised_cross_
     holds = judge(measured, BOUND) and control > BOUND["value_error"]
     return Claim(
         "objective",
-        "Minus the log-joint of the Pyro model is cross-entropy + λ (Gaussian term + penalty) − log prior, in value and "
-        "in gradient, for every penalty, with the full prior and with the margin alone, at random and at fitted "
+        "Minus the log-joint of the Pyro model is cross-entropy + λ (Gaussian term + penalty) − log prior, in value "
+        "and gradient, for every penalty, with the full prior and with the margin alone, at random and at fitted "
         "parameters.",
         "identity",
         "supported" if holds else "not_supported",

@@ -1,8 +1,8 @@
 """Claim: the spread of the tokens has a stationary value for a sigma^2 <= 4/27 and for no larger noise.
 
 After a past of n Gaussian tokens with covariance V I, one noise level gives the next token that same spread. The
-largest such noise over V is the boundary at size n, and it is followed to infinite n. The mean of the past is zero here;
-:mod:`~probattn.inference.claims.stationary_distribution` lets it move.
+largest such noise over V is the boundary at size n, and it is followed to infinite n. The mean of the past is held at
+zero; in :mod:`~probattn.inference.claims.stationary_distribution` it moves.
 """
 
 from __future__ import annotations

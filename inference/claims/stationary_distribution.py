@@ -1,8 +1,8 @@
 """Claim: an attractive process below the boundary of its spread has a stationary distribution. It does not: it drifts.
 
-In mean field the mean m of the past obeys dm / d log n = aV / (1 - aV) m. For a > 0 a mean of zero is a fixed point that
-nothing holds: m grows as a power of n, and widens the spread until that crosses its boundary from below. Long runs of
-the process are compared with this flow, with the mean free and with the mean held at zero.
+In mean field the mean m of the past obeys dm / d log n = aV / (1 - aV) m. For a > 0 the fixed point m = 0 is unstable:
+m grows as a power of n, and widens the spread until that crosses its boundary from below. Long runs of the process are
+compared with this flow, with the mean free and with the mean held at zero.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def stationary_distribution_claim(settings: Settings, *, run: Callable[..., Long
 
     The number that decides is the growth of the median of |mean of u_1..n| from the first length to the last. In a
     stationary process it falls towards the mean of the stationary distribution, which is zero by symmetry; the claim
-    does not hold if the growth at some slope is above one, by a bootstrap over the sequences with a family-wise error of
-    one percent.
+    does not hold if the growth at some slope is above one, by a bootstrap over the sequences with a family-wise error
+    of one percent.
 
     Two controls decide whether the runs can be trusted: with repulsion, which is stationary in mean field, the growth
     must be below one and no run may escape; and the median spreads must follow the mean-field flow.

@@ -271,9 +271,9 @@ def tightness_claim(
         condition=" and ".join(conditions) if holds and conditions else None,
         formula="S(n) = E ∏_{t≤n} (1 − p_t) ≤ (1 − δ)ⁿ → 0,   δ = 1 / Σ_v exp( √p |P[g ⊙ (w_v − w_end)]| + "
         "(w_v − w_end)·c + b_v − b_end )",
-        control=f"With p_t = 1/(t + 1)² for its end, the same model keeps {measured['control_survival']:.4f} of its mass "
-        f"after {length} characters (exactly {exact:.4f}, in the limit 1/2; {share:.2f} of 128 strings drawn), and the "
-        "claim would not hold.",
+        control="With p_t = 1/(t + 1)² for its end, the same model keeps "
+        f"{measured['control_survival']:.4f} of its mass after {length} characters (exactly {exact:.4f}, in the limit "
+        f"1/2; {share:.2f} of 128 strings drawn), and the claim would not hold.",
         figures={"tightness": _figure(survival, lengths, floor, control)},
     )
 

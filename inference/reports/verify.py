@@ -1,4 +1,4 @@
-"""The verification report: one HTML file with text, figures and verdicts inside, no network."""
+"""The verification report: one HTML file that holds the text, the figures and the verdicts, and needs no network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from probattn import plotting
 from probattn.barrier import BarrierKind, log_barrier, stability_margin, support_tokens
 from probattn.folds.mass import next_token_density, scalar_mass
 from probattn.folds.regime import regime
-from probattn.inference.claims.claim import Claim, Subject
+from probattn.inference.claims.claim import Claim, Subject, verdict_in_words
 from probattn.inference.runtime.files import write_figure
 from probattn.models.corpus import Corpus
 from probattn.models.scalar import scalar_attention
@@ -45,7 +45,16 @@ class _Cell:
 
 
 def draw_figures(subject: Subject, corpus: Corpus, history: Mapping[str, Sequence[float]]) -> dict[str, Figure]:
-    """All figures of the report by file name, without suffix."""
+    """Draw the figures of the report that belong to no claim.
+
+    Args:
+        subject: the fitted model and held-out text.
+        corpus: the text, for its vocabulary.
+        history: metrics of the fit at each evaluation, by name.
+
+    Returns:
+        Figures by file name, without suffix.
+    """
     attention, u = subject.attention, subject.tokens(1)[0]
     kinds = ("determinant", "spectral", "singular_value")
     margins = {kind: stability_margin(attention, u, kind).numpy() for kind in kinds}  # type: ignore[arg-type]
@@ -63,9 +72,19 @@ def draw_figures(subject: Subject, corpus: Corpus, history: Mapping[str, Sequenc
 
 
 def critical_slope(tokens: Tensor) -> float:
-    r"""The slope a at which the residual map of a one-dimensional past first folds, a sup_x Var_x = 1.
+    r"""Find the slope a at which the residual map of a one-dimensional past first folds, a sup_x Var_x = 1.
 
-    The supremum runs over all tilts x = a u of the past, so it does not depend on a.
+    The supremum runs over all tilts x = a u of the past, so it does not depend on a. Derived here.
+
+    Args:
+        tokens: the past, (n,).
+
+    Returns:
+        The critical slope.
+
+    Example:
+        >>> round(critical_slope(torch.tensor([-1.0, 1.0], dtype=torch.float64)), 6)
+        1.0
     """
 
     def minus_variance(tilt: float) -> float:
@@ -81,7 +100,15 @@ def critical_slope(tokens: Tensor) -> float:
 
 
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> dict[str, str]:
-    """Write PNG files and return them as data URIs."""
+    """Write PNG files and return them as data URIs.
+
+    Args:
+        figures: figures by file name, without suffix.
+        folder: folder for the files; it is created if needed.
+
+    Returns:
+        Data URIs by the same names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
     for name, figure in figures.items():
@@ -99,7 +126,19 @@ def render_report(
     config: Mapping[str, Any],
     history: Mapping[str, Sequence[float]],
 ) -> str:
-    """The report as HTML. Everything that comes from the text is escaped by the template engine."""
+    """Render the report as HTML; the template engine escapes every text.
+
+    Args:
+        subject: the fitted model and held-out text.
+        corpus: the text, for its name and vocabulary.
+        claims: the claims in the order of the report.
+        images: figures as data URIs, by file name; those of a claim are named "claim-NAME".
+        config: contents of ``config.json``.
+        history: metrics of the fit at each evaluation, by name.
+
+    Returns:
+        A page that needs no other file.
+    """
     attention = subject.attention
     u = subject.tokens(min(_WINDOWS, len(subject.inputs)))
     margins = stability_margin(attention, u)
@@ -123,9 +162,10 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     return environment.get_template("verify.html").render(
-        claims=[{**claim.as_dict(), "figures": list(claim.figures)} for claim in claims],
+        claims=[
+            {**claim.as_dict(), "words": verdict_in_words(claim), "figures": list(claim.figures)} for claim in claims
+        ],
         images=images,
         config=config,
         corpus=corpus.name,
@@ -154,7 +194,7 @@ def _label(character: str) -> str:
 
 
 def _background(position: float) -> tuple[str, str]:
-    """Colour of a margin from the smallest (0, dark) to the largest (1, light), and a readable ink."""
+    """Return the colour of a margin, from the smallest (0, dark) to the largest (1, light), and a readable ink."""
     red, green, blue, _ = colormaps["cividis"](position)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     return (
@@ -164,7 +204,7 @@ def _background(position: float) -> tuple[str, str]:
 
 
 def _line(subject: Subject) -> Tensor:
-    """The first characters of the text on the first principal axis of their embeddings, standardised, (8,) at most."""
+    """Project the first characters on the first principal axis of their embeddings, standardised, at most (8,)."""
     u = subject.tokens(1)[0, :_LINE]
     centred = u - u.mean(0)
     line: Tensor = centred @ torch.linalg.svd(centred, full_matrices=False)[2][0]
