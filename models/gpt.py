@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probattn.errors import InputError, require_at_least
+from probattn.numerics.random import isolated_seed
 
 __all__ = ["CharacterGPT", "GPTConfig", "Heads"]
 
@@ -98,8 +99,7 @@ class CharacterGPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with isolated_seed(seed):
             self.table = nn.Parameter(_TABLE * torch.randn(config.vocabulary, config.dim))
             self.positions = nn.Parameter(_POSITIONS * torch.randn(config.context, config.dim))
             self.blocks = nn.ModuleList(_Block(config.dim, config.heads) for _ in range(config.layers))

@@ -19,6 +19,7 @@ from probattn.distributions import LatentAttention, noise_distribution
 from probattn.embedding_prior import Prior
 from probattn.errors import InputError, require_at_least, require_choice, require_positive
 from probattn.models.module import SequenceModel
+from probattn.numerics.random import isolated_seed
 
 __all__ = ["LanguageConfig", "LanguageModel"]
 
@@ -131,8 +132,7 @@ class LanguageModel(SequenceModel):
             Values by site.
         """
         config, options = self.config, {"dtype": self.unit.dtype, "device": self.unit.device}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with isolated_seed(seed):
             values = {f"decoder.{name}": value.detach() for name, value in _Decoder(config).named_parameters()}
             values["embedding"] = torch.randn(config.vocabulary, config.dim) * 0.5
             values["position"] = torch.randn(config.context, config.dim) * 0.1

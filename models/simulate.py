@@ -14,6 +14,7 @@ from probattn.errors import InputError, NoSolutionError
 from probattn.folds.regime import Regime, regime
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.scalar import ScalarModel
+from probattn.numerics.random import isolated_seed
 from probattn.solve.selection import Selection
 from probattn.solve.sequence import find_sequence
 
@@ -71,8 +72,7 @@ def simulate(
             f"simulate was given {attention!r} and {sequences} sequences; it needs one attention without batch axes "
             "and at least one sequence."
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with isolated_seed(seed, attention.query.device):
         u = LatentAttention(attention, noise_scale, length, selection=selection).sample((sequences,))
     regimes = regime(attention, u)
     return Simulation(u, regimes if isinstance(regimes, list) else [regimes])  # type: ignore[arg-type]

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
+from probattn.numerics import linalg
+from probattn.numerics.random import isolated_seed
+
 __all__ = ["ConformanceError", "check_distribution", "check_transform"]
 
 
@@ -80,7 +83,7 @@ def check_transform(transform: Transform, x: Tensor, *, tolerance: float = 1e-8,
     size = points[0].numel()
     rows = [torch.autograd.functional.jacobian(transform.inv, point.unsqueeze(0)) for point in points]
     dense = torch.stack([row.reshape(size, size) for row in rows])
-    _close("log|det| = dense log|det|", ladj.reshape(-1), -torch.linalg.slogdet(dense)[1], tolerance)
+    _close("log|det| = dense log|det|", ladj.reshape(-1), -linalg.slogdet(dense)[1], tolerance)
     _close("inverse log|det| = -log|det|", transform.inv.log_abs_det_jacobian(y, x), -ladj, tolerance)
     if causal:
         length, dim = x.shape[-2:]
@@ -142,8 +145,7 @@ def check_distribution(
         >>> import pyro.distributions as dist
         >>> check_distribution(dist.Normal(torch.zeros(2, 3), 2.0).to_event(2))
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with isolated_seed(seed):
         batch, event = distribution.batch_shape, distribution.event_shape
         support = distribution.support
         _require(

@@ -13,6 +13,7 @@ from probattn.barrier import log_barrier
 from probattn.distributions import noise_distribution
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
 from probattn.inference.claims.jacobian import dense_jacobian
+from probattn.numerics import linalg
 
 __all__ = ["barrier_claim"]
 
@@ -68,7 +69,7 @@ def _density_error(
     for sequence in u:
         whole = dense_jacobian(attention, sequence).reshape(length * dim, length * dim)
         gaussian = noise.log_prob(attention.residual(sequence))
-        density = gaussian + torch.linalg.slogdet(whole)[1]
+        density = gaussian + linalg.slogdet(whole)[1]
         gap = gaussian - barrier(attention, sequence).sum() - density
         gaps.append(float(gap.abs() / (1 + density.abs())))
     return worst(*gaps)

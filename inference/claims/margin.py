@@ -12,6 +12,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.barrier import MarginKind, stability_margin, support_tokens
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
+from probattn.numerics import linalg
 from probattn.solve.context import Context
 
 __all__ = ["margin_claim"]
@@ -93,7 +94,7 @@ def _errors(
     blocks = torch.stack([Context.of(attention, u[:i]).mean_and_jacobian(u[i])[1] for i in range(len(u))])  # (T, p, p)
     identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
     change = identity - blocks
-    determinant = torch.linalg.det(blocks)
+    determinant = linalg.det(blocks)
     left, singular, right = torch.linalg.svd(blocks)
     spectral = margin(attention, u, "spectral")
     smallest = margin(attention, u, "singular_value")

@@ -16,6 +16,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from probattn.errors import InputError
+from probattn.numerics.random import isolated_seed
 
 __all__ = ["isolated", "require_local_parameters"]
 
@@ -40,11 +41,8 @@ def isolated(device: torch.device | None = None, seed: int | None = None) -> Ite
     """Run Pyro with parameters kept in their modules and the random state put back afterwards.
 
     Args:
-        device: also protect this CUDA device's random state.
-        seed: of the draws inside; None goes on from the present state.
+        device: a CUDA device whose random state is seeded and put back as well.
+        seed: seed of the draws inside; None continues from the present state.
     """
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with _PYRO, torch.random.fork_rng(devices=devices), pyro.settings.context(module_local_params=True):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with _PYRO, isolated_seed(seed, device), pyro.settings.context(module_local_params=True):
         yield

@@ -18,6 +18,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.blocks import smallest_singular_value_one_minus
 from probattn.next_token import NextToken
+from probattn.numerics import linalg
 from probattn.solve.context import Context
 
 __all__ = [
@@ -234,7 +235,7 @@ def check_determinant(answer: Tensor | None) -> Feedback:
         return matrix
     origin = torch.zeros(2, dtype=torch.float64)
     block = Context.of(CausalAttention.from_qk_matrix(matrix), corners()).mean_and_jacobian(origin)[1]
-    determinant = float(torch.linalg.det(block))
+    determinant = float(linalg.det(block))
     smallest = float(smallest_singular_value_one_minus(torch.eye(2, dtype=torch.float64) - block))
     if abs(determinant - 1) > 1e-6:
         return _wrong(f"det J is {determinant:.6g}, not 1; what is the covariance of the corners at u = 0?")
@@ -300,7 +301,7 @@ def check_previous_query(answer: Residual | None) -> Feedback:
             whole = torch.func.jacrev(partial(answer, matrix))(u).reshape(12, 12)
         except Exception as error:  # whatever the reader's code raises
             return _raised(error)
-        largest = max(largest, abs(float(torch.linalg.slogdet(whole)[1])))
+        largest = max(largest, abs(float(linalg.slogdet(whole)[1])))
     if largest > 1e-10:
         return _wrong("e has the right value and another derivative; is something detached from the graph?")
     return Feedback(True, "log |det de/du| is 0 for weak and strong A: every J_i is I, and nothing repels.")

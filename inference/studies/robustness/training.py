@@ -27,6 +27,7 @@ from probattn.embedding_prior import AttentionStage, Prior
 from probattn.errors import InputError, require_at_least, require_choice, require_positive, require_share
 from probattn.models.corpus import Corpus
 from probattn.models.gpt import CharacterGPT, GPTConfig, Heads
+from probattn.numerics.random import isolated_seed
 from probattn.penalty import attention_penalty
 
 __all__ = ["ARMS", "VARIANTS", "Arm", "Study", "Trained", "batches", "one_thread", "stream", "train"]
@@ -297,10 +298,8 @@ def train(
         raise InputError(f"arm {arm.name} follows {arm.steer}: pass its path of {study.steps + 1} numbers.")
     device = device or torch.device("cpu")
     own = seed + arm.reseed
-    devices = [device] if device.type == "cuda" else []
     # Everything else that is drawn: positions of the penalty, the stage, noise.
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(stream("arm", own))
+    with isolated_seed(stream("arm", own), device):
         model = CharacterGPT(study.gpt(len(corpus.vocabulary)), stream("model", own)).to(device)
         stage = None
         if arm.placement == "embeddings":
