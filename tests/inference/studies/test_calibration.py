@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from probattn.errors import InputError
-from probattn.inference import calibration
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.recovery import recovery_claim
+from probattn.inference.studies import calibration
 from probattn.inference.studies.calibration import (
     METHODS,
     Ranks,

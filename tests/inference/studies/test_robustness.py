@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from probattn.errors import InputError
-from probattn.inference import robustness
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.robustness import quick_study, robustness_claim
+from probattn.inference.studies.robustness import study as runs
 from probattn.inference.studies.robustness.study import (
     CLEAN,
     FAMILIES,
+    QUANTILES,
     Record,
     evaluate,
     label,
@@ -227,7 +228,7 @@ class TestStudy:
 
     def test_an_interrupted_study_goes_on_and_computes_nothing_twice(self, text, tmp_path, monkeypatch):
         whole = run_study(self.arms, TINY, text)
-        real, calls = robustness._measure, []
+        real, calls = runs._measure, []
 
         def counted(arm, seed, *rest):
             if len(calls) == 3:
@@ -235,14 +236,14 @@ class TestStudy:
             calls.append((arm.name, seed))
             return real(arm, seed, *rest)
 
-        monkeypatch.setattr(robustness, "_measure", counted)
+        monkeypatch.setattr(runs, "_measure", counted)
         with pytest.raises(KeyboardInterrupt):
             run_study(self.arms, TINY, text, folder=tmp_path)
         first = calls.copy()
         assert len(list(tmp_path.glob("*.json"))) == 3
         calls.clear()
         monkeypatch.setattr(
-            robustness, "_measure", lambda arm, seed, *rest: calls.append((arm.name, seed)) or real(arm, seed, *rest)
+            runs, "_measure", lambda arm, seed, *rest: calls.append((arm.name, seed)) or real(arm, seed, *rest)
         )
         lines = []
         found = run_study(self.arms, TINY, text, folder=tmp_path, report=lines.append)
@@ -362,9 +363,7 @@ def planted(effects, *, arms=JUDGED, seeds=5, windows=40, diverged=()):
                 for family, name in names
             }
             facts = {"rms": 0.5, "parameter_norm": 10.0, "heads_determinant_negative": 0.0}
-            facts |= {
-                f"heads_{kind}_{q:g}": q for kind in ("determinant", "singular_value") for q in robustness.QUANTILES
-            }
+            facts |= {f"heads_{kind}_{q:g}": q for kind in ("determinant", "singular_value") for q in QUANTILES}
             stopped = 7 if (arm.name, seed) in diverged else None
             records.append(Record(arm.name, seed, stopped, {} if stopped else losses, facts, [0.5, 0.6]))
     return records
@@ -530,8 +529,8 @@ class TestClaim:
         assert {"robustness.md", "robustness.json", "robustness", "robustness-differences.png"} <= names
         assert "Of 1 ways" in claim.statement
         # Such a file is read in, where it ships with the package and is of the same study.
-        (tmp_path / "studies").mkdir()
-        (tmp_path / "robustness.json").rename(tmp_path / "studies" / "robustness.json")
+        (tmp_path / "results").mkdir()
+        (tmp_path / "robustness.json").rename(tmp_path / "results" / "robustness.json")
         monkeypatch.setattr("probattn.inference.claims.robustness.resources.files", lambda name: tmp_path)
         read = robustness_claim(small, Settings(full=True), study=TINY, arms=arms, quick=TINY)
         assert dict(read.measured) == dict(claim.measured)
