@@ -131,7 +131,7 @@ def test_all_ports_taken(monkeypatch):
         raise OSError(98, "Address already in use")
 
     monkeypatch.setattr("http.server.ThreadingHTTPServer.__init__", refuse)
-    with pytest.raises(InputError, match=r"--port 8000: taken, as are all up to 8019; name another, or 0 for any"):
+    with pytest.raises(InputError, match=r"--port 8000: in use, like all up to 8019; name another, or 0 for any"):
         serve_page("", 8000)
 
 

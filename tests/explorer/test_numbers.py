@@ -111,9 +111,9 @@ def test_numbers_of_the_plane(open_page, settle):
 
 def test_the_curve_is_exact_and_the_witness_is_one(open_page, settle):
     page = open_page()
-    for story in ("plane-boundary", "plane-two-folds"):
+    for preset in ("plane-boundary", "plane-two-folds"):
         page.click("#tab-plane")
-        page.click(f"#{story}")
+        page.click(f"#{preset}")
         settle(page)
         state, points = page.evaluate("probattn.state.plane"), tensor(page.evaluate("probattn.curve()"))
         _, attention = plane_attention(state)
@@ -173,7 +173,7 @@ def test_a_path_solves_the_implicit_equation(open_page, settle, until, a, level)
     field = stationary_covariance(attention, tensor([[sigma**2]]))
     if field is None:
         assert shown["sequence.V"]["text"] == "none: a σ² > 4/27"
-        assert shown["sequence.margin"]["text"] == shown["sequence.drift"]["text"] == "gone"
+        assert shown["sequence.margin"]["text"] == shown["sequence.drift"]["text"] == "none"
     else:
         V = float(field.covariance)
         expected |= {"sequence.V": V, "sequence.margin": 1 - a * V, "sequence.drift": a * V / (1 - a * V)}

@@ -1,4 +1,4 @@
-"""The explorer as a new user meets it: dragging, keys, touch, stories, links, small and dark screens."""
+"""The explorer as a new user meets it: dragging, keys, touch, presets, links, small and dark screens."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from probattn.teach.explorer import explorer_page, serve_page
 from probattn.teach.explorer.page import SCRIPTS
 
 VIEWS = ("line", "plane", "sequence")
-STORIES = {
+PRESETS = {
     "line": ("line-boundary", "line-fold", "line-runaway"),
     "plane": ("plane-boundary", "plane-fold", "plane-two-folds", "plane-runaway"),
     "sequence": ("sequence-below", "sequence-above", "sequence-drift", "sequence-repulsion"),
@@ -123,7 +123,7 @@ def test_keys_reach_and_move_everything(open_page, settle):
     settle(page)
     assert page.evaluate("probattn.state.view") == "plane"
     reached = set()
-    page.focus("#plane-stories button:last-child")
+    page.focus("#plane-presets button:last-child")
     for _ in range(24):
         page.keyboard.press("Tab")
         reached.add(
@@ -269,19 +269,19 @@ def test_tokens_in_one_place(open_page, settle):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_stories(open_page, settle, until, view):
+def test_presets(open_page, settle, until, view):
     page = open_page(viewport={"width": 360, "height": 740})
     page.click(f"#tab-{view}")
-    assert page.locator(f"#{view}-stories button").evaluate_all("all => all.map(button => button.id)") == list(
-        STORIES[view]
+    assert page.locator(f"#{view}-presets button").evaluate_all("all => all.map(button => button.id)") == list(
+        PRESETS[view]
     )
-    for story in STORIES[view]:
-        page.click(f"#{story}")
+    for preset in PRESETS[view]:
+        page.click(f"#{preset}")
         if view == "sequence":
             until(page, "probattn.path().tokens.length > 60")
             page.click("#sequence-play")
         settle(page)
-        assert page.is_visible(f"#{view}-story")
+        assert page.is_visible(f"#{view}-preset")
         assert not BROKEN.search(page.inner_text("main"))
         assert overflow(page) <= 0
         shown = numbers(page)
@@ -289,19 +289,19 @@ def test_stories(open_page, settle, until, view):
             assert differences(shown, line_expected(page.evaluate("probattn.state.line"))) == []
         elif view == "plane":
             assert differences(shown, plane_expected(page.evaluate("probattn.state.plane"))) == []
-        if story == "line-boundary":
+        if preset == "line-boundary":
             assert shown["line.regime"]["text"] == "certified"
             assert float(shown["line.margin"]["value"]) == pytest.approx(0.01)
-        if story == "line-runaway":
+        if preset == "line-runaway":
             assert float(shown["line.barrier"]["value"]) == pytest.approx(-2.397895272798)  # -log(11)
             assert abs(float(shown["line.e"]["value"])) < 1e-12
-        if story == "plane-two-folds":
+        if preset == "plane-two-folds":
             state = page.evaluate("probattn.state.plane")
             tokens = torch.tensor(state["tokens"], dtype=torch.float64)
             assert bool((stability_margin(plane_attention(state)[1], tokens, "determinant") > 0).all())
             assert differences(shown, {"plane.determinant": 1, "plane.spectral": -1, "plane.count": 9}) == []
             assert shown["plane.regime"]["text"] == "folded"
-        if story == "plane-runaway":
+        if preset == "plane-runaway":
             assert float(shown["plane.barrier"]["value"]) == pytest.approx(-3.891820298110)  # -2 log(7)
 
 
@@ -309,13 +309,13 @@ def test_a_path_below_and_one_above(open_page, settle, until):
     page = open_page()
     page.click("#tab-sequence")
     spreads = {}
-    for story in ("sequence-below", "sequence-above"):
-        page.click(f"#{story}")
+    for preset in ("sequence-below", "sequence-above"):
+        page.click(f"#{preset}")
         page.locator("#sequence-speed").fill("40")
         until(page, "probattn.path().tokens.length >= 300")
         page.click("#sequence-play")
         settle(page)
-        spreads[story] = float(numbers(page)["sequence.spread"]["value"])
+        spreads[preset] = float(numbers(page)["sequence.spread"]["value"])
         length = page.evaluate("probattn.path().tokens.length")
         assert int(numbers(page)["sequence.n"]["value"]) == length == page.evaluate("probattn.state.sequence.n")
     assert spreads["sequence-below"] < 0.1
@@ -323,7 +323,7 @@ def test_a_path_below_and_one_above(open_page, settle, until):
     assert numbers(page)["sequence.V"]["text"] == "none: a σ² > 4/27"
 
 
-def test_a_story_is_told_in_motion(open_page, settle, until):
+def test_a_preset_is_animated(open_page, settle, until):
     page = open_page(reduced_motion="no-preference")
     page.click("#line-fold")
     seen = set()
@@ -420,14 +420,14 @@ def test_what_a_new_user_sees_first(open_page, settle, until):
 
 def test_reasons_begin_with_a_word(open_page, settle):
     page = open_page()
-    for view, stories in STORIES.items():
+    for view, presets in PRESETS.items():
         if view == "sequence":
             continue
-        for story in stories:
+        for preset in presets:
             page.click(f"#tab-{view}")
-            page.click(f"#{story}")
+            page.click(f"#{preset}")
             settle(page)
-            assert re.match(r"(The|A real|No|Within) \w", page.inner_text(f"[data-name='{view}.reason']")), story
+            assert re.match(r"(The|A real|No|Within) \w", page.inner_text(f"[data-name='{view}.reason']")), preset
     change(page, settle, "line", tokens=[-1, 1, 0], a=-10)
     reason = page.inner_text("[data-name='line.reason']")
     assert reason.startswith("The largest a·Var over every next token is below one")

@@ -11,7 +11,7 @@ from probattn.folds.line import largest_sensitivity, turning_points
 from probattn.folds.mass import next_token_density, scalar_mass
 from probattn.solve.bound import contraction_bound
 from probattn.solve.context import Context
-from probattn.solve.search import find_roots
+from probattn.solve.token import find_roots
 
 TOLERANCE = 1e-6
 

@@ -1,4 +1,4 @@
-"""The explorer as one file: style and scripts inlined, with a policy that lets nothing else run or load."""
+"""Build the explorer as one file: style and scripts inlined, with a policy that lets nothing else run or load."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from importlib.resources import files
 
 __all__ = ["SCRIPTS", "explorer_page"]
 
-# In the order in which they need one another.
+# In the order of their dependencies.
 SCRIPTS = (
     "line_mathematics.js",
     "plane_mathematics.js",
     "sequence_mathematics.js",
     "state.js",
-    "stories.js",
+    "presets.js",
     "draw.js",
     "controls.js",
     "line.js",
@@ -26,13 +26,13 @@ SCRIPTS = (
 
 
 def explorer_page() -> str:
-    """The whole page, to be opened from a file, served or hosted anywhere.
+    """Build the page, which can be opened from a file, served or hosted anywhere.
 
-    The content security policy names the hashes of the one style and the one script, so that a browser runs nothing
-    else and asks no address for anything.
+    The content security policy contains the hashes of the one style and the one script, so that a browser runs nothing
+    else and sends no request.
 
     Returns:
-        HTML, UTF-8.
+        HTML as text, to be encoded as UTF-8.
 
     Example:
         >>> page = explorer_page()
@@ -58,5 +58,5 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As the policy writes it: of the text between the tags."""
+    """Hash of the text between the tags, in the notation of the policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

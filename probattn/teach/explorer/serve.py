@@ -1,4 +1,4 @@
-"""One page served to this machine alone, on the first free port."""
+"""Serve one page to this machine alone, on the first free port."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _TRIES = 20
 
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
-    # Elsewhere this only shortens the wait after a stop; on Windows it would share a port that is in use.
+    # On Windows this would share a port in use; elsewhere it only shortens the wait after a stop.
     allow_reuse_address = os.name != "nt"
 
 
 def serve_page(page: str, port: int) -> http.server.ThreadingHTTPServer:
-    """A server of one page, bound to 127.0.0.1 and not yet running: call ``serve_forever``, then ``server_close``.
+    """Create a server of one page, bound to 127.0.0.1; ``serve_forever`` starts it, ``server_close`` ends it.
 
     Args:
-        page: HTML.
-        port: where to listen; if it is taken, the next free one of twenty. 0: any free one.
+        page: HTML to serve.
+        port: first port to try; if it is in use, the next free one of twenty. 0 selects any free port.
 
     Returns:
-        The server; ``server_port`` is the port it found.
+        The server, with its port as ``server_port``.
 
     Raises:
         InputError: no port could be bound.
@@ -60,7 +60,7 @@ def serve_page(page: str, port: int) -> http.server.ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing: the terminal belongs to the user."""
+            """Log nothing, since the terminal belongs to the user."""
 
     last = min(port + _TRIES, 65536) if port else 1
     for candidate in range(port, last):
@@ -68,5 +68,7 @@ def serve_page(page: str, port: int) -> http.server.ThreadingHTTPServer:
             return _Server(("127.0.0.1", candidate), Handler)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise InputError(f"--port {port}: cannot listen on 127.0.0.1 ({error.strerror}).") from None
-    raise InputError(f"--port {port}: taken, as are all up to {last - 1}; name another, or 0 for any free one.")
+                raise InputError(
+                    f"--port {port}: cannot listen on 127.0.0.1 ({error.strerror}); name another, or 0 for any."
+                ) from None
+    raise InputError(f"--port {port}: in use, like all up to {last - 1}; name another, or 0 for any free one.")

@@ -1,8 +1,8 @@
-// The parts of the page that every view uses: handles that are dragged or moved by keys, sliders, shown numbers.
+// Parts of the page that every view uses: handles moved by pointer or keys, sliders, displayed numbers.
 const controls = (() => {
   const find = id => document.getElementById(id);
 
-  /** A number as it is shown; the element carries it in full. */
+  /** A number as displayed; the element carries it in full. */
   function format(x) {
     if (x === Infinity) return "∞";
     if (Math.abs(x) < 1e-12) return "0"; // rounding, not a number to read
@@ -20,7 +20,7 @@ const controls = (() => {
 
   const inFull = x => (x === Infinity ? "inf" : String(x));
 
-  /** Show a number, a list of numbers or of points, or words; null stands for "there is none". */
+  /** Show a number, a list of numbers or points, or words; null means none. */
   function show(name, value, none = "none") {
     const element = spot(name), list = Array.isArray(value);
     const one = x => (typeof x === "number" ? format(x) : Array.isArray(x) ? `(${x.map(format).join(",\u00a0")})` : x);
@@ -32,9 +32,9 @@ const controls = (() => {
 
   const round = x => Math.round(x * 1000) / 1000;
 
-  /** A row of handles over a canvas, kept equal in number to the tokens; each is dragged, moved by arrows, or removed. */
+  /** Handles over a canvas, one per token; each can be dragged, moved by arrow keys, or removed. */
   class Handles {
-    /** `place` gives pixels of handle k, `move` takes pixels or a step in units, `remove` may refuse. */
+    /** `place` returns the pixels of handle k, `move` takes pixels or a step in units, `remove` may do nothing. */
     constructor(layer, { label, place, move, remove, done, value, className }) {
       Object.assign(this, { layer, label, place, move, remove, done, value, className, items: [] });
     }
@@ -101,7 +101,7 @@ const controls = (() => {
     }
   }
 
-  /** A slider bound to one field: `get` and `set` on the state, number beside it. */
+  /** A slider bound to one field through `get` and `set`, with its number. */
   function slider(id, get, set, changed, done) {
     const input = find(id), output = find(`${id}-shown`);
     input.addEventListener("input", () => {
@@ -118,7 +118,7 @@ const controls = (() => {
     };
   }
 
-  /** Rows of a table, reused; each row a list of texts or numbers with a name. */
+  /** Fill a table, reusing its rows; each row is a list of texts or numbers. */
   function table(body, rows) {
     while (body.rows.length > rows.length) body.deleteRow(-1);
     rows.forEach((row, i) => {
@@ -137,7 +137,7 @@ const controls = (() => {
     folded: "folded: some noise has several solutions",
   };
 
-  /** The regime as a badge with its reason, which begins with a word, never with a letter that is a symbol; returns what to announce. */
+  /** Show the regime as a badge with its reason, which begins with a word and not with a symbol; return the announcement. */
   function showRegime(view, { name, proved, reason }) {
     const badge = spot(`${view}.regime`);
     show(`${view}.regime`, name);

@@ -1,5 +1,5 @@
-// Canvases that follow their size on the page, scales with round ticks, and colour maps that every kind of colour vision
-// can read: orange against blue for signed margins, dark to light for distances.
+// Canvases that follow their size on the page, scales with round ticks, and colour maps for every kind of colour vision:
+// orange to blue for signed margins, dark to light for distances.
 const draw = (() => {
   const ink = {};
 
@@ -111,7 +111,7 @@ const draw = (() => {
     pen.stroke();
   }
 
-  /** A title and its legend, beside it where all of it fits, else in lines below it: `more` is their height beyond one line, `paint` sets them above a plot. */
+  /** A title and its legend, on one line if both fit, otherwise on lines below: `more` is their height beyond one line, `paint` draws them above a plot. */
   function heading(pen, wide, title, legend = []) {
     const gap = ink.size * 0.7, tall = ink.size * 1.15, mark = ink.size * 1.1;
     font(pen, 0.8, "600");
@@ -163,7 +163,7 @@ const draw = (() => {
     for (let k = 0; k < 256; k++) {
       const place = (k / 255) * (stops.length - 1), i = Math.min(Math.floor(place), stops.length - 2), rest = place - i;
       const [r, g, b] = stops[i].map((c, j) => Math.round(c + rest * (stops[i + 1][j] - c)));
-      table[k] = (255 << 24) | (b << 16) | (g << 8) | r; // little endian, as every browser's machine is
+      table[k] = (255 << 24) | (b << 16) | (g << 8) | r; // little endian, like every machine with a browser
     }
     return table;
   }

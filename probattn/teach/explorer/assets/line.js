@@ -1,5 +1,5 @@
-// The view of one dimension: tokens on a line, the residual map with its folds, the next token's density. The last
-// token of the sequence is the query u; what it sees is the past.
+// The view of one dimension: tokens on a line, the residual map with its folds, the density of the next token. The last
+// token of the sequence is the query u; the tokens before it are its past.
 const lineView = page => {
   const M = lineMathematics, { ink } = draw, { round } = controls;
   const canvas = controls.find("line-canvas"), layer = controls.find("line-handles");
@@ -8,7 +8,7 @@ const lineView = page => {
 
   const state = () => page.state.line;
 
-  /** Everything that is shown, from the state. */
+  /** Compute all displayed quantities from the state. */
   function compute() {
     const { tokens, a, sigma, noise } = state(), past = tokens.slice(0, -1), u = tokens.at(-1);
     const weights = new Float64Array(past.length), here = M.look(past, a, u, weights), J = 1 - a * here.variance, e = u - here.mean;
@@ -79,7 +79,7 @@ const lineView = page => {
     }
     points.sort((p, q) => p.u - q.u);
 
-    // Bands where the map runs backwards.
+    // Bands where the map decreases.
     for (let k = 0; k + 1 < s.turning.length; k += 2) folded.push([x(Math.max(-REACH, s.turning[k])), x(Math.min(REACH, s.turning[k + 1]))]);
     pen.fillStyle = ink.orange;
     pen.globalAlpha = 0.13;

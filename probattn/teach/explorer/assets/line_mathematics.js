@@ -1,11 +1,11 @@
 // One dimension. Past tokens u_s, strict mask, logits a u u_s, weights alpha = softmax, mean mu = sum alpha_s u_s,
 // residual map e(u) = u - mu(u), J(u) = 1 - a Var(u). All definitions are those of the Python library.
 const lineMathematics = (() => {
-  const FAR = 1e-6; // what |1 - J| may still be beyond the reach of a search
+  const FAR = 1e-6; // largest |1 - J| allowed outside the searched interval
   const LEVELS = 200;
-  const MOST = 200000; // intervals of one level
+  const MOST = 200000; // largest number of intervals of one level
 
-  /** Weights, mean and the central moments of the past as a token u sees it. */
+  /** Weights, mean and central moments of the past for a token u. */
   function look(past, a, u, weights = null) {
     const n = past.length;
     if (n === 0) return { mean: 0, variance: 0, third: 0 };
@@ -45,7 +45,7 @@ const lineMathematics = (() => {
   function sensitivity(past, a) {
     const { low, high, width } = spread(past), pull = Math.abs(a) * width;
     if (past.length < 2 || !(pull > 0)) return null;
-    // The fourth cumulant of a law on an interval of length D lies between -D^4 / 8 and D^4 / 12.
+    // The fourth cumulant of a distribution on an interval of length D lies between -D^4 / 8 and D^4 / 12.
     const curvature = (width * pull ** 3) / 8;
     let reach = 1 / pull;
     for (let k = 0; k < LEVELS; k++, reach *= 2) {
@@ -75,7 +75,7 @@ const lineMathematics = (() => {
     };
   }
 
-  /** sup over u of M = 1 - J, enclosed by branch and bound; stops early on one side of the threshold if one is given. */
+  /** Enclose the supremum of M = 1 - J over u by branch and bound; with a threshold, stop once it is on one side. */
   function largestSensitivity(past, a, threshold = null, tolerance = 1e-10) {
     const line = sensitivity(past, a);
     if (line === null) return { lower: 0, upper: 0, at: 0 };
@@ -101,7 +101,7 @@ const lineMathematics = (() => {
     return { lower: best, upper, at };
   }
 
-  /** Every u where J changes its sign, in increasing order. */
+  /** Every u where J changes sign, in increasing order. */
   function turningPoints(past, a) {
     const line = sensitivity(past, a);
     if (line === null || a < 0) return [];
@@ -130,7 +130,7 @@ const lineMathematics = (() => {
     return points.filter((point, k) => k === 0 || point !== points[k - 1]);
   }
 
-  /** Where a predicate turns from true to false, to the last bit. */
+  /** The point where a predicate turns from true to false, to the last bit. */
   function bisect(leftOf, low, high) {
     for (let k = 0; k < 200; k++) {
       const middle = (low + high) / 2;
@@ -211,10 +211,10 @@ const lineMathematics = (() => {
     return integrate(f, left, centre, tolerance / 2, depth + 1) + integrate(f, centre, right, tolerance / 2, depth + 1);
   }
 
-  /** The integral of N(e(u)) alone, which is what one gets who forgets the change of variables. */
+  /** Integral of N(e(u)) without the Jacobian of the change of variables. */
   function massWithoutJacobian(past, a, sigma, turning) {
     const { low, high } = spread(past), edges = [low - 9 * sigma, high + 9 * sigma, ...turning];
-    // Where e passes a multiple of sigma the integrand has its features: panels end there.
+    // The integrand varies most where e is a multiple of sigma, so panels end there.
     for (const times of [-6, -3, -1, 0, 1, 3, 6]) edges.push(...roots(past, a, times * sigma, turning));
     edges.sort((x, y) => x - y);
     let total = 0;
@@ -226,7 +226,7 @@ const lineMathematics = (() => {
     return total;
   }
 
-  /** The regime of a sequence, exact in one dimension: the library's rules in the library's order. */
+  /** The regime of a sequence, exact in one dimension, by the rules of the library in its order. */
   function regime(tokens, a) {
     const J = tokens.map((u, i) => jacobian(tokens.slice(0, i), a, u));
     let position = J.findIndex(value => value < 0);
@@ -242,7 +242,7 @@ const lineMathematics = (() => {
       largest = Math.max(largest, ((width + unit * upto) * (Math.abs(a) * width + unit * Math.abs(a) * upto)) / 4);
     }
     if (largest < 1) {
-      return { name: "certified", proved: true, position: null, reason: "the contraction bound is below one: one to one for every next token" };
+      return { name: "certified", proved: true, position: null, reason: "the contraction bound is below one, so the map is one-to-one for every next token" };
     }
     let undecided = false;
     for (let i = 2; i < tokens.length; i++) {
@@ -256,13 +256,13 @@ const lineMathematics = (() => {
       undecided = undecided || bracket.upper * (1 + rounding) >= 1;
     }
     if (!undecided) {
-      return { name: "certified", proved: true, position: null, reason: "the largest a·Var over every next token is below one (enclosed): one to one" };
+      return { name: "certified", proved: true, position: null, reason: "the largest a·Var over every next token is below one (enclosed), so the map is one-to-one" };
     }
     J.forEach((value, i) => { if (position < 0 || value < J[position]) position = i; });
     if (J[position] <= 0) {
-      return { name: "folded", proved: false, position, reason: "the slope J is zero at a token: on the boundary, a fold is suspected, not proved" };
+      return { name: "folded", proved: false, position, reason: "the slope J is zero at a token, on the boundary: a fold is suspected, not proved" };
     }
-    return { name: "regular", proved: false, position, reason: "within rounding of the boundary: no fold seen, none excluded" };
+    return { name: "regular", proved: false, position, reason: "within rounding of the boundary: no fold was seen, and none is excluded" };
   }
 
   return { look, residual, jacobian, spread, largestSensitivity, turningPoints, roots, probability, mass, normal,

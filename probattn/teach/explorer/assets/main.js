@@ -1,22 +1,22 @@
-// The page: one state, one frame, tabs, stories, history, links, theme. `window.probattn` is a read-only view of it.
+// The page: one state, one frame, tabs, presets, history, links, theme. `window.probattn` is a read-only view of it.
 (() => {
   const find = controls.find, VIEWS = ["line", "plane", "sequence"];
   const calm = matchMedia("(prefers-reduced-motion: reduce)"), night = matchMedia("(prefers-color-scheme: dark)");
   const read = states.decode(location.hash);
   const page = { state: read.state || states.initial(), changed, commit };
   const history_ = new states.History(page.state);
-  let waiting = false, settled = true, announced = "", story = null, animation = null, timer = 0, rest = 0;
+  let waiting = false, settled = true, announced = "", preset = null, animation = null, timer = 0, rest = 0;
   const frames = [];
 
   const views = { line: lineView(page), plane: planeView(page), sequence: sequenceView(page) };
 
-  /** Something moved: draw once in the next frame, roughly if need be. */
+  /** Something moved: draw once in the next frame, at lower resolution if necessary. */
   function changed() {
     settled = false;
     request();
   }
 
-  /** Nothing moves any more: draw in full. */
+  /** Nothing moves any more: draw at full resolution. */
   function settle() {
     settled = true;
     request();
@@ -44,7 +44,7 @@
     }
   }
 
-  /** An interaction has ended: remember it and put it into the address. */
+  /** An interaction has ended: record it and put it into the address. */
   function commit() {
     if (animation) return;
     history_.commit(page.state);
@@ -57,7 +57,7 @@
     try {
       history.replaceState(null, "", `#${states.encode(page.state)}`);
     } catch {
-      // A page inside another may not change its address; the button still copies the link.
+      // A page inside another cannot change its address; the button still copies the link.
     }
   }
 
@@ -82,7 +82,7 @@
       tab.tabIndex = chosen ? 0 : -1;
       find(name).hidden = !chosen;
     }
-    tellStory(story && stories[page.state.view].includes(story) ? story : null);
+    showPreset(preset && presets[page.state.view].includes(preset) ? preset : null);
   }
 
   function go(name) {
@@ -105,37 +105,37 @@
     });
   }
 
-  // Stories.
+  // Presets.
   for (const name of VIEWS) {
-    for (const told of stories[name]) {
+    for (const chosen of presets[name]) {
       const button = document.createElement("button");
-      Object.assign(button, { type: "button", textContent: told.title, id: told.id });
-      button.addEventListener("click", () => begin(name, told));
-      find(`${name}-stories`).append(button);
+      Object.assign(button, { type: "button", textContent: chosen.title, id: chosen.id });
+      button.addEventListener("click", () => begin(name, chosen));
+      find(`${name}-presets`).append(button);
     }
   }
 
-  function tellStory(told) {
-    story = told;
+  function showPreset(chosen) {
+    preset = chosen;
     for (const name of VIEWS) {
-      const text = find(`${name}-story`);
-      text.hidden = !(told && stories[name].includes(told));
-      if (!text.hidden) text.textContent = told.text;
-      for (const other of stories[name]) find(other.id).setAttribute("aria-pressed", String(other === told));
+      const text = find(`${name}-preset`);
+      text.hidden = !(chosen && presets[name].includes(chosen));
+      if (!text.hidden) text.textContent = chosen.text;
+      for (const other of presets[name]) find(other.id).setAttribute("aria-pressed", String(other === chosen));
     }
   }
 
-  function begin(name, told) {
+  function begin(name, chosen) {
     halt();
     page.state.view = name;
-    page.state = states.checked({ ...page.state, [name]: structuredClone({ ...page.state[name], ...(told.from || told.to) }) });
+    page.state = states.checked({ ...page.state, [name]: structuredClone({ ...page.state[name], ...(chosen.from || chosen.to) }) });
     showView();
-    tellStory(told);
-    if (told.play) {
+    showPreset(chosen);
+    if (chosen.play) {
       changed();
       commit();
       views.sequence.start();
-    } else if (calm.matches) finish(name, told);
+    } else if (calm.matches) finish(name, chosen);
     else {
       const mine = (animation = { start: null });
       const seconds = 3.2;
@@ -143,8 +143,8 @@
         if (animation !== mine) return;
         mine.start ??= now;
         const t = Math.min(1, (now - mine.start) / 1000 / seconds), smooth = t * t * (3 - 2 * t);
-        if (t === 1) return finish(name, told);
-        page.state[name] = between(told.from, told.to, smooth, page.state[name]);
+        if (t === 1) return finish(name, chosen);
+        page.state[name] = between(chosen.from, chosen.to, smooth, page.state[name]);
         changed();
         requestAnimationFrame(step);
       };
@@ -152,21 +152,21 @@
     }
   }
 
-  function finish(name, told) {
+  function finish(name, chosen) {
     animation = null;
-    Object.assign(page.state[name], structuredClone(told.to));
+    Object.assign(page.state[name], structuredClone(chosen.to));
     changed();
     commit();
   }
 
-  /** Numbers on the way from one state to another, whatever their depth. */
+  /** Interpolate all numbers between two states, at any depth. */
   function between(from, to, t, rest = {}) {
     if (typeof from === "number") return from + (to - from) * t;
     if (Array.isArray(from)) return from.map((value, k) => between(value, to[k], t));
     if (typeof from === "object") return { ...rest, ...Object.fromEntries(Object.keys(from).map(key => [key, between(from[key], to[key], t)])) };
     return from;
   }
-  // A hand on the page stops a story where it is.
+  // A pointer on the page stops a preset.
   document.addEventListener("pointerdown", event => {
     if (animation && event.target.closest(".handle, input")) {
       animation = null;
@@ -188,7 +188,7 @@
   find("reset").addEventListener("click", () => {
     const fresh = { ...states.initial(), view: page.state.view };
     restore(fresh);
-    tellStory(null);
+    showPreset(null);
     commit();
   });
   find("link").addEventListener("click", async () => {
@@ -229,7 +229,7 @@
     try {
       localStorage.setItem(`probattn-${key}`, value);
     } catch {
-      // Without storage the choice lasts as long as the page.
+      // Without storage the choice is lost with the page.
     }
   };
   let theme = remembered("theme"), large = remembered("large") === "true";
@@ -265,7 +265,7 @@
   dress();
   find("undo").disabled = find("redo").disabled = true;
 
-  /** What is on the screen, by name: text, and the number in full. */
+  /** The displayed texts by name, with the numbers in full. */
   function numbers() {
     const shown = {};
     for (const element of document.querySelectorAll(`#${page.state.view} [data-name]`)) shown[element.dataset.name] = { text: element.textContent, value: element.dataset.value };
@@ -278,7 +278,7 @@
     get state() { return structuredClone(page.state); },
     setState(state) {
       restore(structuredClone(state));
-      tellStory(null);
+      showPreset(null);
       commit();
     },
     curve: () => views.plane.curve(),

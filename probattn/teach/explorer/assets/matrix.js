@@ -1,8 +1,8 @@
 // The editor of A = s_1 l_1 r_1^T + s_2 l_2 r_2^T: the unit circle, its image under A, and three handles. The outer dial
-// turns r_1; the two arrows end at A r_1 = s_1 l_1 and A r_2 = s_2 l_2.
+// rotates r_1; the two arrows end at A r_1 = s_1 l_1 and A r_2 = s_2 l_2.
 const matrixEditor = page => {
   const { ink } = draw, canvas = controls.find("matrix-canvas"), layer = controls.find("matrix-handles");
-  // The circle shown: it follows the arrows, but not while one of them is held.
+  // The radius shown: it follows the arrows, except while one of them is held.
   const ZOOMS = [1.5, 3, 6], DIAL = 1.18, REACH = 1.34;
   let x = null, y = null, zoom = ZOOMS[0], held = false;
   const state = () => page.state.plane;

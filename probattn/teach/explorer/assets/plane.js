@@ -1,4 +1,4 @@
-// The view of two dimensions: tokens in the plane, a map of the margin over where the query could be, the curve
+// The view of two dimensions: tokens in the plane, a map of the margin over the positions of the query, the curve
 // det J = 0, the query's attention, its other solutions, and the support tokens of the sequence.
 const planeView = page => {
   const M = planeMathematics, { ink } = draw, { round } = controls;
@@ -13,7 +13,7 @@ const planeView = page => {
   function compute(settled) {
     const at = state(), A = M.matrix(at), past = at.tokens.slice(0, -1), u = at.tokens.at(-1);
     const wanted = JSON.stringify([past, A]);
-    // While something other than the query moves, half the resolution; the rest once it stops.
+    // Half the resolution while something other than the query moves; full resolution once it stops.
     if (wanted !== key || (settled && grid !== fine)) {
       const changed = wanted !== key;
       grid = settled ? fine : coarse;
@@ -37,12 +37,12 @@ const planeView = page => {
     return at && { at, position: past.length };
   };
 
-  /** Folds after shorter pasts too, the longest first, when there is time for it. */
+  /** Search for folds after shorter pasts too, the longest first, once nothing moves. */
   function searchAll(tokens, A) {
     folds.complete = true;
     for (let i = tokens.length - 2; i >= 2 && !folds.found; i--) {
       const past = tokens.slice(0, i);
-      if (M.contractionBound(past, A) < 1) break; // nor can any shorter one fold
+      if (M.contractionBound(past, A) < 1) break; // then no shorter past folds either
       folds.found = fold(past, A, search.fill(past, A));
     }
   }
@@ -89,7 +89,7 @@ const planeView = page => {
       }
     }
     brush.putImageData(pixels, 0, 0);
-    // Samples are points, pixels are areas: half a cell stands over on each side.
+    // Samples are points, pixels are areas: the image extends half a cell on each side.
     const cell = width / (n - 1);
     pen.drawImage(image, -cell / 2, -cell / 2, width + cell, height + cell);
 
@@ -184,7 +184,7 @@ const planeView = page => {
   }
   canvas.addEventListener("dblclick", event => insert([x.invert(event.offsetX), y.invert(event.offsetY)]));
   controls.find("plane-add").addEventListener("click", () => {
-    // On a spiral by the golden angle: apart from those before it.
+    // On a spiral by the golden angle, away from the earlier tokens.
     const k = state().tokens.length, radius = 0.5 * Math.sqrt(k);
     insert([radius * Math.cos(2.4 * k), radius * Math.sin(2.4 * k)]);
   });
@@ -209,7 +209,7 @@ const planeView = page => {
       paint();
       return news;
     },
-    /** Points on det J = 0, for those who want to check them. */
+    /** Points on det J = 0, for the tests. */
     curve: () => grid.segments.flat().map(point => [...point]),
     witness: () => (folds.found ? { at: [...folds.found.at], position: folds.found.position } : null),
   };

@@ -77,7 +77,7 @@ const planeMathematics = (() => {
     return ((diameter(past) + unit * Math.SQRT2) * (diameter(pulled) + unit * Math.hypot(...A))) / 4;
   }
 
-  /** A view of the plane, sampled: mean, det, spectral and singular-value margin on a grid of n x n points. */
+  /** Mean, determinant, spectral and singular-value margin on a grid of n x n points of the plane. */
   class Grid {
     constructor(size, reach) {
       this.size = size;
@@ -86,7 +86,7 @@ const planeMathematics = (() => {
       for (const name of ["mx", "my", "determinant", "spectral", "singular_value"]) this[name] = new Float64Array(size * size);
     }
 
-    /** exp(g . u) factors over the axes: 2 n exponentials a token instead of n^2. */
+    /** exp(g . u) factors over the axes: 2 n exponentials per token instead of n^2. */
     fill(past, A) {
       const { size: n, points } = this, count = past.length;
       const column = [], row = [];
@@ -157,7 +157,7 @@ const planeMathematics = (() => {
           if (d !== a) met.push(edge(i, j, 1));
           if (met.length === 2) segments.push([met[0], met[1]]);
           else {
-            // A saddle: the centre says which corners belong together.
+            // A saddle: the sign at the centre says which corners belong together.
             const middle = at((points[i] + points[i + 1]) / 2, (points[j] + points[j + 1]) / 2) < 0;
             segments.push(...(middle === a ? [[met[0], met[1]], [met[2], met[3]]] : [[met[0], met[3]], [met[1], met[2]]]));
           }
@@ -180,7 +180,7 @@ const planeMathematics = (() => {
     return x1;
   }
 
-  /** Newton's method for e(u) = noise with halved steps; null where it does not arrive. */
+  /** Newton's method for e(u) = noise with step halving; null if it does not converge. */
   function newton(past, A, noise, start) {
     let u = [...start], seen = look(past, A, u), size = Math.hypot(seen.e[0] - noise[0], seen.e[1] - noise[1]);
     for (let k = 0; k < 60 && size > 1e-14; k++) {
@@ -201,7 +201,7 @@ const planeMathematics = (() => {
     return size < 1e-11 ? u : null;
   }
 
-  /** The solutions of e(u) = noise that are found from the cells of the grid where both components change sign, from the corners of what the mean can be, and from the midpoints of solutions. */
+  /** Solutions of e(u) = noise, searched from grid cells where both components change sign, from the tokens of the past, and from midpoints of solutions. */
   function roots(past, A, noise, grid) {
     const { size: n, points, mx, my } = grid, starts = [[...noise]], found = [];
     for (const token of past) starts.push([noise[0] + token[0], noise[1] + token[1]]);
@@ -245,7 +245,7 @@ const planeMathematics = (() => {
     order.sort((x, y) => margin[x] - margin[y]);
     for (const k of order.slice(0, 6)) {
       let u = [points[k % n], points[(k - (k % n)) / n]], low = margin[k];
-      // Towards smaller margins by the compass; a ridge may lead out for ever.
+      // Compass search towards smaller margins; the number of moves is limited, since a ridge may lead to infinity.
       for (let moves = 0, step = points[1] - points[0]; step > 1e-5 && moves < 100; moves++) {
         let moved = false;
         for (const [dx, dy] of [[1, 0], [-1, 0], [0, 1], [0, -1], [1, 1], [-1, -1], [1, -1], [-1, 1]]) {
@@ -262,7 +262,7 @@ const planeMathematics = (() => {
     return null;
   }
 
-  /** The regime of a sequence by the library's rules; a fold found by search after a past is passed in. */
+  /** The regime of a sequence by the rules of the library; a fold found by search is passed in. */
   function regime(tokens, A, fold = null) {
     const blocks = tokens.map((u, i) => look(tokens.slice(0, i), A, u).J), det = blocks.map(determinant);
     const negative = det.findIndex(value => value < 0), name = i => (i === tokens.length - 1 ? "the query" : `token ${i + 1}`);
@@ -271,7 +271,7 @@ const planeMathematics = (() => {
     }
     const bound = tokens.reduce((most, _, i) => Math.max(most, contractionBound(tokens.slice(0, i), A)), 0);
     if (bound < 1) {
-      return { name: "certified", proved: true, position: null, reason: "the contraction bound is below one: one to one for every next token" };
+      return { name: "certified", proved: true, position: null, reason: "the contraction bound is below one, so the map is one-to-one for every next token" };
     }
     const values = blocks.map(spectral);
     const lowest = values.reduce((best, value, i) => (value < values[best] ? i : best), 0);
@@ -282,7 +282,7 @@ const planeMathematics = (() => {
     if (values[lowest] <= 0) {
       return { name: "folded", proved: false, position: lowest, reason: `a real eigenvalue of J is not positive at ${name(lowest)}: a fold is suspected, not proved` };
     }
-    return { name: "regular", proved: false, position: lowest, reason: "no fold found, and none excluded: the contraction bound does not certify" };
+    return { name: "regular", proved: false, position: lowest, reason: "no fold was found, and none is excluded: the contraction bound does not certify" };
   }
 
   return { matrix, look, determinant, spectral, singularValue, MARGINS, margins, supportTokens, contractionBound, Grid, roots, findFold, regime };

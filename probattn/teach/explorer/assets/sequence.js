@@ -1,15 +1,15 @@
-// The view of the infinite sequence: a path that is computed as it is watched, its spread against the mean-field value,
-// and the curve V (1 - a V)^2 whose top, 4/27, is the end of stationarity.
+// The view of the infinite sequence: a path computed on demand, its spread against the mean-field value, and the curve
+// V (1 - a V)^2, whose maximum 4/27 is the end of stationarity.
 const sequenceView = page => {
   const M = sequenceMathematics, { ink } = draw, canvas = controls.find("sequence-canvas"), play = controls.find("sequence-play");
   let path = null, playing = false;
   const state = () => page.state.sequence;
-  const gone = "gone";
+  const gone = "none";
 
   function compute() {
     const { a, sigma, seed, n } = state();
     if (!path || path.a !== a || path.sigma !== sigma || path.seed !== seed || path.length > n) path = new M.Path(a, sigma, seed);
-    // Long paths come in parts, so that the page answers meanwhile.
+    // Long paths are computed in parts, so that the page stays responsive.
     const until = performance.now() + 12;
     while (path.length < n && !path.left && performance.now() < until) path.step();
     if (path.length < n && !path.left) requestAnimationFrame(() => page.changed());
@@ -31,17 +31,17 @@ const sequenceView = page => {
     const place = controls.find("sequence-place"), top = 0.4;
     place.style.left = `${100 * states.clamp(level / top, 0, 1)}%`;
     const below = level <= M.CRITICAL;
-    let words = "Above 4/27: no stationary spread exists.";
-    if (path.left) words = `The path left every scale: |u| > 10 000 at token ${n}. Play starts it again.`;
-    else if (n >= states.LIMIT.sequence.n) words = `This page follows a path for ${n} tokens. Play starts it again.`;
-    else if (level <= 0) words = "No attraction: every noise has a stationary spread.";
-    else if (below) words = "Below 4/27: mean field has a stationary spread; the mean still drifts.";
+    let words = "Above 4/27 there is no stationary spread.";
+    if (path.left) words = `The path has escaped: |u| > 10 000 at token ${n}. Play restarts it.`;
+    else if (n >= states.LIMIT.sequence.n) words = `This page stops a path after ${n} tokens. Play restarts it.`;
+    else if (level <= 0) words = "Without attraction every noise has a stationary spread.";
+    else if (below) words = "Below 4/27 mean field has a stationary spread, but the mean still drifts.";
     controls.show("sequence.verdict", words);
     controls.find("sequence-gauge").className = below ? "gauge below" : "gauge above";
     return words;
   }
 
-  /** At most as many points as there are pixels, with the extremes of each kept. */
+  /** Thin a curve to about one point per pixel, keeping the extremes. */
   function thinned(values, width) {
     const n = values.length, each = Math.max(1, Math.floor(n / Math.max(50, width)));
     if (each === 1) return values.map((value, i) => [i + 1, value]);
@@ -104,7 +104,7 @@ const sequenceView = page => {
     });
     heads[1].paint(left, z.to);
 
-    // a sigma^2 against a V: the curve and where it ends.
+    // a sigma^2 against a V, with the maximum of the curve.
     const far = a > 0 ? 1 : -1, v = draw.scale(Math.min(0, far), Math.max(0, far), left, right);
     const w = a > 0 ? draw.scale(0, 0.3, ...bands[2]) : draw.scale(-2, 0, ...bands[2]);
     draw.axes(pen, v, w, { yMost: 3 });
@@ -125,7 +125,7 @@ const sequenceView = page => {
     if (!playing || page.state.view !== "sequence") return stop();
     const at = state();
     if (path.left || at.n >= states.LIMIT.sequence.n) return stop();
-    // Not faster than it can be computed.
+    // No faster than the computation.
     if (path.length >= at.n) at.n = Math.min(states.LIMIT.sequence.n, at.n + at.speed);
     page.changed();
     requestAnimationFrame(tick);

@@ -2,7 +2,7 @@
 // V (1 - a V)^2 = sigma^2, which has a solution only for a sigma^2 <= 4/27.
 const sequenceMathematics = (() => {
   const CRITICAL = 4 / 27;
-  const LARGEST = 1e4; // a path beyond this has left every scale of the picture
+  const LARGEST = 1e4; // a path beyond this has escaped
   const POINTS = 513;
 
   /** Standard normal numbers from a seed: mulberry32 and the method of Box and Muller. */
@@ -36,7 +36,7 @@ const sequenceMathematics = (() => {
     return { V, margin: 1 - a * V, drift: (a * V) / (1 - a * V) };
   }
 
-  /** One path, extended token by token. The sums over the past are kept on a grid of u, so that a token costs O(grid) to place and O(n) to refine. */
+  /** One path, extended token by token. The sums over the past are kept on a grid of u, so that each token costs O(grid) to bracket and O(n) to refine. */
   class Path {
     constructor(a, sigma, seed) {
       Object.assign(this, { a, sigma, seed, tokens: [], noise: [], several: 0, left: false, draw: normals(seed) });
@@ -75,7 +75,7 @@ const sequenceMathematics = (() => {
       }
     }
 
-    /** The next token: of all solutions that the grid shows the one with the smallest |u - eps|. */
+    /** The next token: among the solutions found on the grid, the one with the smallest |u - eps|. */
     step() {
       if (this.left) return false;
       const eps = this.sigma * this.draw();

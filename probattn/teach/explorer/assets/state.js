@@ -1,4 +1,4 @@
-// One state, its history, and its form in a link. Everything that the page shows is a function of it.
+// The state, its history, and its encoding in a link. Everything on the page is a function of the state.
 const states = (() => {
   const VERSION = 1;
   const LIMIT = { token: 3, tokens: 32, a: 10, sigma: [0.02, 2], noise: 4, s: 6, sequence: { a: 4, sigma: [0.02, 2], n: 2000 } };
@@ -25,7 +25,7 @@ const states = (() => {
     return tokens.map(read);
   };
 
-  /** A state with every field read, checked and within its limits; throws where one is missing. */
+  /** Read every field of a state, check it and clamp it to its limits; throw if one is missing. */
   function checked({ view, line, plane, sequence }) {
     if (!["line", "plane", "sequence"].includes(view)) throw new Error("an unknown view");
     if (!["determinant", "spectral", "singular_value"].includes(plane.kind)) throw new Error("an unknown margin");
@@ -50,23 +50,23 @@ const states = (() => {
   /** The fragment of a link: the version in the clear, then the state. */
   const encode = state => `v${VERSION}.` + btoa(JSON.stringify(state)).replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "");
 
-  /** The state of a fragment, or why it cannot be read; both null for none. */
+  /** The state of a fragment, or the reason why it cannot be read; both null for an empty one. */
   function decode(fragment) {
     const text = fragment.replace(/^#/, "");
     if (text === "") return { state: null, problem: null };
     const parts = /^v(\d+)\.([\w-]+)$/.exec(text);
-    if (parts === null) return { state: null, problem: "This link does not hold a state of the explorer; the page shows its beginning instead." };
+    if (parts === null) return { state: null, problem: "This link does not hold a state of the explorer; the page shows the initial state instead." };
     if (Number(parts[1]) !== VERSION) {
-      return { state: null, problem: `This link was made by another version of the explorer (state ${Number(parts[1])}, this page reads ${VERSION}); the page shows its beginning instead. Open the link with the version that made it.` };
+      return { state: null, problem: `This link was made by another version of the explorer (state ${Number(parts[1])}, this page reads ${VERSION}); the page shows the initial state instead. Open the link with the version that made it.` };
     }
     try {
       return { state: checked(JSON.parse(atob(parts[2].replace(/-/g, "+").replace(/_/g, "/")))), problem: null };
     } catch {
-      return { state: null, problem: "The state in this link is damaged, perhaps cut off; the page shows its beginning instead." };
+      return { state: null, problem: "The state in this link is damaged, perhaps truncated; the page shows the initial state instead." };
     }
   }
 
-  /** What was, what is, what was undone; as text, so that nothing in it can change. */
+  /** Past, present and undone states, as text so that they cannot change. */
   class History {
     constructor(state) {
       [this.past, this.now, this.future] = [[], JSON.stringify(state), []];
