@@ -1,1 +1,1 @@
-"""Teaching: the explorer in the browser and exercises with checks."""
+"""Teaching: the explorer in the browser, and exercises with checks."""

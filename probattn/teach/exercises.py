@@ -1,7 +1,7 @@
-r"""Checks of the exercises in the last notebook: each says whether an answer is right, and if not, what to look at.
+r"""Checks of the exercises in the last notebook: each tells whether an answer is right and, if not, gives a hint.
 
-A check never shows the solution. It takes None for "not answered yet", and what a reader's own function raises becomes
-part of the feedback, so that a notebook runs through in any state.
+A check never shows the solution. None means "not answered yet", and an exception in a reader's own function becomes
+part of the feedback, so that the notebook runs to its end in any state.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Block = Callable[[Tensor, Tensor, Tensor], Tensor]
 Count = Callable[[float, float], int]
 Residual = Callable[[Tensor, Tensor], Tensor]
 
-_STRENGTH, _NOISE = 3.0, 0.5  # of the exercise on the mass
+_STRENGTH, _NOISE = 3.0, 0.5  # for the exercise on the mass
 _CASES = ((0.8, 0.0), (0.8, 0.7), (-2.0, 0.1), (1.5, 0.0), (1.5, 0.2), (3.0, 0.0), (3.0, -0.3), (3.0, 0.6), (9.0, -0.6))
-_SLOPE = 0.1  # of the exercise on the spread
+_SLOPE = 0.1  # for the exercise on the spread
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What a check says.
+    """Result of a check.
 
     Attributes:
-        passed: True or False; None where there is no answer yet.
-        message: in words.
+        passed: True or False; None without an answer.
+        message: result in words.
 
     Example:
         >>> check_fold(None)
@@ -69,10 +69,10 @@ _UNANSWERED = Feedback(None, "not answered yet")
 
 
 def check_block(answer: Block | None) -> Feedback:
-    r"""One head with W_V = W_O = I under the strict mask: :math:`J_i = I - \Sigma_i A`.
+    r"""Check the Jacobian block of one head with W_V = W_O = I under the strict mask, :math:`J_i = I - \Sigma_i A`.
 
     Args:
-        answer: a function of A, (p, p), the past u_1..u_{i-1}, (n, p), and u_i, (p,), that returns J_i, (p, p).
+        answer: function of A ``(p, p)``, the past ``(n, p)`` and the token ``(p,)`` that returns J_i ``(p, p)``.
 
     Example:
         >>> check_block(lambda A, past, u: torch.eye(len(u)).to(u))
@@ -96,22 +96,22 @@ def check_block(answer: Block | None) -> Feedback:
         if _close(found, identity, 1e-8):
             return _wrong("this is the identity; does the block depend on the past at all?")
         if _close(found, 2 * identity - exact, 1e-8):
-            return _wrong("right up to a sign: is the mean added to the token in e, or taken away from it?")
+            return _wrong("right up to a sign: is the mean added to the token in e, or subtracted from it?")
         if _close(found, exact.mT, 1e-8):
             return _wrong("transposed: rows are the components of e_i, columns those of u_i.")
         if dim == 1:
-            return _wrong("off for two tokens on a line; are the covariances weighted by the attention, and centred?")
-        return _wrong(f"right on a line, off in {dim} dimensions: mind the order of the factors.")
+            return _wrong("wrong for two tokens on a line; are the covariances weighted by the attention, and centred?")
+        return _wrong(f"right on a line, wrong in {dim} dimensions: check the order of the factors.")
     return Feedback(True, "it agrees with automatic differentiation in 1, 2 and 3 dimensions.")
 
 
 def check_triangularity(answer: Tensor | None, attention: CausalAttention, u: Tensor) -> Feedback:
-    r"""The whole Jacobian of e(u) = u - mu(u): zero above its blocks, the J_i on the diagonal.
+    """Check the Jacobian of e(u) = u - mu(u) for a sequence: zero above its blocks, the J_i on the diagonal.
 
     Args:
-        answer: de/du, (T p, T p).
-        attention: the attention that it is of.
-        u: the sequence, (T, p).
+        answer: Jacobian de/du, ``(T p, T p)``.
+        attention: attention whose residual is differentiated.
+        u: sequence, ``(T, p)``.
 
     Example:
         >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]], dtype=torch.float64))
@@ -128,25 +128,25 @@ def check_triangularity(answer: Tensor | None, attention: CausalAttention, u: Te
     above = torch.triu(torch.ones(length, length), diagonal=1).bool()
     largest = float(blocks.abs().amax((1, 3))[above].max())
     if largest > 1e-12:
-        return _wrong(f"there is {largest:.3g} above the diagonal blocks: a token that moves because of a later one.")
+        return _wrong(f"there is {largest:.3g} above the diagonal blocks: a residual depends on a later token.")
     diagonal = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     if not _close(diagonal, attention.jacobian(u), 1e-8):
         return _wrong("its diagonal blocks are not the J_i of this sequence; is it the derivative of e, not of mu?")
     exact = torch.func.jacrev(lambda x: x - attention.mean(x))(u).reshape(found.shape)
     if not _close(found, exact, 1e-8):
-        return _wrong("the diagonal blocks are right and something below them is not.")
-    return Feedback(True, "zero above, J_i on the diagonal: the determinant of all is the product of the small ones.")
+        return _wrong("the diagonal blocks are right, but something below them is not.")
+    return Feedback(True, "zero above, J_i on the diagonal: the determinant is the product of the small determinants.")
 
 
 def check_fold(answer: float | None) -> Feedback:
-    """The smallest strength a at which u - mu(u) folds after the past (-1, 2).
+    """Check the smallest slope a at which u - mu(u) folds after the past (-1, 2).
 
     Args:
-        answer: a.
+        answer: slope a.
 
     Example:
         >>> check_fold(1.0)
-        not yet: at this strength the map has folded already; the fold appears earlier.
+        not yet: at this slope the map has already folded; the fold appears earlier.
     """
     if answer is None:
         return _UNANSWERED
@@ -155,18 +155,18 @@ def check_fold(answer: float | None) -> Feedback:
         return a
     onset = 4 / 9  # the largest variance of two tokens at distance 3 is 9 / 4
     if abs(a - onset) < 2e-3 * onset:
-        return Feedback(True, "there det J touches zero at one u, and nowhere else.")
+        return Feedback(True, "there det J touches zero at one u and nowhere else.")
     if abs(a - 4 * onset) < 1e-2 or abs(a - 1 / 9) < 1e-2:
-        return _wrong("almost: how large can the variance of a law on two points at this distance become?")
-    side = "has folded already; the fold appears earlier." if a > onset else "does not fold yet, for any u."
-    return _wrong(f"at this strength the map {side}")
+        return _wrong("almost: how large can the variance of a distribution on two points at this distance become?")
+    side = "has already folded; the fold appears earlier." if a > onset else "does not fold yet, for any u."
+    return _wrong(f"at this slope the map {side}")
 
 
 def check_roots(answer: Count | None) -> Feedback:
-    """How many tokens solve u - tanh(a u) = eps, the equation after the past (-1, 1).
+    """Check the number of tokens that solve u - tanh(a u) = eps, the equation after the past (-1, 1).
 
     Args:
-        answer: a function of a and eps that returns their number.
+        answer: function of a and eps that returns the number of solutions.
 
     Example:
         >>> check_roots(lambda a, eps: 1)
@@ -176,24 +176,25 @@ def check_roots(answer: Count | None) -> Feedback:
         return _UNANSWERED
     past = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     for a, eps in _CASES:
-        law = NextToken(Context.of(CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=torch.float64)), past), 1.0)
+        attention = CausalAttention.from_qk_matrix(torch.tensor([[[a]]], dtype=torch.float64))
+        next_token = NextToken(Context.of(attention, past), 1.0)
         try:
             count = answer(a, eps)
-        except Exception as error:  # whatever the reader's code raises
+        except Exception as error:  # the reader's code may raise anything
             return _raised(error)
         case = f"a = {a:g}, eps = {eps:g}"
         if not isinstance(count, Integral):
             return _wrong(f"{case}: returned {count!r}; return a whole number.")
-        if count != len(law.roots(eps)):
+        if count != len(next_token.roots(eps)):
             return _wrong(f"{case}: {count} is not the number of solutions; look at the curve.")
-    return Feedback(True, f"as many as the library finds, in {len(_CASES)} cases on both sides of the boundary.")
+    return Feedback(True, f"the same as the library finds, in {len(_CASES)} cases on both sides of the boundary.")
 
 
 def check_mass(answer: float | None) -> Feedback:
-    r"""Z after the past (-1, 1) at a = 3, sigma = 0.5: :math:`\int N(e(u); 0, \sigma^2) |e'(u)|\, du`.
+    r"""Check the mass after the past (-1, 1) at a = 3, sigma = 0.5, :math:`Z = \int N(e(u); 0, \sigma^2) |e'(u)|\, du`.
 
     Args:
-        answer: Z, within 0.1 %.
+        answer: Z, to 0.1 %.
 
     Example:
         >>> check_mass(1.0)
@@ -204,7 +205,7 @@ def check_mass(answer: float | None) -> Feedback:
     found = _number(answer, "Z")
     if isinstance(found, Feedback):
         return found
-    attention = CausalAttention.from_qk_matrix(torch.tensor([[_STRENGTH]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[[_STRENGTH]]], dtype=torch.float64))
     past = Context.of(attention, torch.tensor([[-1.0], [1.0]], dtype=torch.float64))
     exact = NextToken(past, _NOISE).mass().value
     if abs(found / exact - 1) < 1e-3:
@@ -214,15 +215,15 @@ def check_mass(answer: float | None) -> Feedback:
     if found < 1:
         return _wrong("Z is never below 1; does the grid reach far enough, and is the Gaussian normalised?")
     if abs(found - 3) < 1e-3:
-        return _wrong("not every noise has that many solutions: average their number over the noise.")
+        return _wrong("not every noise has that many solutions: average the number over the noise.")
     return _wrong("not within 0.1 %; refine the grid near e' = 0, and check sigma.")
 
 
 def check_determinant(answer: Tensor | None) -> Feedback:
-    """A matrix A for which, after the four :func:`corners` at u = 0, det J = 1 and sigma_min(J) is below 0.05.
+    """Check a matrix A for which, after the four :func:`corners` at u = 0, det J = 1 and sigma_min(J) < 0.05.
 
     Args:
-        answer: A, (2, 2).
+        answer: A, ``(2, 2)``.
 
     Example:
         >>> check_determinant(torch.zeros(2, 2))
@@ -246,10 +247,10 @@ def check_determinant(answer: Tensor | None) -> Feedback:
 
 
 def check_stationary(answer: float | None) -> Feedback:
-    """The stationary spread V of a = 0.1, sigma = 1, on the branch that begins at V = sigma^2 for weak attention.
+    """Check the stationary spread at a = 0.1, sigma = 1, on the branch that begins at V = sigma^2 for weak attention.
 
     Args:
-        answer: V, within 0.1 %.
+        answer: variance V, to 0.1 %.
 
     Example:
         >>> check_stationary(1.0)
@@ -264,17 +265,19 @@ def check_stationary(answer: float | None) -> Feedback:
     if abs(left - 1) > 2e-3:
         return _wrong(f"V (1 - a V)^2 is {left:.3g} there and should be sigma^2 = 1.")
     if v > 1 / (3 * _SLOPE):
-        return _wrong("it solves the equation, but from which spread can weak attention get there? Is it stable?")
+        return _wrong(
+            "it solves the equation, but does this branch begin at V = sigma^2 for weak attention? Is it stable?"
+        )
     return Feedback(True, "V solves the equation and lies below 1/(3a), where the branch is stable.")
 
 
 def check_previous_query(answer: Residual | None) -> Feedback:
-    r"""The residuals if the query came from the token before: :math:`e_i = u_i - \sum_s \alpha_{is} u_s` with u_{i-1}.
+    r"""Check the residuals of a model whose query is the token before, :math:`e_i = u_i - \sum_s \alpha_{is} u_s`.
 
-    :math:`\alpha_{is} \propto \exp(u_s^\top A\, u_{i-1})` over s < i, and :math:`e_1 = u_1`.
+    Here :math:`\alpha_{is} \propto \exp(u_s^\top A\, u_{i-1})` over s < i, and :math:`e_1 = u_1`.
 
     Args:
-        answer: a function of A, (p, p), and u, (T, p), that returns e, (T, p), differentiable.
+        answer: differentiable function of A ``(p, p)`` and u ``(T, p)`` that returns e ``(T, p)``.
 
     Example:
         >>> check_previous_query(lambda A, u: u)
@@ -294,21 +297,21 @@ def check_previous_query(answer: Residual | None) -> Feedback:
         for i in range(1, len(u)):
             expected[i] -= torch.softmax(u[:i] @ matrix @ u[i - 1], 0) @ u[:i]
         if _close(found, own, 1e-8):
-            return _wrong("that is the model of this project, where a token takes part in its own query.")
+            return _wrong("that is the model of this project, where each token is its own query.")
         if not _close(found, expected, 1e-8):
             return _wrong("e is not u minus the mean of the past under the query of the token before.")
         try:
             whole = torch.func.jacrev(partial(answer, matrix))(u).reshape(12, 12)
-        except Exception as error:  # whatever the reader's code raises
+        except Exception as error:  # the reader's code may raise anything
             return _raised(error)
         largest = max(largest, abs(float(linalg.slogdet(whole)[1])))
     if largest > 1e-10:
-        return _wrong("e has the right value and another derivative; is something detached from the graph?")
+        return _wrong("e has the right value but another derivative; is something detached from the graph?")
     return Feedback(True, "log |det de/du| is 0 for weak and strong A: every J_i is I, and nothing repels.")
 
 
 def corners() -> Tensor:
-    """The past of the exercise on the determinant, four corners of a square, (4, 2)."""
+    """Return the past of the exercise on the determinant, the four corners of a square, ``(4, 2)``."""
     return torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
 
 
@@ -329,10 +332,10 @@ def _number(answer: Any, name: str) -> float | Feedback:
 
 
 def _tensor(make: Callable[..., Any], shape: tuple[int, ...], name: str, *args: Tensor) -> Tensor | Feedback:
-    """What ``make`` returns for some arguments, as float64 of the given shape, or what to say instead."""
+    """Call ``make`` and return a float64 tensor of the given shape, or the feedback if that fails."""
     try:
         found = torch.as_tensor(make(*args), dtype=torch.float64).detach()
-    except Exception as error:  # whatever the reader's code raises
+    except Exception as error:  # the reader's code may raise anything
         return _raised(error)
     if tuple(found.shape) != shape:
         return _wrong(f"{name} has shape {tuple(found.shape)}; it should be {shape}.")

@@ -1,4 +1,4 @@
-"""The checks of the exercises: right answers pass, wrong ones fail with words that help and do not tell."""
+"""The checks of the exercises: right answers pass, wrong ones fail with a hint that does not give the solution."""
 
 import math
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from probattn import CausalAttention, exercises
+from probattn import CausalAttention
+from probattn.teach import exercises
 from probattn.teach.exercises import Feedback, corners
 
 ATTENTION = CausalAttention.from_qk_matrix(torch.tensor([[0.4, 0.3], [-0.2, 0.1]]).double())
@@ -87,7 +88,7 @@ WRONG = [
     (triangularity, torch.eye(8).double() - WHOLE, "not of mu"),
     (triangularity, WHOLE - WHOLE.tril(-2), "below them"),
     (triangularity, WHOLE.view(4, 2, 4, 2), "shape"),
-    (exercises.check_fold, 0.5, "folded already"),
+    (exercises.check_fold, 0.5, "already folded"),
     (exercises.check_fold, 0.4, "does not fold yet"),
     (exercises.check_fold, 16 / 9, "two points"),
     (exercises.check_fold, math.nan, "finite"),
