@@ -84,7 +84,7 @@ WRONG = [
     (exercises.check_block, lambda A, past, u: past, "shape"),
     (exercises.check_block, lambda A, past, u: past @ past @ past, "raised RuntimeError"),
     (exercises.check_block, 3.0, "raised TypeError"),
-    (triangularity, WHOLE.mT, "later one"),
+    (triangularity, WHOLE.mT, "later token"),
     (triangularity, torch.eye(8).double() - WHOLE, "not of mu"),
     (triangularity, WHOLE - WHOLE.tril(-2), "below them"),
     (triangularity, WHOLE.view(4, 2, 4, 2), "shape"),
