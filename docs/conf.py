@@ -1,4 +1,4 @@
-"""How the site is built: `make docs`, or `sphinx-build -W --keep-going -n -aE docs build/docs`."""
+"""Configuration of the site; build it with `make docs`, or `sphinx-build -W --keep-going -n -aE docs build/docs`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 nitpicky = True
 templates_path: list[str] = []
 
-# Pages. Notebooks are shown as they were executed by the tests, and not executed again.
+# Pages. Notebooks are shown with their committed outputs and not executed again.
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
@@ -48,7 +48,7 @@ myst_heading_anchors = 4
 myst_dmath_double_inline = True
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
-# Reference. Arrays are `Tensor` everywhere; other libraries' names are not looked up, as that would need their sites.
+# Reference. Names of other libraries are not looked up, since that would need their sites.
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -60,7 +60,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 100
 _FOREIGN = "torch|pyro|numpy|np|scipy|matplotlib|xarray|transformers|collections|pathlib|typing|threading|http"
-# Short names of other libraries, and aliases that are spelt out where they are used.
+# Short names of other libraries, and aliases whose values are documented where they are used.
 _SHORT = "Tensor|Module|NDArray|Figure|Axes|DataTree|Path|Any|Callable|Mapping|Sequence|Literal|Array|Form|Selection"
 nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN}|nn|dist|constraints)\..*"), ("py:.*", _SHORT)]
 
@@ -100,17 +100,17 @@ def restore_colons(app: Sphinx, what: str, name: str, obj: object, options: obje
 
 
 def name_factories(app: Sphinx, what: str, name: str, obj: object, options: object, *signature: Any) -> Any:
-    """Write ``...`` for a default that is made anew each time, which keeps the signature readable as Python."""
+    """Write ``...`` for a default that a factory makes, so that the signature remains readable as Python."""
     return tuple(part.replace("<factory>", "...") if part else part for part in signature)
 
 
 def skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
-    """Leave out the fields of a named tuple, which its docstring describes."""
+    """Omit the fields of a named tuple, which its docstring describes."""
     return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 
 def find_by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
-    """Resolve ``Fit`` or ``probattn.regime`` to the one object whose full name ends so."""
+    """Resolve ``Fit`` or ``probattn.regime`` to the only object whose full name ends with it."""
     if node.get("refdomain") != "py":
         return None
     domain = env.get_domain("py")
@@ -164,7 +164,7 @@ def modules_under(name: str) -> list[str]:
 
 
 def copy_notebooks(app: Sphinx) -> None:
-    """Bring ``notebooks/`` under ``docs/``, where Sphinx finds it; links to ``../docs/`` follow. None is as well."""
+    """Copy ``notebooks/`` into ``docs/``, where Sphinx finds them, and adapt their links to ``../docs/``."""
     target = HERE / "notebooks"
     found = {path.name: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
     for stale in target.glob("*.ipynb"):
@@ -178,7 +178,7 @@ def copy_notebooks(app: Sphinx) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Connect them."""
+    """Register the directive and the handlers."""
     app.add_directive("reference", ReferenceDirective)
     app.connect("autodoc-process-docstring", read_plainly, priority=100)
     app.connect("autodoc-process-docstring", restore_colons, priority=900)
