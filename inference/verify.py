@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -15,71 +17,78 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from probattn.barrier import stability_margin
-from probattn.errors import InputError, require_at_least
+from probattn.errors import InputError
 from probattn.inference.claims import Claim, Settings, Subject, require_claims, run_claims
-from probattn.inference.methods.map import MapConfig, MapResult, fit_map
+from probattn.inference.claims.claim import verdict_in_words
+from probattn.inference.language import LanguageFit, fit_language
+from probattn.inference.methods.draws import Draws
 from probattn.inference.reports.verify import draw_figures, render_report, save_figures
 from probattn.inference.results.fit_file import Fit
-from probattn.inference.runtime.environment import describe
+from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_json, write_text
 from probattn.models.corpus import Corpus, Windows, load_corpus
 from probattn.models.language import LanguageConfig, LanguageModel
+from probattn.options import Device, Dtype, Range, Seed, as_plain, check_options
 from probattn.plotting import plot_bounds
 
 __all__ = ["VerifyOptions", "verify"]
 
 _EVALUATED = 64
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to verify, on which text, and where to write.
+    """Options of ``probattn verify``.
 
     Attributes:
+        corpus: text to fit: python-docs, the path of a UTF-8 file, or hf:NAME[:CONFIG].
+        heldout: second text for evaluation; without it, the last tenth of the first.
+        claims: claims to measure; none stands for all.
+        full: measure the whole of each claim; a claim named in claims runs its long study as well.
+        jobs: number of processes that share the studies; 0 takes one per core.
+        model: language model.
+        fit: fit of the language model.
         out: output folder.
-        corpus: see :func:`probattn.models.corpus.load_corpus`.
-        heldout: a second text for evaluation; None holds out the end of the first.
-        fit: how to optimise; its seed is the seed of everything.
-        model: fields of :class:`LanguageConfig` other than the vocabulary.
-        device: where to fit; claims are measured on the CPU in float64.
-        dtype: precision of the fit.
-        claims: which claims to measure; none: all.
-        full: measure the whole of each claim instead of a representative part.
-        jobs: processes that share the studies.
-        resume: continue from the checkpoint in ``out``.
+        seed: random seed of everything; the fit's own gives way to it.
+        device: where to fit; auto takes a GPU where there is one. Claims are measured on the CPU.
+        dtype: precision of the fit; claims are measured in float64.
+        resume: go on with fit and studies from what is in the output folder.
     """
 
-    out: Path
     corpus: str = "python-docs"
     heldout: str | None = None
-    fit: MapConfig = field(default_factory=MapConfig)
-    model: Mapping[str, Any] = field(default_factory=dict)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float64
     claims: tuple[str, ...] = ()
     full: bool = False
-    jobs: int = 1
+    jobs: Annotated[int, Range(least=0)] = 0
+    # The corpus says how large the vocabulary is.
+    model: LanguageConfig = field(default_factory=lambda: LanguageConfig(1), metadata={"hidden": ("vocabulary",)})
+    fit: LanguageFit = field(default_factory=LanguageFit)
+    out: Path = Path("runs/verify")
+    seed: Seed = 0
+    device: Device = "auto"
+    dtype: Dtype = "float64"
     resume: bool = False
 
     def __post_init__(self) -> None:
+        check_options(self)
         require_claims(self.claims)
-        require_at_least("--jobs", self.jobs)
+        object.__setattr__(self, "fit", replace(self.fit, seed=self.seed))
+        if self.model.weight == 0:
+            raise InputError("weight is 0, which omits the attention prior and leaves nothing to verify; raise it.")
+        if self.model.context < 3:
+            raise InputError(
+                f"context is {self.model.context}; with fewer than 3 characters no token has a past that varies."
+            )
 
 
-def verify(
-    options: VerifyOptions,
-    *,
-    report: Callable[[str], None] = lambda line: None,
-    on_fit: Callable[[int, dict[str, float]], None] | None = None,
-    on_claim: Callable[[Claim], None] | None = None,
-) -> list[Claim]:
+def verify(options: VerifyOptions) -> list[Claim]:
     """Run the verification and write the report, ``claims.json``, ``fit.nc``, ``config.json`` and ``figures/*.png``.
 
+    Progress is logged to the loggers below ``probattn.inference``, each claim once it is judged.
+
     Args:
-        options: see :class:`VerifyOptions`.
-        report: called with a line now and then while a study runs.
-        on_fit: called after each evaluation of the fit.
-        on_claim: called with each claim once it is judged.
+        options: text, model, claims and where to write.
 
     Returns:
         The claims.
@@ -88,42 +97,37 @@ def verify(
         InputError: input that cannot be used, before anything is written.
     """
     corpus = load_corpus(options.corpus, heldout=options.heldout)
-    config = LanguageConfig(vocabulary=len(corpus.vocabulary), **options.model)
-    if config.weight == 0:
-        raise InputError(
-            "--weight 0 leaves the attention prior out, and there is nothing to verify; give a positive lambda."
-        )
-    if config.context < 3:
-        raise InputError(
-            f"--context is {config.context}; with fewer than 3 characters no token has a past that varies."
-        )
+    config = replace(options.model, vocabulary=len(corpus.vocabulary))
     windows, heldout = corpus.windows(config.context), corpus.windows(config.context, heldout=True)
+    device, dtype = select_device(options.device), getattr(torch, options.dtype)
     prepare_folder(options.out)
 
-    model = LanguageModel(config).to(options.device, options.dtype)
-    result = _fit(model, corpus, windows, heldout, options, on_fit)
-    values = {name: value.to("cpu", torch.float64) for name, value in result.values.items()}
+    model = LanguageModel(config).to(device, dtype)
+    shown = Windows(*(part[:_EVALUATED].to(device) for part in heldout))
+    values, result = fit_language(
+        model,
+        tuple(part.to(device) for part in windows),
+        options.fit,
+        checkpoint=options.out / "checkpoint.pt",
+        resume=options.resume,
+        identity={"corpus": corpus.digest, "dtype": options.dtype},
+        evaluate=lambda values: _metrics(model, values, shown),
+    )
     subject = Subject(
         LanguageModel(config),
-        values,
+        {name: value.to("cpu", torch.float64) for name, value in values.items()},
         heldout.inputs[:_EVALUATED],
         heldout.targets[:_EVALUATED],
         len(windows.inputs),
-        options.fit.seed,
+        options.seed,
         corpus.vocabulary.index("\n") if "\n" in corpus.vocabulary else None,
         corpus,
     )
-    studies = options.out / "studies"
-    if options.full:
-        if not options.resume:
-            shutil.rmtree(studies, ignore_errors=True)
-        studies.mkdir(exist_ok=True)
-    settings = Settings(full=options.full, jobs=options.jobs, folder=studies if options.full else None, report=report)
-    claims = run_claims(subject, on_claim, names=options.claims, settings=settings)
+    claims = _measure(subject, options)
 
     record = {
         "schema": 1,
-        "environment": describe(options.device, options.dtype, options.fit.seed),
+        "environment": describe(device, dtype, options.seed),
         "corpus": {
             "name": corpus.name,
             "sha256": corpus.digest,
@@ -131,10 +135,10 @@ def verify(
             "heldout_characters": len(corpus.heldout),
             "vocabulary": len(corpus.vocabulary),
         },
+        "options": as_plain(options),
         "model": config.as_dict(),
-        "fit": {**vars(options.fit), "steps_taken": result.steps, "stopped": result.stopped},
+        "fit": {**vars(options.fit), "steps_taken": result.info["steps"], "stopped": result.info["stopped"]},
     }
-    claims = [replace(claim, figures=claim.figures or _bounds_figure(claim)) for claim in claims]
     figures = draw_figures(subject, corpus, result.history)
     for claim in claims:
         figures |= {f"claim-{name}": figure for name, figure in claim.figures.items()}
@@ -146,26 +150,25 @@ def verify(
     return claims
 
 
-def _fit(
-    model: LanguageModel,
-    corpus: Corpus,
-    windows: Windows,
-    heldout: Windows,
-    options: VerifyOptions,
-    report: Callable[[int, dict[str, float]], None] | None,
-) -> MapResult:
-    shown = Windows(*(part[:_EVALUATED].to(options.device) for part in heldout))
-    return fit_map(
-        model,
-        tuple(part.to(options.device) for part in windows),
-        options.fit,
-        initial_values=model.initial_values(options.fit.seed),
-        evaluate=lambda values: _metrics(model, values, shown),
-        identity={**model.config.as_dict(), "corpus": corpus.digest, "dtype": str(options.dtype)},
-        checkpoint=options.out / "checkpoint.pt",
-        resume=options.resume,
-        report=report,
+def _measure(subject: Subject, options: VerifyOptions) -> list[Claim]:
+    studies = options.out / "studies"
+    if options.full:
+        if not options.resume:
+            shutil.rmtree(studies, ignore_errors=True)
+        studies.mkdir(exist_ok=True)
+    settings = Settings(
+        full=options.full,
+        jobs=options.jobs or os.cpu_count() or 1,
+        folder=studies if options.full else None,
+        report=_LOG.info,
     )
+    claims = run_claims(
+        subject,
+        lambda claim: _LOG.info("claim %s: %s (%.1f s)", claim.id, verdict_in_words(claim), claim.seconds),
+        names=options.claims,
+        settings=settings,
+    )
+    return [replace(claim, figures=claim.figures or _bounds_figure(claim)) for claim in claims]
 
 
 def _bounds_figure(claim: Claim) -> dict[str, Figure]:
@@ -188,7 +191,7 @@ def _metrics(model: LanguageModel, values: dict[str, Tensor], windows: Windows) 
         }
 
 
-def _as_fit(subject: Subject, corpus: Corpus, result: MapResult, record: Mapping[str, Any]) -> Fit:
+def _as_fit(subject: Subject, corpus: Corpus, result: Draws, record: Mapping[str, Any]) -> Fit:
     """The mode with what it implies on held-out text, in ArviZ's groups."""
     attention, u = subject.attention, subject.tokens(_EVALUATED)
     point = {name: value.numpy()[None, None] for name, value in subject.values.items()}

@@ -15,8 +15,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.inference.bench.harness import Row, Timing
 from probattn.inference.methods.log_density import LogDensity
-from probattn.inference.methods.mcmc import fit_nuts
-from probattn.inference.methods.nuts import NutsConfig
+from probattn.inference.methods.nuts import NutsConfig, fit_nuts
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.simulate import simulate
 

@@ -44,14 +44,7 @@ def calibration_claim(settings: Settings, *, study: Study = STUDY) -> Claim:
     ranks: dict[str, Ranks] = {}
     for method in METHODS if settings.named else _SHORT:
         store = None if settings.folder is None else settings.folder / f"calibration-{method}.json"
-        ranks[method] = calibrate(
-            study,
-            method,
-            simulated=simulated,
-            jobs=settings.jobs,
-            store=store,
-            report=lambda done, of, method=method: settings.report(f"calibration of {method}: {done} of {of}"),  # type: ignore[misc]
-        )
+        ranks[method] = calibrate(study, method, simulated=simulated, jobs=settings.jobs, store=store)
     if settings.named and settings.folder is not None:
         _export(settings.folder / _RESULTS, study, ranks)
     read, origin = ({}, "") if settings.named else _committed(study)

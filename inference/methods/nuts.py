@@ -1,32 +1,39 @@
-r"""The No-U-Turn sampler over many chains in one tensor program.
+r"""The No-U-Turn sampler, by a chain method that is chosen and recorded, never silently changed.
 
-Multinomial sampling along the trajectory and the generalised U-turn criterion of Betancourt (1701.02434), the tree
-built leaf by leaf so that all chains take the same step at the same time (Phan, Pradhan and Jankowiak, 1912.11554), and
-Stan's windows of adaptation. Chains differ in their numbers only: no global random state, no handlers.
+"vectorised" runs all chains in one tensor program, see :mod:`probattn.inference.methods.trajectory`; "sequential" and
+"process" run Pyro's own sampler. Sources: Hoffman and Gelman (2014, arXiv 1111.4246); Betancourt (2017, arXiv
+1701.02434); Phan, Pradhan and Jankowiak (2019, arXiv 1912.11554).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from probattn.errors import InputError, require_at_least, require_choice, require_positive
-from probattn.inference.runtime.checkpoint import load_checkpoint
-from probattn.inference.runtime.files import write_atomically
+from probattn.errors import InputError
+from probattn.inference.methods.adaptation import StepSize, window_covariance, window_ends
+from probattn.inference.methods.draws import Draws
+from probattn.inference.methods.log_density import LogDensity
+from probattn.inference.methods.pyro_chains import run_pyro_chains
+from probattn.inference.methods.starts import curvature_guess, feasible_start
+from probattn.inference.methods.trajectory import Metric, Point, transition
+from probattn.inference.runtime.checkpoint import identify, iterate
+from probattn.inference.runtime.progress import log_step
+from probattn.options import Range, Seed, check_options
 
-__all__ = ["ChainMethod", "NutsConfig", "NutsRun", "run_nuts"]
+__all__ = ["ChainMethod", "NutsConfig", "NutsState", "bytes_per_chain", "finish", "fit_nuts", "init", "update"]
 
 ChainMethod = Literal["vectorised", "sequential", "process"]
-ValueAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_DIVERGENCE = 1000.0
+_log = logging.getLogger(__name__)
 _EARLY_DEPTH = 5  # doublings at most while the mass matrix is still learnt: a tiny step would hold up all chains
+_LINES = 20  # log records of a run
 
 
 @dataclass(frozen=True)
@@ -35,347 +42,282 @@ class NutsConfig:
 
     Attributes:
         chains: number of chains.
-        chain_method: "vectorised" (all chains in one tensor program), "sequential" (Pyro's NUTS, one after the other)
-            or "process" (Pyro's NUTS, one process per chain, through joblib, whose backend may be a cluster's).
-        warmup: transitions of adaptation, discarded.
-        draws: transitions kept, per chain.
+        chain_method: all chains in one tensor program, or Pyro's NUTS with one chain after the other or one process per
+            chain (through joblib, whose backend may be a cluster's).
+        warmup: number of transitions of adaptation, which are discarded.
+        draws: number of draws kept per chain.
         target_accept: mean acceptance statistic that the step size aims at.
         max_depth: largest number of doublings of a trajectory.
-        memory: GiB that all chains together may take.
-        checkpoint_every: kept draws between two checkpoints.
+        memory: memory that all chains together may take, in GiB.
+        checkpoint_every: number of transitions between two checkpoints.
         seed: random seed.
     """
 
-    chains: int = 4
+    chains: Annotated[int, Range(least=1)] = 4
     chain_method: ChainMethod = "vectorised"
-    warmup: int = 500
-    draws: int = 500
-    target_accept: float = 0.8
-    max_depth: int = 10
-    memory: float = 8.0
-    checkpoint_every: int = 100
-    seed: int = 0
+    warmup: Annotated[int, Range(least=20)] = 500
+    draws: Annotated[int, Range(least=4)] = 500
+    target_accept: Annotated[float, Range(above=0, below=1)] = 0.8
+    max_depth: Annotated[int, Range(least=1)] = 10
+    memory: Annotated[float, Range(above=0)] = 8.0
+    checkpoint_every: Annotated[int, Range(least=1)] = 100
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        require_choice("chain_method", self.chain_method, get_args(ChainMethod))
-        least = {"chains": 1, "warmup": 20, "draws": 4, "max_depth": 1, "checkpoint_every": 1}
-        for name, smallest in least.items():
-            require_at_least(name, getattr(self, name), smallest)
-        require_positive("memory", self.memory)
-        if not 0 < self.target_accept < 1:
-            raise InputError(f"target_accept is {self.target_accept}; it must lie between 0 and 1.")
+        check_options(self)
 
 
-class NutsRun(NamedTuple):
-    """Kept draws.
+@dataclass
+class NutsState:
+    """State of C chains.
 
     Attributes:
-        z: (draws, C, D).
-        stats: by ArviZ name, (draws, C) each.
+        point: where the chains are.
+        step_size: of the next transition, ``(C,)``.
+        metric: inverse mass matrices.
+        adaptation: what the step size is learnt by.
+        generator: source of everything random.
+        chains_per_metric: number of neighbouring chains that learn one mass matrix together.
+        step: number of transitions made, warm-up included.
+        window: positions since the mass matrix was learnt last, ``(C, D)`` each.
+        draws: positions kept, ``(C, D)`` each.
+        statistics: of the transitions that led there, ``(C,)`` each by name.
     """
 
-    z: Tensor
-    stats: dict[str, Tensor]
+    point: Point
+    step_size: Tensor
+    metric: Metric
+    adaptation: StepSize
+    generator: torch.Generator
+    chains_per_metric: int
+    step: int = 0
+    window: list[Tensor] = field(default_factory=list)
+    draws: list[Tensor] = field(default_factory=list)
+    statistics: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next transition depends on."""
+        stacked = {name: torch.stack(rows) for name in ("window", "draws") if (rows := getattr(self, name))}
+        return {
+            **stacked,
+            "statistics": _stack(self.statistics),
+            "step": self.step,
+            "point": tuple(self.point),
+            "step_size": self.step_size,
+            "covariance": self.metric.covariance,
+            "adaptation": self.adaptation.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.step, self.step_size = content["step"], content["step_size"]
+        self.point, self.metric = Point(*content["point"]), Metric(content["covariance"])
+        self.window, self.draws = list(content.get("window", ())), list(content.get("draws", ()))
+        columns = content["statistics"]
+        self.statistics = [{name: column[k] for name, column in columns.items()} for k in range(len(self.draws))]
+        self.adaptation.load_state_dict(content["adaptation"])
+        self.generator.set_state(content["generator"].cpu())
 
 
-class _Point(NamedTuple):
-    """Position, momentum, log-density and gradient of every chain."""
-
-    z: Tensor
-    r: Tensor
-    value: Tensor
-    gradient: Tensor
-
-    def where(self, chosen: Tensor, other: _Point) -> _Point:
-        """This point for the chosen chains, another for the rest."""
-        return _Point(*(_where(chosen, a, b) for a, b in zip(self, other, strict=True)))
-
-    def at(self, rows: Tensor) -> _Point:
-        """Some of the chains, (K,)."""
-        return _Point(*(part[rows] for part in self))
-
-    def put(self, rows: Tensor, new: _Point) -> _Point:
-        """This point with some of the chains, (K,), replaced."""
-        return _Point(*(old.index_put((rows,), part) for old, part in zip(self, new, strict=True)))
-
-
-class _Metric:
-    """An inverse mass matrix a chain, (C, D, D), and what it does to momenta."""
-
-    def __init__(self, covariance: Tensor) -> None:
-        self.covariance = covariance
-        self.factor = torch.linalg.cholesky(covariance)
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(
-            self.factor.shape[:-1], generator=generator, dtype=self.factor.dtype, device=self.factor.device
-        )
-        momenta: Tensor = torch.linalg.solve_triangular(self.factor.mT, noise.unsqueeze(-1), upper=True)
-        return momenta.squeeze(-1)
-
-    def velocity(self, r: Tensor) -> Tensor:
-        return (self.covariance @ r.unsqueeze(-1)).squeeze(-1)
-
-    def kinetic(self, r: Tensor) -> Tensor:
-        return 0.5 * (r * self.velocity(r)).sum(-1)
-
-    def at(self, rows: Tensor) -> _Metric:
-        """Some of the chains, (K,)."""
-        chosen = _Metric.__new__(_Metric)
-        chosen.covariance, chosen.factor = self.covariance[rows], self.factor[rows]
-        return chosen
-
-    def turning(self, left: Tensor, right: Tensor, total: Tensor) -> Tensor:
-        inner = total - 0.5 * (left + right)
-        return ((self.velocity(left) * inner).sum(-1) <= 0) | ((self.velocity(right) * inner).sum(-1) <= 0)
-
-
-class _StepSize:
-    """Dual averaging (Hoffman and Gelman, 2014), a chain at a time."""
-
-    def __init__(self, step: Tensor, target: float) -> None:
-        self.target, self.count = target, 0
-        self.centre = (2 * step).log()
-        self.log_step, self.average, self.error = step.log(), step.log(), torch.zeros_like(step)
-
-    def update(self, acceptance: Tensor) -> Tensor:
-        self.count += 1
-        rate = 1 / (self.count + 10)
-        self.error = (1 - rate) * self.error + rate * (self.target - acceptance)
-        self.log_step = self.centre - math.sqrt(self.count) / 0.05 * self.error
-        decay = self.count**-0.75
-        self.average = decay * self.log_step + (1 - decay) * self.average
-        return self.log_step.exp()
-
-
-def run_nuts(
-    value_and_gradient: ValueAndGradient,
-    start: Tensor,
-    config: NutsConfig,
-    *,
-    covariance: Tensor | None = None,
-    pool: int = 1,
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    identity: str = "",
-    report: Callable[[int, int], None] | None = None,
-) -> NutsRun:
-    """Sample C chains at once.
+def init(
+    target: LogDensity, config: NutsConfig, start: Tensor, *, covariance: Tensor, chains_per_metric: int = 1
+) -> NutsState:
+    """State before the first transition.
 
     Args:
-        value_and_gradient: log-density, (K,), and its gradient, (K, D), at points (K, D) of the chains whose numbers,
-            (K,), are its second argument. Only chains whose trajectory still grows are asked for.
-        start: where the chains begin, (C, D); the log-density there must be finite.
-        config: how to sample.
-        covariance: a first guess of the posterior's, (C, D, D), from which the mass matrices start and to which the
-            short windows shrink; None: 0.001 times the identity.
-        pool: neighbouring chains that learn one mass matrix together (chains of the same target); divides C.
-        checkpoint: where kept draws are saved; a run killed in its warm-up begins anew, which gives the same numbers.
-        resume: go on from the checkpoint if it is there.
-        identity: tells this run from others; a checkpoint with another is refused.
-        report: called after each transition with its number and the number of all.
-
-    Returns:
-        :class:`NutsRun`. A resumed run gives the bits of an unbroken one on the same machine and thread count.
+        target: log-density; only its ``value_and_gradient`` is called.
+        config: options.
+        start: feasible points to begin at, one per chain, ``(C, D)``.
+        covariance: first guess of the posterior's covariance, from which the mass matrices start and to which the
+            windows shrink, ``(C, D, D)``.
+        chains_per_metric: number of neighbouring chains, of one posterior, that learn one mass matrix together.
 
     Raises:
-        InputError: an infeasible start (with the chain), a pool that does not divide C, a checkpoint of another run.
-
-    Example:
-        >>> def normal(z, chains):
-        ...     return -0.5 * z.square().sum(-1), -z
-        >>> run = run_nuts(normal, torch.zeros(3, 2).double(), NutsConfig(warmup=50, draws=20))
-        >>> run.z.shape
-        torch.Size([20, 3, 2])
+        InputError: an infeasible start (with the chain), or chains that cannot be divided so.
     """
-    chains, dim = start.shape
-    if chains % pool:
-        raise InputError(f"pool is {pool}, which does not divide the {chains} chains.")
-    value, gradient = value_and_gradient(start, torch.arange(chains, device=start.device))
-    bad = ~(torch.isfinite(value) & torch.isfinite(gradient).all(-1))
-    if bool(bad.any()):
-        where = int(bad.nonzero()[0])
+    chains = len(start)
+    if chains % chains_per_metric:
+        raise InputError(f"chains_per_metric is {chains_per_metric}, which does not divide the {chains} chains.")
+    value, gradient = target.value_and_gradient(start, torch.arange(chains, device=start.device))
+    infeasible = ~(torch.isfinite(value) & torch.isfinite(gradient).all(-1))
+    if bool(infeasible.any()):
+        where = int(infeasible.nonzero()[0])
         raise InputError(
             f"chain {where} starts where the log-density is {float(value[where])}; start it at a feasible point."
         )
-    described = f"{identity} {sorted(asdict(config).items())} {tuple(start.shape)} pool {pool}"
-    generator = torch.Generator(device=start.device).manual_seed(config.seed)
-    point = _Point(start.clone(), torch.zeros_like(start), value, gradient)
-    saved = (
-        load_checkpoint(checkpoint, described) if resume and checkpoint is not None and checkpoint.exists() else None
+    step_size = torch.full_like(value, 0.25)
+    return NutsState(
+        Point(start.clone(), torch.zeros_like(start), value, gradient),
+        step_size,
+        Metric(covariance),
+        StepSize(step_size, config.target_accept),
+        torch.Generator(device=start.device).manual_seed(config.seed),
+        chains_per_metric,
     )
-    total = config.warmup + config.draws
-    kept: list[Tensor] = []
-    rows: list[dict[str, Tensor]] = []
-    if saved is None:
-        eye = torch.eye(dim, dtype=start.dtype, device=start.device)
-        guess = 1e-3 * eye.expand(chains, dim, dim) if covariance is None else covariance
-        point, step, metric = _warm_up(value_and_gradient, point, _Metric(guess), config, generator, pool, report)
+
+
+def update(state: NutsState, target: LogDensity, config: NutsConfig) -> None:
+    """One transition of every chain, of the warm-up or after it.
+
+    Args:
+        state: state, changed in place.
+        target: log-density; only its ``value_and_gradient`` is called.
+        config: options.
+    """
+    ends = window_ends(config.warmup)
+    depth = min(_EARLY_DEPTH, config.max_depth) if state.step < ends[-1] else config.max_depth
+    state.point, row = transition(
+        target.value_and_gradient, state.point, state.step_size, state.metric, state.generator, depth
+    )
+    if state.step < config.warmup:
+        _adapt(state, config, row["acceptance_rate"], ends)
     else:
-        step, metric = saved["step"], _Metric(saved["covariance"])
-        point = _Point(saved["z"][-1], torch.zeros_like(start), saved["value"], saved["gradient"])
-        kept = list(saved["z"])
-        rows = [{name: column[k] for name, column in saved["stats"].items()} for k in range(len(kept))]
-        generator.set_state(saved["generator"])
-    while len(kept) < config.draws:
-        point, row = _transition(value_and_gradient, point, step, metric, generator, config.max_depth)
-        kept.append(point.z)
-        rows.append({**row, "step_size": step})
-        if checkpoint is not None and (len(kept) % config.checkpoint_every == 0 or len(kept) == config.draws):
-            content = {
-                "schema": 1,
-                "identity": described,
-                "step": step,
-                "covariance": metric.covariance,
-                "z": torch.stack(kept),
-                "value": point.value,
-                "gradient": point.gradient,
-                "stats": _stack(rows),
-                "generator": generator.get_state(),
-            }
-            write_atomically(checkpoint, partial(torch.save, content))
-        if report is not None:
-            report(config.warmup + len(kept), total)
-    return NutsRun(torch.stack(kept), _stack(rows))
+        state.draws.append(state.point.z)
+        state.statistics.append({**row, "step_size": state.step_size})
+    state.step += 1
+    total = config.warmup + config.draws
+    if state.step % max(1, total // _LINES) == 0 or state.step == total:
+        log_step(_log, f"nuts transition {state.step} of {total}", state.step, total)
 
 
-def _warm_up(
-    value_and_gradient: ValueAndGradient,
-    point: _Point,
-    metric: _Metric,
+def finish(state: NutsState, target: LogDensity, config: NutsConfig) -> Draws:
+    """The positions kept, by chain.
+
+    Args:
+        state: state after the last transition.
+        target: log-density.
+        config: options.
+    """
+    statistics = {name: column.T for name, column in _stack(state.statistics).items()}
+    info = {"chain_method": config.chain_method, "chains": len(state.step_size)}
+    return Draws("nuts", torch.stack(state.draws, dim=1), statistics, info)
+
+
+def fit_nuts(
+    target: LogDensity,
     config: NutsConfig,
-    generator: torch.Generator,
-    pool: int,
-    report: Callable[[int, int], None] | None,
-) -> tuple[_Point, Tensor, _Metric]:
-    step = torch.full_like(point.value, 0.25)
-    adaptation = _StepSize(step, config.target_accept)
-    ends = _windows(config.warmup)
-    window: list[Tensor] = []
-    for k in range(config.warmup):
-        depth = min(_EARLY_DEPTH, config.max_depth) if k < ends[-1] else config.max_depth
-        point, row = _transition(value_and_gradient, point, step, metric, generator, depth)
-        step = adaptation.update(row["acceptance_rate"])
-        if ends[0] <= k < ends[-1]:
-            window.append(point.z)
-        if k + 1 in ends[1:]:
-            metric = _Metric(_covariance(torch.stack(window), pool, metric.covariance))
-            adaptation = _StepSize(step, config.target_accept)
-            window = []
-        if report is not None:
-            report(k + 1, config.warmup + config.draws)
-    return point, adaptation.average.exp(), metric
+    *,
+    start: Tensor | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+) -> Draws:
+    """Sample a posterior.
+
+    Args:
+        target: log-density. Where each point has its own data there is one chain for each data set.
+        config: options.
+        start: feasible points to begin at, one per chain, ``(C, D)``; None finds such.
+        checkpoint: file for the state, or with the number of the chain appended for each finished chain of Pyro's;
+            None keeps none.
+        resume: continue from the checkpoint if it exists. A run that was interrupted and resumed ends with the bits of
+            an unbroken one, on the same machine and thread count.
+        identity: names and values that tell this run from others, beside model, data and options.
+
+    Returns:
+        One chain for each of C. The info has ``chain_method`` and ``chains``; the statistics ``acceptance_rate``,
+        ``diverging``, ``lp``, ``step_size``, and with "vectorised" also ``energy``, ``n_steps`` and ``tree_depth``,
+        which Pyro does not give.
+
+    Raises:
+        InputError: more chains than the memory allows, no feasible start, a checkpoint of another run.
+        KeyboardInterrupt: after Ctrl-C, once the state has been saved.
+
+    Example:
+        >>> from probattn.models import ScalarModel
+        >>> target = LogDensity(ScalarModel(4), torch.ones(3, 4, 1).double())
+        >>> fit_nuts(target, NutsConfig(chains=2, warmup=20, draws=5)).z.shape
+        torch.Size([2, 5, 2])
+    """
+    _require_data_sets(target, config)
+    _require_memory(target, config)
+    if start is None:
+        start = feasible_start(target, config.chains, config.seed)
+    named = {"method": "nuts", **asdict(config), **identify(target.model, target.data), **(identity or {})}
+    del named["memory"]
+    if config.chain_method != "vectorised":
+        z, statistics = run_pyro_chains(
+            target,
+            start,
+            warmup=config.warmup,
+            draws=config.draws,
+            target_accept=config.target_accept,
+            max_depth=config.max_depth,
+            seed=config.seed,
+            processes=config.chains if config.chain_method == "process" else 1,
+            checkpoint=checkpoint,
+            resume=resume,
+            identity=named,
+        )
+        return Draws("nuts", z, statistics, {"chain_method": config.chain_method, "chains": config.chains})
+    state = init(
+        target,
+        config,
+        start,
+        covariance=curvature_guess(target, start),
+        chains_per_metric=1 if target.data_sets else config.chains,
+    )
+    iterate(
+        state,
+        partial(update, target=target, config=config),
+        lambda state: state.step >= config.warmup + config.draws,
+        save_every=config.checkpoint_every,
+        checkpoint=checkpoint,
+        resume=resume,
+        identity=named,
+    )
+    return finish(state, target, config)
 
 
-def _windows(warmup: int) -> list[int]:
-    """Ends of a first stretch for the step size, of windows that double for the mass matrix, and before a last one."""
-    first, last = math.ceil(0.15 * warmup), warmup - math.ceil(0.1 * warmup)
-    ends, width = [first], max(10, math.ceil(0.05 * warmup))
-    while ends[-1] < last:
-        end = ends[-1] + width
-        width *= 2
-        ends.append(last if end + width > last else end)
-    return ends
+def bytes_per_chain(target: LogDensity, config: NutsConfig) -> int:
+    """Memory that one chain takes: a gradient, matrices of size D x D, and draws until they are written.
+
+    Args:
+        target: log-density.
+        config: options.
+
+    Returns:
+        Bytes, measured for the gradient and counted for the rest.
+    """
+    size, dim = target.origin.element_size(), target.dim
+    matrices = 6 * dim**2  # metric and factor, the guess, the estimate of a window, and two in passing
+    kept = 2 * config.draws * (dim + 8) + config.warmup * dim  # a list, and stacked
+    return target.bytes_per_point + size * (matrices + kept)
 
 
-def _covariance(window: Tensor, pool: int, before: Tensor) -> Tensor:
-    """Covariance of a window (W, C, D), pooled over neighbouring chains, shrunk towards the one before, (C, D, D)."""
-    count, chains, dim = window.shape
-    pooled = window.reshape(count, chains // pool, pool, dim).transpose(0, 1).reshape(chains // pool, -1, dim)
-    centred = pooled - pooled.mean(1, keepdim=True)
-    size = pooled.shape[1]
-    covariance = centred.mT @ centred / (size - 1)
-    return (size * covariance.repeat_interleave(pool, dim=0) + 5 * before) / (size + 5)
+def _require_data_sets(target: LogDensity, config: NutsConfig) -> None:
+    if target.data_sets is not None and (target.data_sets, "vectorised") != (config.chains, config.chain_method):
+        raise InputError(
+            f"chains is {config.chains} ({config.chain_method}) for {target.data_sets} data sets; each data set needs "
+            "one chain, vectorised."
+        )
 
 
-def _transition(
-    value_and_gradient: ValueAndGradient,
-    origin: _Point,
-    step: Tensor,
-    metric: _Metric,
-    generator: torch.Generator,
-    max_depth: int,
-) -> tuple[_Point, dict[str, Tensor]]:
-    chains = len(step)
-    options: dict[str, Any] = {"dtype": step.dtype, "device": step.device}
-
-    def uniform() -> Tensor:
-        return torch.rand(chains, generator=generator, **options)
-
-    origin = origin._replace(r=metric.draw(generator))
-    energy = metric.kinetic(origin.r) - origin.value
-    left = right = proposal = origin
-    momenta, weight = origin.r, torch.zeros(chains, **options)
-    accepted, leaves, depth = torch.zeros(chains, **options), torch.zeros(chains, **options), torch.zeros_like(step)
-    diverging = torch.zeros(chains, dtype=torch.bool, device=step.device)
-    growing = ~diverging
-    for level in range(max_depth):
-        if not bool(growing.any()):
-            break
-        forward = uniform() < 0.5
-        end = right.where(forward, left)
-        signed = torch.where(forward, step, -step)
-        inside = growing.clone()  # chains whose subtree still grows
-        sub, sub_weight = end, torch.full((chains,), -math.inf, **options)
-        sub_momenta = torch.zeros_like(origin.r)
-        marks: dict[int, tuple[Tensor, Tensor]] = {}
-        for n in range(2**level):
-            if not bool(inside.any()):
-                break
-            rows = inside.nonzero().squeeze(-1)
-            end = end.put(rows, _leapfrog(value_and_gradient, end.at(rows), signed[rows], metric.at(rows), rows))
-            change = (metric.kinetic(end.r) - end.value - energy).nan_to_num(nan=math.inf)
-            leaf_weight = torch.where(inside, -change, -math.inf)
-            accepted = accepted + torch.where(inside, (-change).clamp(max=0).exp(), 0.0)
-            leaves = leaves + inside
-            outside = inside & (change > _DIVERGENCE)
-            grown = torch.logaddexp(sub_weight, leaf_weight)
-            chosen = inside & (uniform().log() < leaf_weight - grown)
-            sub, sub_weight = end.where(chosen, sub), grown
-            sub_momenta = sub_momenta + torch.where(inside.unsqueeze(-1), end.r, 0.0)
-            turned = torch.zeros_like(inside)
-            last = (n >> 1).bit_count()
-            if n % 2 == 0:
-                marks[last] = (end.r, sub_momenta)
-            else:  # every subtree that this leaf completes
-                trailing = (~n & (n + 1)).bit_length() - 1
-                for mark in range(last, last - trailing, -1):
-                    begin, before = marks[mark]
-                    turned |= metric.turning(begin, end.r, sub_momenta - before + begin)
-            diverging = diverging | outside
-            inside = inside & ~outside & ~turned
-        complete = growing & inside
-        chosen = complete & (uniform().log() < sub_weight - weight)
-        proposal = sub.where(chosen, proposal)
-        right, left = end.where(complete & forward, right), end.where(complete & ~forward, left)
-        momenta = torch.where(complete.unsqueeze(-1), momenta + sub_momenta, momenta)
-        weight = torch.where(complete, torch.logaddexp(weight, sub_weight), weight)
-        depth = depth + growing
-        growing = complete & ~metric.turning(left.r, right.r, momenta)
-    row = {
-        "acceptance_rate": accepted / leaves.clamp(min=1),
-        "diverging": diverging,
-        "energy": energy,
-        "lp": proposal.value,
-        "n_steps": leaves,
-        "tree_depth": depth,
-    }
-    return proposal, row
+def _require_memory(target: LogDensity, config: NutsConfig) -> None:
+    together = 1 if config.chain_method == "sequential" else config.chains
+    each, allowed = bytes_per_chain(target, config), int(config.memory * 2**30)
+    if together * each > allowed:
+        raise InputError(
+            f"chains is {config.chains}: about {together * each / 2**30:.1f} GiB at once, {config.memory:g} allowed; "
+            f"use at most {max(1, allowed // each)}, or --chain-method sequential."
+        )
 
 
-def _leapfrog(
-    value_and_gradient: ValueAndGradient, point: _Point, step: Tensor, metric: _Metric, rows: Tensor
-) -> _Point:
-    half = 0.5 * step.unsqueeze(-1)
-    r = point.r + half * point.gradient
-    z = point.z + step.unsqueeze(-1) * metric.velocity(r)
-    value, gradient = value_and_gradient(z, rows)
-    return _Point(z, r + half * gradient, value, gradient)
-
-
-def _where(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(chosen if a.dim() == 1 else chosen.unsqueeze(-1), a, b)
+def _adapt(state: NutsState, config: NutsConfig, acceptance: Tensor, ends: list[int]) -> None:
+    """Learn from a transition of the warm-up."""
+    done = state.step + 1
+    state.step_size = state.adaptation.update(acceptance)
+    if ends[0] <= state.step < ends[-1]:
+        state.window.append(state.point.z)
+    if done in ends[1:]:
+        window = torch.stack(state.window)
+        state.metric = Metric(window_covariance(window, state.chains_per_metric, state.metric.covariance))
+        state.adaptation = StepSize(state.step_size, config.target_accept)
+        state.window = []
+    if done == config.warmup:
+        state.step_size = state.adaptation.final()
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}

@@ -1,13 +1,23 @@
-"""Stochastic variational inference with Pyro's own guides and objectives, stopped by a rule, not by a step count."""
+r"""Stochastic variational inference with Pyro's own guides and objectives, stopped by a rule, not by a step count.
+
+A guide q is fitted to the posterior by stochastic gradients of the evidence lower bound, or of a Renyi bound,
+
+.. math:: \mathrm{ELBO}(q) = \mathbb E_q[\log p(\theta, u) - \log q(\theta)] ,
+
+and its parameters are averaged over the last window of steps. Sources: Kucukelbir et al. (2017, arXiv 1603.00788) for
+the guides, Li and Turner (2016, arXiv 1602.02311) for the Renyi bound, Polyak and Juditsky (1992,
+doi:10.1137/0330046) for the average; the rule that ends a stage is derived here.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO
@@ -21,91 +31,202 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from probattn.errors import InputError, require_at_least, require_choice, require_positive
-from probattn.inference.methods.draws import Draws, approximation, feasible_start
+from probattn.errors import InputError
+from probattn.inference.methods.draws import Draws, Info
+from probattn.inference.methods.importance import draw_corrected
 from probattn.inference.methods.log_density import LogDensity
-from probattn.inference.methods.minibatch import minibatch
-from probattn.inference.runtime.checkpoint import load_checkpoint
-from probattn.inference.runtime.distributed import my_shards, rank, shard, sum_over_processes
-from probattn.inference.runtime.files import write_atomically
+from probattn.inference.methods.minibatch import minibatch, sharded_gradient
+from probattn.inference.methods.starts import feasible_start
+from probattn.inference.runtime.checkpoint import identify, iterate
+from probattn.inference.runtime.distributed import my_shards, shard
 from probattn.inference.runtime.isolation import isolated
+from probattn.inference.runtime.progress import log_step
+from probattn.inference.runtime.seeds import derived_seed
+from probattn.options import Range, Seed, check_options
 
-__all__ = ["Guide", "SviConfig", "fit_svi"]
+__all__ = ["Guide", "SviConfig", "SviState", "finish", "fit_svi", "init", "update"]
 
 Guide = Literal["mean_field", "low_rank", "full_rank", "flow"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SviConfig:
-    """How to fit the guide.
+    """Options of SVI.
 
     Attributes:
-        guide: normal in unconstrained space with a diagonal, a low-rank or a full covariance, or an inverse
-            autoregressive flow.
-        particles: draws of the guide in a shard's gradient.
-        renyi: alpha of the Renyi bound; None for the ELBO.
-        shards: parts of a minibatch, each with its own draws. Processes share them, and the result does not depend on
-            how many processes there are.
-        batch: sequences in a minibatch; 0 takes all.
-        learning_rate: of Adam, at first.
-        window: steps whose mean objective is compared with the best so far.
-        stages: learning rates, each a third of the last. A stage ends when a window's mean is not better than the best
-            by more than two standard errors of the difference; the fit has converged when the last stage ends.
-        steps: at most so many.
-        draws: of the fitted guide.
-        seed: of start, minibatches and draws.
-        correct: resample by importance weights, see :func:`~probattn.inference.methods.draws.approximation`.
+        guide: guide in unconstrained space: a normal distribution with diagonal, low-rank or full covariance, or an
+            inverse autoregressive flow.
+        particles: number of draws of the guide in the gradient of a shard.
+        renyi: alpha of the Renyi bound; without it, the ELBO.
+        shards: number of parts of a minibatch, each with its own draws; processes share them, and the result does not
+            depend on how many processes there are.
+        batch: number of sequences in a minibatch; 0 takes all.
+        learning_rate: learning rate of Adam in the first stage.
+        window: number of steps whose mean objective is compared with the best so far.
+        stages: number of learning rates, each a third of the last; a stage ends when a window is not better than the
+            best by two standard errors, and the fit has converged when the last stage ends.
+        steps: largest number of steps.
+        draws: number of draws of the fitted guide.
+        correct: resample the draws by importance weights where these can be trusted.
+        seed: random seed.
     """
 
     guide: Guide = "full_rank"
-    particles: int = 8
-    renyi: float | None = None
-    shards: int = 2
-    batch: int = 0
-    learning_rate: float = 0.05
-    window: int = 100
-    stages: int = 4
-    steps: int = 20_000
-    draws: int = 2000
-    seed: int = 0
+    particles: Annotated[int, Range(least=1)] = 8
+    renyi: Annotated[float | None, Range()] = None
+    shards: Annotated[int, Range(least=1)] = 2
+    batch: Annotated[int, Range(least=0)] = 0
+    learning_rate: Annotated[float, Range(above=0)] = 0.05
+    window: Annotated[int, Range(least=2)] = 100
+    stages: Annotated[int, Range(least=1)] = 4
+    steps: Annotated[int, Range(least=1)] = 20_000
+    draws: Annotated[int, Range(least=4)] = 2000
     correct: bool = True
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        require_choice("guide", self.guide, get_args(Guide))
-        least = {"particles": 1, "shards": 1, "batch": 0, "window": 2, "stages": 1, "steps": 1, "draws": 4}
-        for name, smallest in least.items():
-            require_at_least(name, getattr(self, name), smallest)
-        require_positive("learning_rate", self.learning_rate)
-        if self.renyi is not None and (self.renyi == 1 or not math.isfinite(self.renyi) or self.particles < 2):
+        check_options(self)
+        if self.renyi is not None and (self.renyi == 1 or self.particles < 2):
             raise InputError(
-                f"renyi is {self.renyi} with {self.particles} particles; alpha must be finite and not 1 (that is the "
-                "ELBO: leave it away), and at least two particles are needed."
+                f"renyi is {self.renyi} with {self.particles} particles; alpha must not be 1 (that is the ELBO: omit "
+                "it), and at least two particles are needed."
             )
 
 
 @dataclass
-class _Progress:
-    """What a fit carries besides the guide and the optimiser."""
+class SviState:
+    """State of a fit.
 
+    Attributes:
+        guide: distribution q that is fitted.
+        optimizer: Adam on its parameters.
+        averages: mean of each parameter over the steps of the window.
+        step: number of steps taken.
+        stage: number of learning rates that are done with.
+        best: smallest mean objective of a window.
+        best_error: its standard error.
+        recent: objectives since the last window ended.
+        history: numbers of each window, by name.
+    """
+
+    guide: AutoContinuous
+    optimizer: torch.optim.Adam
+    averages: list[Tensor]
     step: int = 0
     stage: int = 0
     best: float = math.inf
     best_error: float = 0.0
-    losses: list[float] = field(default_factory=list)
-    history: list[float] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+    history: dict[str, list[float]] = field(default_factory=dict)
 
-    def end_window(self) -> bool:
-        """Take in a full window; whether the stage is over."""
-        count = len(self.losses)
-        mean = sum(self.losses) / count
-        error = math.sqrt(sum((loss - mean) ** 2 for loss in self.losses) / max(1, count - 1) / count)
-        self.history.append(mean)
-        self.losses = []
-        improved = mean < self.best - 2 * math.hypot(error, self.best_error)
-        if improved or not math.isfinite(self.best):
-            self.best, self.best_error = mean, error
-            return False
-        return True
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return {**plain, "guide": self.guide.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.guide.load_state_dict(content["guide"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        for name in _PLAIN:
+            setattr(self, name, content[name])
+
+
+_PLAIN = ("averages", "step", "stage", "best", "best_error", "recent", "history")
+
+
+def init(target: LogDensity, config: SviConfig, start: Tensor) -> SviState:
+    """State before the first step.
+
+    Args:
+        target: log-density; its model is called as ``model(*minibatch, total=N)``, with a plate that scales the
+            minibatch to N.
+        config: options.
+        start: centre of a normal guide, ``(D,)``.
+
+    Raises:
+        InputError: a flow in one dimension, or processes that do not divide the shards.
+    """
+    if config.guide == "flow" and target.dim < 2:
+        raise InputError("a flow needs at least two parameters; use --guide full_rank.")
+    size, shards = _sizes(target, config)
+    my_shards(shards)  # refuses a number of processes that cannot share them
+    guide = _build_guide(target, config, start)
+    # The parameters exist only after a first call, and a flow's are single precision.
+    guide(*shard(minibatch(target.data, size, 0, config.seed), 0, shards), total=target.sequences)
+    guide.to(start)
+    parameters = list(guide.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99))
+    return SviState(guide, optimizer, [torch.zeros_like(parameter) for parameter in parameters])
+
+
+def update(state: SviState, target: LogDensity, config: SviConfig) -> None:
+    """One step of Adam on one minibatch; at the end of a window the rule decides on the learning rate.
+
+    Args:
+        state: state, changed in place.
+        target: log-density.
+        config: options.
+
+    Raises:
+        ArithmeticError: the objective or its gradient is not finite; the state is as before the step.
+    """
+    size, shards = _sizes(target, config)
+    parameters = list(state.guide.parameters())
+    bound = _build_bound(config)
+
+    def backward(part: tuple[Tensor, ...]) -> float:
+        return float(bound.loss_and_grads(target.model, state.guide, *part, total=target.sequences))
+
+    batch = minibatch(target.data, size, state.step, config.seed)
+    objective = sharded_gradient(backward, parameters, batch, shards, derived_seed(config.seed, state.step))
+    finite = all(bool(torch.isfinite(parameter.grad).all()) for parameter in parameters if parameter.grad is not None)
+    if not math.isfinite(objective) or not finite:
+        raise ArithmeticError(
+            f"step {state.step}: the objective is {objective} or its gradient not finite; lower "
+            "learning_rate, or use a tighter prior: the guide reaches where the density is 0."
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.learning_rate * 3.0**-state.stage
+    state.optimizer.step()
+    state.step += 1
+    state.recent.append(objective)
+    for average, parameter in zip(state.averages, parameters, strict=True):
+        average += (parameter.detach() - average) / len(state.recent)
+    if len(state.recent) == config.window:
+        _end_window(state, config)
+
+
+def finish(state: SviState, target: LogDensity, config: SviConfig) -> Draws:
+    """Draws of the guide with its parameters averaged over the last window.
+
+    Args:
+        state: state after the last step.
+        target: log-density.
+        config: options.
+    """
+    with torch.no_grad():
+        for average, parameter in zip(state.averages, state.guide.parameters(), strict=True):
+            parameter.copy_(average)
+        guide = state.guide.get_posterior()
+    info: Info = {
+        "guide": config.guide,
+        "bound": "elbo" if config.renyi is None else f"renyi {config.renyi:g}",
+        "steps": state.step,
+        "stopped": "converged" if state.stage >= config.stages else "steps",
+    }
+    drawn = draw_corrected(
+        target,
+        "svi",
+        guide,
+        draws=config.draws,
+        seed=config.seed,
+        correct=config.correct,
+        info=info,
+        tails=config.guide != "flow",  # Pyro's flow gives its density at its own draws, elsewhere in single precision
+    )
+    return replace(drawn, history=state.history)
 
 
 def fit_svi(
@@ -115,109 +236,73 @@ def fit_svi(
     start: Tensor | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
-    identity: str = "",
-    report: Callable[[int, float], None] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Draws:
     """Fit a guide to a posterior and draw from it.
 
     Args:
-        target: the posterior; its model takes ``total=N`` for the size of the whole data set.
-        config: how to fit.
-        start: centre of a normal guide to begin with, (D,); None finds a feasible point.
-        checkpoint: where the state is kept after each window.
-        resume: go on from there.
-        identity: tells this fit from others.
-        report: called after each window with the step and the mean objective.
+        target: log-density, whose model is called as ``model(*minibatch, total=N)`` and scales a minibatch to N.
+        config: options.
+        start: centre of a normal guide to begin with, ``(D,)``; None finds a feasible point.
+        checkpoint: file for the state; None keeps none.
+        resume: continue from the checkpoint if it exists. A run that was interrupted and resumed ends with the bits of
+            an unbroken one, on the same machine and thread count.
+        identity: names and values that tell this fit from others, beside model, data and options.
 
     Returns:
-        Draws, one chain; the notes say whether the rule or the step limit ended
-        the fit. The guide is the mean of its parameters over the last window.
+        One chain. The info has ``guide``, ``bound``, ``steps``, ``stopped`` ("converged", by the rule, or "steps") and
+        what :func:`~probattn.inference.methods.importance.draw_corrected` adds; the history has ``step`` and
+        ``objective`` (mean over a window), one number per window.
 
     Raises:
         InputError: a flow in one dimension, processes that do not divide the shards, a checkpoint of another fit.
-        ArithmeticError: the objective is not finite (with the step).
+        ArithmeticError: the objective or its gradient is not finite, with the step.
+        KeyboardInterrupt: after Ctrl-C, once the state has been saved.
+
+    Example:
+        >>> from probattn.models import ScalarModel
+        >>> target = LogDensity(ScalarModel(4), torch.ones(3, 4, 1).double())
+        >>> fit_svi(target, SviConfig(steps=5, draws=8)).z.shape
+        torch.Size([1, 8, 2])
     """
-    if config.guide == "flow" and target.dim < 2:
-        raise InputError("a flow needs at least two parameters; use --guide full_rank.")
-    total = target.data[0].shape[-3] if target.data[0].dim() > 2 else len(target.data[0])
-    size = min(config.batch or total, total)
-    shards = min(config.shards, size)
-    own = my_shards(shards)
-    described = f"{identity} {sorted(asdict(config).items())}"
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
-    with isolated(start.device, seed=config.seed):
-        guide = _make_guide(target, config, start)
-        example = shard(minibatch(target.data, size, 0, config.seed), 0, shards)
-        guide(*example, total=total)  # its parameters exist only after a first call,
-        guide.to(start)  # and a flow's are single precision
-        parameters = list(guide.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99))
-        elbo = _make_elbo(config)
-        progress = _Progress()
-        averages = [torch.zeros_like(parameter) for parameter in parameters]
-        if resume and checkpoint is not None and checkpoint.exists():
-            progress, averages = _restore(checkpoint, described, guide, optimizer)
-        while progress.step < config.steps and progress.stage < config.stages:
-            batch = minibatch(target.data, size, progress.step, config.seed)
-            loss = torch.zeros((), dtype=start.dtype, device=start.device)
-            gradients = [torch.zeros_like(parameter) for parameter in parameters]
-            for number in own:
-                part = shard(batch, number, shards)
-                share = len(part[0]) / size
-                optimizer.zero_grad()
-                torch.manual_seed((config.seed * 1_000_003 + progress.step) * 4099 + number)
-                loss += share * elbo.loss_and_grads(target.model, guide, *part, total=total)
-                for gradient, parameter in zip(gradients, parameters, strict=True):
-                    if parameter.grad is not None:
-                        gradient += share * parameter.grad
-            sum_over_processes([loss, *gradients])
-            if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in gradients):
-                raise ArithmeticError(
-                    f"step {progress.step}: the objective is {float(loss)} or its gradient not finite; lower "
-                    "learning_rate, or use a tighter prior: the guide reaches where the density is 0."
-                )
-            for gradient, parameter in zip(gradients, parameters, strict=True):
-                parameter.grad = gradient
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * 3.0**-progress.stage
-            optimizer.step()
-            progress.step += 1
-            progress.losses.append(float(loss))
-            count = len(progress.losses)
-            for average, parameter in zip(averages, parameters, strict=True):
-                average += (parameter.detach() - average) / count
-            if count == config.window:
-                progress.stage += progress.end_window()
-                if checkpoint is not None and rank() == 0:
-                    _save(checkpoint, described, progress, averages, guide, optimizer)
-                if report is not None:
-                    report(progress.step, progress.history[-1])
-        with torch.no_grad():
-            for average, parameter in zip(averages, parameters, strict=True):
-                parameter.copy_(average)
-            law = guide.get_posterior()
-        notes: dict[str, str | int | float] = {
-            "guide": config.guide,
-            "objective": "elbo" if config.renyi is None else f"renyi {config.renyi:g}",
-            "steps": progress.step,
-            "stopped": "converged" if progress.stage >= config.stages else "steps",
-            "loss": progress.history[-1] if progress.history else math.nan,
-        }
-        return approximation(
-            target,
-            "svi",
-            law,
-            draws=config.draws,
-            seed=config.seed,
-            correct=config.correct,
-            notes=notes,
-            tails=config.guide
-            != "flow",  # Pyro's flow gives its density at its own draws, elsewhere in single precision
+    with isolated(target.data[0].device, seed=config.seed):
+        state = init(target, config, start)
+        iterate(
+            state,
+            partial(update, target=target, config=config),
+            lambda state: state.step >= config.steps or state.stage >= config.stages,
+            save_every=config.window,
+            checkpoint=checkpoint,
+            resume=resume,
+            identity={"method": "svi", **asdict(config), **identify(target.model, target.data), **(identity or {})},
         )
+        return finish(state, target, config)
 
 
-def _make_guide(target: LogDensity, config: SviConfig, start: Tensor) -> AutoContinuous:
+def _sizes(target: LogDensity, config: SviConfig) -> tuple[int, int]:
+    """Sequences in a minibatch and parts that it is cut into."""
+    size = min(config.batch or target.sequences, target.sequences)
+    return size, min(config.shards, size)
+
+
+def _end_window(state: SviState, config: SviConfig) -> None:
+    """Compare a full window with the best so far; the stage ends where it is not better by two standard errors."""
+    count = len(state.recent)
+    mean = sum(state.recent) / count
+    error = math.sqrt(sum((loss - mean) ** 2 for loss in state.recent) / (count - 1) / count)
+    state.recent = []
+    for name, number in (("step", float(state.step)), ("objective", mean)):
+        state.history.setdefault(name, []).append(number)
+    if mean < state.best - 2 * math.hypot(error, state.best_error) or not math.isfinite(state.best):
+        state.best, state.best_error = mean, error
+    else:
+        state.stage += 1
+    log_step(_log, f"svi step {state.step}: objective {mean:.4f}", state.step, config.steps, {"objective": mean})
+
+
+def _build_guide(target: LogDensity, config: SviConfig, start: Tensor) -> AutoContinuous:
     at_start: dict[str, Any] = {"init_loc_fn": init_to_value(values=target.constrain(start)), "init_scale": 0.05}
     kinds: dict[str, Callable[..., AutoContinuous]] = {
         "mean_field": partial(AutoDiagonalNormal, **at_start),
@@ -228,38 +313,10 @@ def _make_guide(target: LogDensity, config: SviConfig, start: Tensor) -> AutoCon
     return kinds[config.guide](target.model)
 
 
-def _make_elbo(config: SviConfig) -> Any:
+def _build_bound(config: SviConfig) -> Any:
     options: dict[str, Any] = {
         "num_particles": config.particles,
         "max_plate_nesting": 1,
         "vectorize_particles": config.particles > 1,
     }
     return Trace_ELBO(**options) if config.renyi is None else RenyiELBO(alpha=config.renyi, **options)
-
-
-def _save(
-    path: Path,
-    described: str,
-    progress: _Progress,
-    averages: list[Tensor],
-    guide: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    content = {
-        "schema": 1,
-        "identity": described,
-        "progress": asdict(progress),
-        "averages": averages,
-        "guide": guide.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    write_atomically(path, partial(torch.save, content))
-
-
-def _restore(
-    path: Path, described: str, guide: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[_Progress, list[Tensor]]:
-    content = load_checkpoint(path, described)
-    guide.load_state_dict(content["guide"])
-    optimizer.load_state_dict(content["optimizer"])
-    return _Progress(**content["progress"]), content["averages"]

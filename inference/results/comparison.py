@@ -1,7 +1,7 @@
-r"""Which model predicts a sequence it has not seen: leave-one-sequence-out, with standard errors.
+r"""Comparison of models by how they predict a sequence they have not seen, with standard errors.
 
-The unit is the sequence. Tokens of one sequence depend on each other through the past, so leaving out single tokens
-would leave most of what is to be predicted in.
+The unit is the sequence. Tokens of one sequence depend on each other through the past, so that leaving out single
+tokens would keep most of the information about them. Source: Vehtari, Gelman and Gabry (2017, arXiv 1507.04544).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from probattn.errors import InputError
-from probattn.inference.methods.draws import RELIABLE, Draws
+from probattn.inference.methods.draws import Draws
+from probattn.inference.methods.importance import RELIABLE
 from probattn.inference.methods.log_density import LogDensity
 from probattn.models.embedding import EmbeddingModel
 
 __all__ = ["AS_ASKED", "Compared", "compare", "leave_one_out", "standard_error", "variants"]
 
 Array = NDArray[Any]
-_GROUP = 64
 AS_ASKED = "as asked"
 _WHAT = ("jacobian", "mask", "heads")
 
@@ -34,14 +34,14 @@ class Compared:
     """One model among others.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         elpd: sum over the sequences of log p(u_n | the others), the density with its Jacobian.
-        elpd_se: its standard error over the sequences.
-        difference: to the best model, at most 0.
+        elpd_se: standard error of ``elpd``, over the sequences.
+        difference: difference to the best model, at most 0.
         difference_se: standard error of the difference, sequence by sequence.
-        unreliable: sequences that decide too much to be left out by weights (k-hat > 0.7).
-        folded: share of the draws at which J has a negative determinant somewhere in the data; there the density is
-            none, and the comparison says nothing.
+        unreliable: number of sequences too influential to be left out by weights (k-hat > 0.7).
+        folded: share of the draws at which J has a negative determinant somewhere in the data; there is no density
+            there, and the comparison says nothing.
     """
 
     name: str
@@ -69,11 +69,11 @@ def leave_one_out(fitted: Array, predictive: Array | None = None) -> tuple[Array
     .. math:: \log \frac{\sum_s w_s\, p(u_n | \theta_s)}{\sum_s w_s}, \qquad w_s \propto 1 / \ell(u_n | \theta_s)
 
     Args:
-        fitted: log l, the likelihood that the posterior was made with, (chain, draw, N).
-        predictive: log p, the density to judge by; None: the same.
+        fitted: log l, the likelihood that the posterior was made with, ``(chain, draw, N)``.
+        predictive: log p, the density to judge by, ``(chain, draw, N)``; None takes log l.
 
     Returns:
-        elpd and k-hat of each sequence, (N,) each.
+        Expected log predictive density and k-hat of each sequence, ``(N,)`` each.
 
     Raises:
         InputError: fewer than two sequences.
@@ -102,9 +102,9 @@ def compare(
     A model without its Jacobian is judged by the density with it: what a naive fit says of a sequence to come.
 
     Args:
-        models: by name.
-        u: data, (N, T, p).
-        infer: draws of the posterior of the model of that name.
+        models: models by name.
+        u: sequences, ``(N, T, p)``.
+        infer: function from the name of a model and its log-density to draws of its posterior.
 
     Raises:
         InputError: fewer than two sequences.
@@ -121,7 +121,7 @@ def compare(
         proper = LogDensity(model.altered(jacobian=True), u).evaluate(flat)["u"].reshape(shape).double().cpu().numpy()
         pointwise[name], khat = leave_one_out(own, proper)
         unreliable[name] = int((khat > RELIABLE).sum())
-        folded[name] = _folded(model, target.constrain(flat), u)
+        folded[name] = _folded(model, target.constrain(flat), u, target.group_size)
     best = pointwise[max(pointwise, key=lambda name: pointwise[name].sum())]
     entries = [
         Compared(
@@ -139,14 +139,14 @@ def compare(
 
 
 def variants(model: EmbeddingModel, what: tuple[str, ...]) -> dict[str, EmbeddingModel]:
-    """A model beside those that differ from it in one thing.
+    """A model beside those that differ from it in one respect, by name.
 
     Args:
-        model: the model.
-        what: of "jacobian" (without it), "mask" (the other one) and "heads" (one more, and one less).
+        model: model to vary.
+        what: respects: "jacobian" (without it), "mask" (the other one) and "heads" (one more, and one less).
 
     Raises:
-        InputError: an unknown thing; the inclusive mask with W_V = W_O = I, where J_1 = 0.
+        InputError: an unknown respect; the inclusive mask with W_V = W_O = I, where J_1 = 0.
     """
     unknown = [name for name in what if name not in _WHAT]
     if unknown:
@@ -170,14 +170,24 @@ def variants(model: EmbeddingModel, what: tuple[str, ...]) -> dict[str, Embeddin
 
 
 def standard_error(values: Array) -> float:
-    """Standard error of the sum of independent numbers, (N,)."""
+    r"""Standard error of the sum of independent numbers.
+
+    .. math:: \sqrt{N \, \widehat{\operatorname{Var}}(x)}
+
+    Args:
+        values: numbers x, ``(N,)``.
+
+    Example:
+        >>> round(standard_error(np.array([1.0, 2.0, 3.0])), 3)
+        1.732
+    """
     return float(np.sqrt(len(values) * values.var(ddof=1)))
 
 
-def _folded(model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor) -> float:
+def _folded(model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor, group: int) -> float:
     """Share of the draws with det J < 0 at a token of the data."""
     seen = []
-    for begin in range(0, len(next(iter(values.values()))), _GROUP):
-        group = {name: value[begin : begin + _GROUP].unsqueeze(1) for name, value in values.items()}
-        seen.append((model.attention_of(group).logabsdet(u)[0] < 0).flatten(1).any(-1))
+    for begin in range(0, len(next(iter(values.values()))), group):
+        part = {name: value[begin : begin + group].unsqueeze(1) for name, value in values.items()}
+        seen.append((model.attention_of(part).logabsdet(u)[0] < 0).flatten(1).any(-1))
     return float(torch.cat(seen).double().mean())

@@ -1,4 +1,4 @@
-"""Can this inference be trusted? Numbers, words, a remedy for each finding, and one verdict."""
+"""Diagnosis of a fit: numbers, words, a remedy for each finding, and one verdict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from probattn.inference.methods.draws import RELIABLE
+from probattn.inference.methods.importance import RELIABLE
 from probattn.inference.results.comparison import leave_one_out, standard_error
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.posterior import REGIMES
@@ -25,18 +25,26 @@ _VERDICTS = {
     "problem": "not reliable",
 }
 _JUDGED = ("qk_matrix", "ov_matrix", "noise_scale", "smallest_margin")
-_SENSITIVE = 0.05  # power-scaling sensitivity that matters (Kallioinen et al., 2107.14054)
+_AGREE, _DISAGREE = 1.01, 1.05  # R-hat up to which chains agree, and beyond which they do not (Vehtari et al., 2021)
+_ENOUGH = 100  # effective draws per chain (Vehtari et al., 2021, arXiv 1903.08008)
+_DIVERGENT = 0.01  # share of divergences that is a problem rather than a warning
+_BFMI = 0.3  # fraction of missing information on energies that is low (Betancourt, 2016, arXiv 1604.00695)
+_SATURATED = 0.01  # share of trajectories ended by their depth that is worth a warning
+_CLOSE = 0.5  # k-hat up to which importance weights have a finite variance (Vehtari et al., 2024, arXiv 1507.02646)
+_FOLDED = 0.05  # share of folded draws that is a problem rather than a warning
+_SENSITIVE = 0.05  # power-scaling sensitivity that matters (Kallioinen et al., 2024, arXiv 2107.14054)
 _NEAR = 0.05  # |det J| below which a draw counts as at the boundary
+_FOR_SENSITIVITY = 100  # draws per chain below which sensitivities are noise
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one diagnostic.
 
     Attributes:
-        about: which diagnostic.
+        about: name of the diagnostic.
         level: "good", "note" (worth knowing), "warning" or "problem".
-        words: what was found and, unless it is good, what to do.
+        words: result in words and, unless it is good, the remedy.
     """
 
     about: str
@@ -49,8 +57,8 @@ class Diagnosis:
     """All findings and the verdict.
 
     Attributes:
-        findings: in the order in which they were made.
-        numbers: by name.
+        findings: findings in the order in which they were made.
+        numbers: numbers behind them, by name.
     """
 
     findings: list[Finding]
@@ -58,7 +66,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """One of "reliable", "usable with care" and "not reliable": the worst level decides."""
+        """Verdict by the worst level: "reliable", "usable with care" or "not reliable"."""
         worst = max(self.findings, key=lambda finding: list(_VERDICTS).index(finding.level))
         return _VERDICTS[worst.level]
 
@@ -73,14 +81,14 @@ class Diagnosis:
 
 
 def diagnose(fit: Fit) -> Diagnosis:
-    """Judge a fit.
+    """Judge a fit by what its method allows to check.
 
-    Looked at: R-hat, bulk and tail ESS and MCSE of what is identified; divergences and how near det J = 0 they end;
+    Checked are: R-hat, bulk and tail ESS and MCSE of what is identified; divergences and how near det J = 0 they end;
     E-BFMI; saturated trees; k-hat of an approximation; convergence of SVI; the regime at the data; the order of heads;
     sensitivity to the prior by power scaling; leave-one-sequence-out.
 
     Args:
-        fit: with the groups of :func:`probattn.inference.results.posterior.assemble`.
+        fit: fit with the groups of :func:`probattn.inference.results.posterior.assemble`.
     """
     numbers: dict[str, float] = {}
     findings: list[Finding] = []
@@ -105,7 +113,7 @@ def diagnose(fit: Fit) -> Diagnosis:
 
 
 def _scalars(fit: Fit) -> Iterator[tuple[str, Array]]:
-    """Every judged number by name, (chain, draw) each."""
+    """Every judged number by name, ``(chain, draw)`` each."""
     for name in _JUDGED:
         if name in fit.groups["posterior"]:
             values = np.asarray(fit.groups["posterior"][name])
@@ -130,22 +138,21 @@ def _chains(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     if chains > 1:
         at = max(worst, key=lambda name: worst[name]["rhat"])
         rhat = numbers["rhat"] = worst[at]["rhat"]
-        if rhat <= 1.01:
+        if rhat <= _AGREE:
             yield Finding("R-hat", "good", f"at most {rhat:.3f} ({at}): the chains agree.")
         else:
             remedy = "run longer (--warmup, --draws); if it stays, look for several modes or reduce --heads."
-            level: Level = "warning" if rhat <= 1.05 else "problem"
+            level: Level = "warning" if rhat <= _DISAGREE else "problem"
             yield Finding("R-hat", level, f"{rhat:.3f} for {at}: the chains do not agree; {remedy}")
     else:
         yield Finding("R-hat", "warning", "one chain cannot be compared with others; use --chains 4.")
     for kind in ("bulk", "tail"):
         at = min(worst, key=lambda name: worst[name][kind])
         size = numbers[f"ess_{kind}"] = worst[at][kind]
-        enough = size >= 100 * chains
+        enough = size >= _ENOUGH * chains
         words = f"at least {size:.0f} of {chains * draws} draws ({at})"
-        remedy = (
-            "" if enough else f"; fewer than 100 a chain: raise --draws to about {int(draws * 120 * chains / size)}"
-        )
+        needed = int(1.2 * _ENOUGH * draws * chains / size)
+        remedy = "" if enough else f"; fewer than {_ENOUGH} per chain: raise --draws to about {needed}"
         yield Finding(f"{kind} ESS", "good" if enough else "warning", f"{words}{remedy}.")
     at = max(worst, key=lambda name: worst[name]["mcse"])
     numbers["mcse_over_sd"] = worst[at]["mcse"]
@@ -170,19 +177,19 @@ def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         else:
             words = "away from the boundary"
             remedy = "raise --target-accept to 0.95"
-        level: Level = "problem" if count > 0.01 * diverging.size else "warning"
+        level: Level = "problem" if count > _DIVERGENT * diverging.size else "warning"
         yield Finding("divergences", level, f"{count} {words}: {place}; {remedy}.")
     else:
         yield Finding("divergences", "good", "none.")
     if "energy" in stats:
         fraction = numbers["ebfmi"] = float(np.min(array_stats.bfmi(np.asarray(stats["energy"]))))
-        fine = fraction >= 0.3
+        fine = fraction >= _BFMI
         remedy = "" if fine else ": the momenta explore the energies slowly; run longer or tighten the prior"
         yield Finding("E-BFMI", "good" if fine else "warning", f"at least {fraction:.2f}{remedy}.")
     if "tree_depth" in stats:
         deepest = np.asarray(stats["tree_depth"])
         share = numbers["saturated_trees"] = float((deepest >= fit.attributes.get("max_depth", 10)).mean())
-        if share > 0.01:
+        if share > _SATURATED:
             words = (
                 f"{100 * share:.0f} % of the trajectories ended by their depth; raise --max-depth or rescale the data."
             )
@@ -190,28 +197,28 @@ def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
 
 
 def _approximation(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
-    notes = fit.attributes
-    if notes.get("stopped") == "steps":
+    info = fit.attributes
+    if info.get("stopped") == "steps":
         yield Finding("convergence", "warning", "the step limit ended the fit, not the rule; raise --steps.")
-    elif "stopped" in notes:
-        yield Finding("convergence", "good", f"the rule ended the fit after {notes['steps']} steps.")
-    flat = int(notes.get("flat_directions", 0))
+    elif "stopped" in info:
+        yield Finding("convergence", "good", f"the rule ended the fit after {info['steps']} steps.")
+    flat = int(info.get("flat_directions", 0))
     if flat:
         words = f"{flat} directions do not change the density and were left out; k-hat is not defined: check with nuts."
         yield Finding("flat directions", "warning", words)
-    if "khat_guide" not in notes:
+    if "khat_guide" not in info:
         return
-    guide = numbers["khat_guide"] = float(notes["khat_guide"])
-    if notes.get("corrected"):
-        numbers["khat"], numbers["importance_ess"] = float(notes["khat"]), float(notes["importance_ess"])
+    guide = numbers["khat_guide"] = float(info["khat_guide"])
+    if info.get("corrected"):
+        numbers["khat"], numbers["importance_ess"] = float(info["khat"]), float(info["importance_ess"])
         words = (
             f"{guide:.2f} for the approximation alone, {numbers['khat']:.2f} after correction by importance "
             f"resampling; its draws are worth {numbers['importance_ess']:.0f} independent ones."
         )
-        few = numbers["importance_ess"] < 100
+        few = numbers["importance_ess"] < _ENOUGH
         yield Finding("k-hat", "warning" if few else "good", words + (" Raise --draws." if few else ""))
     else:
-        level: Level = "good" if guide <= 0.5 else "warning" if guide <= RELIABLE else "problem"
+        level: Level = "good" if guide <= _CLOSE else "warning" if guide <= RELIABLE else "problem"
         remedy = {
             "good": "the approximation is close",
             "warning": "usable for means, not for tails",
@@ -229,7 +236,7 @@ def _regime(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     words = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items())
     if shares["folded"] > 0:
         words += "; where it folds the likelihood is not a density and the posterior has no meaning: tighten the prior"
-        yield Finding("regime at the data", "problem" if shares["folded"] > 0.05 else "warning", f"{words}.")
+        yield Finding("regime at the data", "problem" if shares["folded"] > _FOLDED else "warning", f"{words}.")
     else:
         yield Finding("regime at the data", "good" if shares["certified"] == 1 else "note", f"{words}.")
 
@@ -238,7 +245,7 @@ def _prior(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     from arviz_stats import psense
 
     present = [name for name in ("qk_matrix", "ov_matrix", "noise_scale") if name in fit.groups["posterior"]]
-    if np.asarray(fit.groups["posterior"][present[0]]).shape[1] < 100:
+    if np.asarray(fit.groups["posterior"][present[0]]).shape[1] < _FOR_SENSITIVITY:
         return
     tree = fit.to_datatree()
     moved = {group: psense(tree, var_names=present, group=group) for group in ("prior", "likelihood")}
@@ -262,7 +269,7 @@ def _leave_one_out(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         return
     if not fit.attributes.get("jacobian", 1):
         words = "without its Jacobian the likelihood is no density of the sequences; the posterior has no meaning"
-        yield Finding("likelihood", "problem", f"{words}, and is here to be compared: leave --no-jacobian away.")
+        yield Finding("likelihood", "problem", f"{words}, and is here to be compared: omit --no-jacobian.")
         return
     pointwise = np.asarray(fit.groups["log_likelihood"]["u"])
     sequences = pointwise.shape[-1]

@@ -1,4 +1,4 @@
-"""One result type for every fit, and its form as an ArviZ ``DataTree``."""
+"""A fit with everything to judge it by, its form as an ArviZ ``DataTree``, and its file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Fit:
 
     Attributes:
         method: "map", "svi", "laplace" or "nuts".
-        groups: by ArviZ group (posterior, sample_stats, observed_data, constant_data, ...) and variable. Arrays of
-            posterior, sample_stats and other draws are (chain, draw, *event); a point has one chain of one draw.
+        groups: arrays by ArviZ group (posterior, sample_stats, observed_data, constant_data, ...) and variable. Those
+            of posterior, sample_stats and other draws are ``(chain, draw, *event)``; a point has one chain of one draw.
         dims: names of the event axes of a variable, without chain and draw; "group.variable" where a name has other
             axes in one group than elsewhere.
-        coords: values along the named axes.
-        attributes: versions, seed, hardware, configuration: numbers and strings.
+        coords: values along the named axes, by name.
+        attributes: versions, seed, hardware and configuration, numbers and strings by name.
     """
 
     method: str
@@ -62,6 +62,9 @@ class Fit:
     def save(self, path: Path) -> None:
         """Write netCDF atomically; plain xarray and ArviZ open it.
 
+        Args:
+            path: file to write; its folder exists.
+
         Raises:
             InputError: the file cannot be written.
         """
@@ -75,6 +78,9 @@ class Fit:
     def load(cls, path: Path) -> Fit:
         """Read a file that :meth:`save` wrote.
 
+        Args:
+            path: file to read.
+
         Raises:
             InputError: the file is missing, damaged or of another kind.
         """
@@ -87,7 +93,7 @@ class Fit:
             raise InputError(f"{path}: no such file; give the fit.nc of a run.") from None
         except Exception as error:  # HDF5 has no common class for what a damaged file may cause
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path}: cannot be read ({reason}); it is damaged or no netCDF: fit again.") from None
+            raise InputError(f"{path}: cannot be read ({reason}); it is damaged or not netCDF: fit again.") from None
         attributes: dict[str, Any] = {str(name): value for name, value in tree.attrs.items()}
         method = attributes.pop("method", None)
         if method is None or not tree.children:

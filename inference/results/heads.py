@@ -1,4 +1,4 @@
-"""One order of the heads in all draws: their multiset is identified, their order is not."""
+"""One order of the heads in all draws, as only their multiset is identified."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ __all__ = ["match_heads"]
 
 
 def match_heads(products: NDArray[np.float64], *, rounds: int = 10) -> NDArray[np.int64]:
-    """The order of the heads in each draw that brings all draws closest to their mean.
+    """Order of the heads in each draw that brings all draws closest to their mean.
 
-    Alternates between the assignment of each draw's heads to the mean's (Hungarian method) and the mean; starts at the
-    last draw of the first chain, and ends when nothing changes.
+    Alternates between the mean and the assignment of each draw's heads to those of the mean (Hungarian method; Kuhn,
+    1955, doi:10.1002/nav.3800020109), as in Stephens (2000, doi:10.1111/1467-9868.00265). Starts at the last draw of
+    the first chain and ends when nothing changes.
 
     Args:
-        products: identified products of each head, (chain, draw, H, K).
-        rounds: at most so many.
+        products: identified products of each head, ``(chain, draw, H, K)``.
+        rounds: largest number of alternations.
 
     Returns:
-        Indices, (chain, draw, H): head h of the result is head ``order[..., h]`` of the draw.
+        Indices, ``(chain, draw, H)``: head h of the result is head ``order[..., h]`` of the draw.
 
     Example:
         >>> match_heads(np.array([[[[0.0], [5.0]], [[5.1], [0.1]]]]))[0]

@@ -1,4 +1,4 @@
-"""From draws to a :class:`Fit`: what is identified, what it implies for the data, and what ArviZ needs to judge it."""
+"""From draws to a :class:`Fit`: identified quantities, what they imply for the data, and what ArviZ needs to judge."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ __all__ = ["REGIMES", "assemble"]
 Array = NDArray[Any]
 REGIMES = ("certified", "regular", "folded")
 _SHOWN = 8  # sequences whose margins are kept token by token
-_GROUP = 64  # draws at a time
 _PREDICTIVE_BYTES = 32 * 2**20
 
 _DIMS: Mapping[str, Sequence[str]] = {
@@ -52,20 +51,21 @@ def assemble(
     predictive: int = 50,
     attributes: Mapping[str, Any] | None = None,
 ) -> Fit:
-    """All groups of a fit of a :class:`ScalarModel` or an :class:`EmbeddingModel`.
+    """All groups of a fit of a :class:`ScalarModel` or an :class:`EmbeddingModel`, heads matched across draws.
 
     Args:
-        target: the posterior, with data (N, T, p).
-        draws: of it.
-        seed: of prior and predictive draws.
-        predictive: predictive data sets at most; of the prior a fifth as many, for it is slow where it nearly folds.
-        attributes: versions, hardware and the like.
+        target: log-density of the posterior, with data ``(N, T, p)``.
+        draws: draws from it, or from an approximation to it.
+        seed: random seed of prior and predictive draws.
+        predictive: largest number of posterior predictive data sets. There are a fifth as many of the prior, which is
+            slow where it nearly folds.
+        attributes: versions, hardware and the like, by name.
 
     Returns:
         :class:`Fit` with the groups posterior (sites, the products ``qk_matrix`` and ``ov_matrix``, and on the first
         sequences log|det J|, margin, the regime of the draw at the sequence's own tokens, and the smallest of each),
-        sample_stats, log_likelihood a sequence, log_prior a site, prior, prior_predictive, posterior_predictive,
-        observed_data and constant_data. Heads are matched across draws.
+        sample_stats, log_likelihood per sequence, log_prior per site, prior, prior_predictive, posterior_predictive,
+        observed_data and constant_data.
     """
     model, u = cast(ScalarModel | EmbeddingModel, target.model), target.data[0]
     chains, count, dim = draws.z.shape
@@ -73,8 +73,10 @@ def assemble(
     sites = _with_products(model, target.constrain(flat))
     matched = _match(sites, chains, count)
     terms = target.evaluate(flat)
-    derived = _derived(model, sites, u[:_SHOWN])
-    notes: dict[str, Any] = {**draws.notes, "heads_reordered": matched}
+    shown_data = u[:_SHOWN]
+    group = max(1, target.group_size * len(u) // len(shown_data))
+    derived = _derived(model, sites, shown_data, group)
+    info: dict[str, Any] = {**draws.info, "heads_reordered": matched}
 
     prior = _with_products(model, target.prior_draws(500, seed))
     size = int(min(predictive, max(4, _PREDICTIVE_BYTES // (u.numel() * u.element_size()))))
@@ -83,7 +85,7 @@ def assemble(
     predicted = {}
     ahead = {name: prior[name][: max(1, size // 5)] for name in target.sites}
     for k, (name, values) in enumerate({"prior_predictive": ahead, "posterior_predictive": chosen}.items()):
-        predicted[name], notes[f"{name}_without_law"] = _predict(model, values, len(u), seed + k)
+        predicted[name], info[f"{name}_unusable"] = _predict(model, values, len(u), seed + k)
 
     def by_chain(values: Mapping[str, Tensor]) -> dict[str, Array]:
         return {k: v.reshape(chains, count, *v.shape[1:]).detach().cpu().numpy() for k, v in values.items()}
@@ -93,7 +95,7 @@ def assemble(
 
     groups = {
         "posterior": by_chain({**sites, **derived}),
-        "sample_stats": {name: value.cpu().numpy() for name, value in draws.stats.items()},
+        "sample_stats": {**by_chain({"lp": terms["lp"]}), **{k: v.cpu().numpy() for k, v in draws.statistics.items()}},
         "log_likelihood": by_chain({"u": terms["u"]}),
         "log_prior": by_chain({name: terms[name] for name in target.sites}),
         "prior": one_chain(prior),
@@ -109,11 +111,11 @@ def assemble(
     coords = {name: np.arange(length) for name, length in lengths.items()}
     axes["log_likelihood.u"] = ["sequence"]
     axes |= {f"log_prior.{name}": [] for name in target.sites}
-    return Fit(draws.method, groups, axes, coords, {**dict(attributes or {}), **notes})
+    return Fit(draws.method, groups, axes, coords, {**dict(attributes or {}), **info})
 
 
 def _with_products(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sites with what is identified of them."""
+    """The sites and the products of them that are identified."""
     attention = model.attention_of(sites)
     products = {"qk_matrix": attention.qk_matrix}
     if "value" in sites:
@@ -122,7 +124,11 @@ def _with_products(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tens
 
 
 def _match(sites: dict[str, Tensor], chains: int, count: int) -> float:
-    """Bring the heads of all draws into one order, in place; the share of draws that needed it."""
+    """Bring the heads of all draws into one order, in place.
+
+    Returns:
+        The share of draws whose order was changed.
+    """
     heads = sites["qk_matrix"].shape[1]
     if heads == 1:
         return 0.0
@@ -135,14 +141,16 @@ def _match(sites: dict[str, Tensor], chains: int, count: int) -> float:
     return float((order != torch.arange(heads, device=order.device)).any(-1).double().mean())
 
 
-def _derived(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
-    """Log-determinants, margins and regime at the tokens of some sequences, (S, ...) each."""
+def _derived(
+    model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor], u: Tensor, group: int
+) -> dict[str, Tensor]:
+    """Log-determinants, margins and regime at the tokens of some sequences, ``(S, ...)`` each, a group at a time."""
     raw = {name: sites[name] for name in sites if name in {"a", "qk_matrix", "query", "key", "value", "output"}}
     total = len(next(iter(raw.values())))
     parts: dict[str, list[Tensor]] = {name: [] for name in ("log_abs_det", "margin", "regime", "smallest_abs_det")}
     with torch.no_grad():
-        for begin in range(0, total, _GROUP):
-            values = {name: value[begin : begin + _GROUP].unsqueeze(1) for name, value in raw.items()}
+        for begin in range(0, total, group):
+            values = {name: value[begin : begin + group].unsqueeze(1) for name, value in raw.items()}
             attention = model.attention_of(values)  # batch (S, 1) beside u's (N,)
             sign, logabs = attention.logabsdet(u)
             folded = (sign < 0) | (stability_margin(attention, u, kind="spectral") <= 0)
@@ -159,7 +167,7 @@ def _derived(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor], u
 def _predict(
     model: ScalarModel | EmbeddingModel, values: Mapping[str, Tensor], sequences: int, seed: int
 ) -> tuple[Tensor | None, float]:
-    """Data sets from the parameters that have a law, (S', N, T, p), and the share of those that have none."""
+    """Usable data sets drawn with the parameters, ``(S', N, T, p)``, and the share of those that are not usable."""
     with isolated(model.unit.device, seed=seed), torch.no_grad():
-        u, lawful = draw_data_sets(model, values, sequences)
-    return (u[lawful] if bool(lawful.any()) else None), 1 - float(lawful.double().mean())
+        u, usable = draw_data_sets(model, values, sequences)
+    return (u[usable] if bool(usable.any()) else None), 1 - float(usable.double().mean())

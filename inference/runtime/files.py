@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,12 @@ __all__ = ["finite_or_null", "prepare_folder", "write_atomically", "write_figure
 def prepare_folder(path: Path) -> Path:
     """Create an output folder and prove that it can be written.
 
+    Args:
+        path: folder; its parents are created too.
+
+    Returns:
+        The same path.
+
     Raises:
         InputError: the path is a file, or the folder cannot be made or written.
     """
@@ -34,28 +41,42 @@ def prepare_folder(path: Path) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a neighbour of ``path`` and move it into place; on failure ``path`` is as it was."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(descriptor)
-    partial = Path(name)
+    """Let a function fill a file beside ``path`` and move it into place; should it fail, ``path`` is as it was.
+
+    Args:
+        path: file to write; its folder exists. Of several writers at once the last to finish wins.
+        write: called with the path of the file to fill.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    partial.touch(exist_ok=False)
     try:
         write(partial)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
-        partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically.
+
+    Args:
+        path: file to write; its folder exists.
+        text: content.
+    """
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write strict JSON atomically; NaN and infinity are refused, as JSON has no such numbers."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write strict JSON atomically; NaN and infinity, which JSON does not have, become null.
+
+    Args:
+        path: file to write; its folder exists.
+        content: plain values, see :func:`finite_or_null`.
+    """
+    text = json.dumps(finite_or_null(content), indent=2, allow_nan=False, ensure_ascii=False)
+    write_text(path, f"{text}\n")
 
 
 def write_figure(path: Path, figure: Figure, *, dpi: int = 130) -> None:
@@ -87,9 +108,3 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_or_null(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

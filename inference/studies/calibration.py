@@ -1,14 +1,15 @@
-r"""Simulation-based calibration: does a method's posterior contain what produced the data as often as it says?
+r"""Simulation-based calibration: a method's posterior holds what produced the data as often as it says, or not.
 
 Draw theta from the prior, data from the model, and L draws from the method's posterior; the rank of any quantity of
-theta and the data among its L posterior values is then uniform on 0..L (Talts et al., 1804.06788; test quantities that
-use the data, Modrak et al., 2211.02383). A method that is biased, too sure or not sure enough bends the distribution of
-the ranks.
+theta and the data among its L posterior values is then uniform on 0..L (Talts et al., 2018, arXiv 1804.06788; test
+quantities that use the data: Modrak et al., 2023, arXiv 2211.02383). A method that is biased, too sure or not sure
+enough bends the distribution of the ranks.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -24,38 +25,54 @@ from torch import Tensor
 
 from probattn.barrier import stability_margin
 from probattn.errors import InputError, require_at_least, require_choice
-from probattn.inference.methods.draws import Draws, curvature_guess, feasible_start
+from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.laplace import LaplaceConfig, fit_laplace
 from probattn.inference.methods.log_density import LogDensity
-from probattn.inference.methods.mcmc import fit_nuts
-from probattn.inference.methods.nuts import NutsConfig, run_nuts
+from probattn.inference.methods.nuts import NutsConfig, fit_nuts
 from probattn.inference.methods.svi import SviConfig, fit_svi
 from probattn.inference.runtime.files import write_json
 from probattn.inference.runtime.isolation import isolated
+from probattn.inference.runtime.progress import log_step
+from probattn.inference.runtime.seeds import derived_seed
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.simulate import draw_data_sets
 from probattn.solve.bound import contraction_bound
 
-__all__ = ["METHODS", "Band", "Ranks", "Simulated", "Study", "calibrate", "rank_band", "rank_truth", "simulate_study"]
+__all__ = [
+    "METHODS",
+    "Band",
+    "Ranks",
+    "Simulated",
+    "Study",
+    "calibrate",
+    "quantities",
+    "rank_band",
+    "rank_truth",
+    "simulate_study",
+]
 
 Array = NDArray[np.float64]
 Sampler = Callable[[EmbeddingModel, Tensor, int, int], Tensor]
 _SIMULATIONS = 20_000
-_SCORES = 2**22  # of every position against every other, at once
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Study:
     """Data sets drawn from prior and model.
 
-    The prior is tight on purpose: where the attention may fold the model has no law, and nothing could be calibrated.
+    The prior is tight on purpose: where the attention may fold the model defines no distribution, and nothing could be
+    calibrated.
 
     Attributes:
-        replicates: data sets.
-        sequences, length, dim: N, T, p of each.
-        prior_scale, noise_spread: of the :class:`EmbeddingModel`, whose parameter is the QK matrix A.
-        ranked: L, posterior draws that a rank counts among.
-        seed: of everything random.
+        replicates: number of data sets R.
+        sequences: number of sequences N in each.
+        length: number of tokens T in a sequence.
+        dim: number of coordinates p of a token.
+        prior_scale: scale of the prior of the QK matrix A, see :class:`EmbeddingModel`.
+        noise_spread: spread of the prior of the noise scales.
+        ranked: number L of posterior draws among which the truth is ranked.
+        seed: random seed.
     """
 
     replicates: int = 200
@@ -72,7 +89,11 @@ class Study:
             require_at_least(name, getattr(self, name), least)
 
     def model(self, *, jacobian: bool = True) -> EmbeddingModel:
-        """The model of the study."""
+        """The model of the study.
+
+        Args:
+            jacobian: False leaves the log-determinants out of its likelihood.
+        """
         return EmbeddingModel(
             self.length,
             self.dim,
@@ -87,9 +108,9 @@ class Simulated(NamedTuple):
     """Parameters with data.
 
     Attributes:
-        values: of the sites, (R, *event) each.
-        u: data, (R, N, T, p).
-        redrawn: parameters that were left out because their attention folded on a path. Where this is not 0 the study
+        values: values of the sites, ``(R, *event)`` by name.
+        u: data sets, ``(R, N, T, p)``.
+        redrawn: number of parameters left out because their attention folded on a path. Where this is not 0 the study
             is of the model given that nothing folds, and only nearly exact.
         certified: share of the sequences whose regime is certified.
     """
@@ -103,6 +124,9 @@ class Simulated(NamedTuple):
 def simulate_study(study: Study) -> Simulated:
     """Draw the data sets of a study.
 
+    Args:
+        study: sizes, prior and seed.
+
     Raises:
         InputError: more than half of the parameters fold.
     """
@@ -112,12 +136,12 @@ def simulate_study(study: Study) -> Simulated:
         asked, study.seed
     )
     with isolated(seed=study.seed + 1), torch.no_grad():
-        u, lawful = draw_data_sets(model, prior, study.sequences)
-    kept = lawful.nonzero().squeeze(-1)[: study.replicates]
+        u, usable = draw_data_sets(model, prior, study.sequences)
+    kept = usable.nonzero().squeeze(-1)[: study.replicates]
     if len(kept) < study.replicates:
         raise InputError(
-            f"prior_scale is {study.prior_scale}: only {int(lawful.sum())} of {asked} parameters do not fold; a model "
-            "without a law cannot be calibrated. Tighten it, or shorten the sequences."
+            f"prior_scale is {study.prior_scale}: only {int(usable.sum())} of {asked} parameters do not fold; a model "
+            "that defines no distribution cannot be calibrated. Tighten it, or shorten the sequences."
         )
     values = {name: value[kept] for name, value in prior.items()}
     redrawn = int(kept[-1]) + 1 - study.replicates
@@ -127,15 +151,15 @@ def simulate_study(study: Study) -> Simulated:
 
 
 def quantities(model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
-    """What is ranked: the products, the noise scales, log p(u | theta), and the smallest margin at the data.
+    """Ranked quantities: the products, the noise scales, log p(u | theta), and the smallest margin at the data.
 
     Args:
-        model: the model that made the data, whatever the method assumed.
-        values: of its sites, (S, R, *event) each.
-        u: data, (R, N, T, p).
+        model: model that made the data, whatever the method assumed.
+        values: values of its sites, ``(S, R, *event)`` by name.
+        u: data sets, ``(R, N, T, p)``.
 
     Returns:
-        (S, R) each.
+        ``(S, R)`` by name.
     """
     lifted = {name: value.unsqueeze(2) for name, value in values.items()}  # (S, R, 1, *event) beside u's (R, N)
     attention = model.attention_of(lifted)
@@ -153,21 +177,21 @@ def quantities(model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor) -
 def rank_truth(
     model: EmbeddingModel, values: Mapping[str, Tensor], u: Tensor, draws: Tensor
 ) -> dict[str, tuple[Array, Array]]:
-    """How many posterior draws of each quantity lie below its true value, and how far their mean is from it.
+    """Rank of the true value of each quantity among its posterior draws, and the error of their mean.
 
     Args:
-        model: the model that made the data.
-        values: the truth, (R, *event) each.
-        u: data, (R, N, T, p).
-        draws: of the posterior in unconstrained space, (R, L, D).
+        model: model that made the data.
+        values: true values of its sites, ``(R, *event)`` by name.
+        u: data sets, ``(R, N, T, p)``.
+        draws: posterior draws in unconstrained space, ``(R, L, D)``.
 
     Returns:
-        By quantity, ranks from 0 to L and errors of the posterior mean, (R,) each.
+        Ranks from 0 to L and errors of the posterior mean, ``(R,)`` each, by quantity.
     """
     target = LogDensity(model, u)
     with torch.no_grad():
         truth = quantities(model, {name: value.unsqueeze(0) for name, value in values.items()}, u)
-        groups = draws.transpose(0, 1).split(max(1, _SCORES // (u.numel() * u.shape[-2])))
+        groups = draws.transpose(0, 1).split(max(1, target.group_size // len(u)))  # (L, R, D)
         drawn = [quantities(model, target.constrain(group), u) for group in groups]
     found = {}
     generator = np.random.default_rng(len(u))
@@ -181,18 +205,15 @@ def rank_truth(
 
 
 def _thinned(draws: Draws, count: int) -> Tensor:
-    """``count`` draws spread over all of them, (count, D)."""
+    """Some draws spread evenly over all of them, ``(count, D)``."""
     flat = draws.z.reshape(-1, draws.z.shape[-1])
     return flat[torch.linspace(0, len(flat) - 1, count).round().long()]
 
 
 def _nuts(model: EmbeddingModel, u: Tensor, count: int, seed: int) -> Tensor:
-    """One vectorised chain a data set, every fourth draw."""
-    target = LogDensity(model, u)
-    start = feasible_start(target, len(u), seed)
-    config = NutsConfig(warmup=200, draws=4 * count, seed=seed)
-    run = run_nuts(target.value_and_gradient, start, config, covariance=curvature_guess(target, start))
-    return run.z[3::4].transpose(0, 1)
+    """One vectorised chain per data set, every fourth draw."""
+    config = NutsConfig(chains=len(u), warmup=200, draws=4 * count, seed=seed)
+    return fit_nuts(LogDensity(model, u), config).z[:, 3::4]
 
 
 def _without_jacobian(sampler: Sampler) -> Sampler:
@@ -245,7 +266,6 @@ def calibrate(
     jobs: int = 1,
     chunk: int = 50,
     store: Path | None = None,
-    report: Callable[[int, int], None] | None = None,
 ) -> Ranks:
     """Rank the truth among the posterior draws of one method, for every data set of a study.
 
@@ -253,13 +273,12 @@ def calibrate(
     ray) a cluster takes them. The ranks depend on the study alone, not on how many workers there are.
 
     Args:
-        study: what to simulate.
-        method: a name of :data:`METHODS`.
-        simulated: the study's data sets where they have been drawn already.
-        jobs: workers.
-        chunk: replicates that one worker takes at a time; NUTS runs them in one tensor program.
-        store: a JSON file that keeps finished chunks; those in it are not computed again.
-        report: called with the replicates done and to do.
+        study: sizes, prior and seed.
+        method: name among :data:`METHODS`.
+        simulated: data sets of the study where they have been drawn already.
+        jobs: number of workers.
+        chunk: number of replicates that one worker takes at a time; NUTS runs them in one tensor program.
+        store: JSON file that keeps finished chunks; those in it are not computed again.
 
     Raises:
         InputError: an unknown method, a store of another study.
@@ -277,8 +296,9 @@ def calibrate(
         done[str(begin)] = {name: [part.tolist() for part in both] for name, both in found.items()}
         if store is not None:
             write_json(store, {"schema": 1, "identity": identity, "chunks": done})
-        if report is not None:
-            report(sum(len(next(iter(part.values()))[0]) for part in done.values()), study.replicates)
+        count = sum(len(next(iter(part.values()))[0]) for part in done.values())
+        words = method.replace("_", " ")
+        log_step(_log, f"calibration of {words}: {count} of {study.replicates}", count, study.replicates)
     parts = [done[str(begin)] for begin in chunks]
     ranks, errors = (
         {name: np.concatenate([np.asarray(part[name][k]) for part in parts]) for name in parts[0]} for k in (0, 1)
@@ -290,7 +310,7 @@ def _chunk(study: Study, method: str, drawn: Simulated, begin: int, size: int) -
     """Ranks and errors of some replicates."""
     model, part = study.model(), slice(begin, begin + size)
     values, u = {name: value[part] for name, value in drawn.values.items()}, drawn.u[part]
-    draws = METHODS[method](model, u, study.ranked, study.seed * 1_000_003 + begin)
+    draws = METHODS[method](model, u, study.ranked, derived_seed(study.seed, begin))
     return rank_truth(model, values, u, draws)
 
 
@@ -312,10 +332,10 @@ class Ranks:
     """Ranks of the truth.
 
     Attributes:
-        method: whose posterior.
-        ranked: L.
-        ranks: by quantity, (R,) each, from 0 to L.
-        errors: by quantity, posterior mean minus truth, (R,) each.
+        method: name of the method.
+        ranked: number L of posterior draws among which the truth is ranked.
+        ranks: ranks from 0 to L, ``(R,)`` by quantity.
+        errors: posterior mean minus truth, ``(R,)`` by quantity.
     """
 
     method: str
@@ -324,12 +344,19 @@ class Ranks:
     errors: Mapping[str, Array]
 
     def uniform(self, seed: int = 0) -> dict[str, Array]:
-        """(rank + v) / (L + 1) with v uniform, exactly uniform on (0, 1) for a calibrated method, (R,) each."""
+        """Randomised ranks (rank + v) / (L + 1) with v uniform, for a calibrated method exactly uniform on (0, 1).
+
+        Args:
+            seed: random seed of v.
+
+        Returns:
+            ``(R,)`` by quantity.
+        """
         generator = np.random.default_rng(seed)
         return {name: (r + generator.random(len(r))) / (self.ranked + 1) for name, r in self.ranks.items()}
 
     def excess(self, error: float = 0.01) -> dict[str, float]:
-        """How far the ECDF of each quantity leaves its band; at most 0 where it stays within.
+        """Largest distance of the ECDF of each quantity from its band; at most 0 where it stays within.
 
         Args:
             error: probability that a calibrated method leaves any band (Bonferroni over the quantities).
@@ -338,11 +365,19 @@ class Ranks:
         return {name: band.excess(values) for name, values in self.uniform().items()}
 
     def calibrated(self, error: float = 0.01) -> bool:
-        """Whether every ECDF stays within its band."""
+        """Test that every ECDF stays within its band.
+
+        Args:
+            error: probability that a calibrated method fails.
+        """
         return max(self.excess(error).values()) <= 0
 
     def coverage(self, level: float) -> dict[str, float]:
-        """Share of the replicates whose central interval of the given level holds the truth."""
+        """Share of the replicates whose central interval of a level holds the truth, by quantity.
+
+        Args:
+            level: probability of the interval.
+        """
         tail = round((1 - level) / 2 * (self.ranked + 1))
         return {n: float(((r >= tail) & (r < self.ranked + 1 - tail)).mean()) for n, r in self.ranks.items()}
 
@@ -351,8 +386,9 @@ class Band(NamedTuple):
     """A simultaneous band for the ECDF of uniform numbers.
 
     Attributes:
-        points: where the ECDF is looked at, (K,).
-        low, high: ends of the band there, (K,).
+        points: points at which the ECDF is compared, ``(K,)``.
+        low: lower end of the band there, ``(K,)``.
+        high: upper end of the band there, ``(K,)``.
     """
 
     points: Array
@@ -360,7 +396,11 @@ class Band(NamedTuple):
     high: Array
 
     def excess(self, values: Array) -> float:
-        """How far the ECDF of some numbers leaves the band; at most 0 within."""
+        """Largest distance of the ECDF of some numbers from the band; at most 0 within.
+
+        Args:
+            values: numbers between 0 and 1, ``(count,)``.
+        """
         from arviz_stats.ecdf_utils import compute_ecdf
 
         ecdf = compute_ecdf(values, self.points)
@@ -369,9 +409,14 @@ class Band(NamedTuple):
 
 @cache
 def rank_band(count: int, level: float, seed: int = 0) -> Band:
-    """The band that the ECDF of ``count`` uniform numbers stays within with probability ``level``, everywhere at once.
+    """Band that the ECDF of uniform numbers stays within everywhere at once with a given probability.
 
-    By simulation (Sailynoja, Buerkner and Vehtari, 2103.10522), as ArviZ draws it.
+    By simulation (Säilynoja, Bürkner and Vehtari, 2022, arXiv 2103.10522), as ArviZ draws it.
+
+    Args:
+        count: number of uniform numbers.
+        level: probability.
+        seed: random seed of the simulation.
     """
     from arviz_stats.ecdf_utils import get_pointwise_confidence_band, simulate_confidence_bands
 

@@ -16,10 +16,10 @@ class TwoSample(NamedTuple):
     """Statistics and p-values.
 
     Attributes:
-        energy: 2 E|X - Y| - E|X - X'| - E|Y - Y'|.
-        energy_p: its p-value.
-        mmd: squared maximum mean discrepancy under a Gaussian kernel, its width the median distance.
-        mmd_p: its p-value.
+        energy: energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'|.
+        energy_p: p-value of the energy distance.
+        mmd: squared maximum mean discrepancy under a Gaussian kernel, whose width is the median distance.
+        mmd_p: p-value of the maximum mean discrepancy.
     """
 
     energy: float
@@ -29,17 +29,18 @@ class TwoSample(NamedTuple):
 
 
 def two_sample_test(x: Tensor, y: Tensor, *, permutations: int = 999, seed: int = 0) -> TwoSample:
-    r"""Whether two samples have one law, exactly at any level under exchangeability.
+    r"""Test whether two samples have the same distribution, exactly at any level under exchangeability.
 
-    Both statistics are quadratic forms :math:`w^T D w` in the weights 1/N, -1/M of the pooled sample, so all
-    permutations cost one matrix product: O(P (N + M)^2). The p-value counts the statistic among its permutations,
-    :math:`(1 + \#\{t_\pi \ge t\}) / (1 + P)`.
+    Energy distance: Szekely and Rizzo (2013, doi:10.1016/j.jspi.2013.03.018); maximum mean discrepancy: Gretton et al.
+    (2012, JMLR 13, 723-773). Both statistics are quadratic forms :math:`w^T D w` in the weights 1/N, -1/M of the pooled
+    sample, so all permutations cost one matrix product: O(P (N + M)^2). The p-value counts the statistic among its
+    permutations, :math:`(1 + \#\{t_\pi \ge t\}) / (1 + P)`.
 
     Args:
-        x: (N, d).
-        y: (M, d).
-        permutations: P.
-        seed: of the permutations.
+        x: first sample, ``(N, d)``.
+        y: second sample, ``(M, d)``.
+        permutations: number P of permutations.
+        seed: random seed of the permutations.
 
     Raises:
         InputError: samples of different width, of fewer than two points, or not finite.
@@ -76,7 +77,10 @@ def _p_value(statistics: Tensor) -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's adjusted p-values: each at most alpha is a rejection at family-wise error alpha.
+    """Adjusted p-values of Holm (1979): those at most alpha are rejections at family-wise error alpha.
+
+    Args:
+        p_values: p-values of the single tests.
 
     Example:
         >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
