@@ -22,10 +22,12 @@ from torch.distributions import Distribution
 from probattn import blocks
 from probattn.errors import InputError, require_finite
 from probattn.interface import Mask, require_mask
-from probattn.moments.dense import SUPPORTED, attention_weights, norm_bound, refined
-from probattn.moments.operators import past_moments
+from probattn.moments.dense import SUPPORTED, attention_weights, scaled_dot, scaled_product
+from probattn.moments.operators import origin_moments
+from probattn.moments.refine import norm_bound
 
 __all__ = ["CausalAttention", "Mask", "MeanAndFactors", "require_mask"]
+
 
 class MeanAndFactors(NamedTuple):
     """What one pass over a sequence yields.
@@ -268,7 +270,6 @@ class CausalAttention:
         """
         self._require_tokens(u)
         query, key, value = self._project(u)
-        key = key - key[..., :1, :].detach()  # changes neither weights nor covariances; log-sums keep their digits
         batch = torch.broadcast_shapes(*(part.shape[:-2] for part in (query, key, value, self.output)))
         query, key, value = (part.expand(*batch, *part.shape[-2:]) for part in (query, key, value))
         q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))  # (B, H, T, r or dv)
@@ -278,22 +279,21 @@ class CausalAttention:
         first = torch.zeros_like(limit)
         gain = norm_bound(self.output.detach()) * norm_bound(self.scaled_query.detach())
         gain = gain.expand(batch).reshape(-1, self.heads)
-        cov, mean, log_sum = past_moments(rows, k, v, first, limit)
-        cov = refined(cov, mean, rows, k, v, first, limit, gain)
-        cov = cov.view(*batch, *cov.shape[2:]).squeeze(-3)  # (*batch, H, T, dv, r)
-        mean = mean.view(*batch, *mean.shape[2:]).squeeze(-2)
-        average, mean_key = mean.split([value.shape[-1], key.shape[-1]], -1)
+        moments = [part.view(*batch, *part.shape[2:]) for part in origin_moments(rows, k, v, first, limit, gain=gain)]
+        cov, log_sum = moments[0].squeeze(-3), moments[2]  # (*batch, H, T, dv, r) and (*batch, H, T, 1)
+        offset, origin = (part.squeeze(-2).split([v.shape[-1], k.shape[-1]], -1) for part in moments[1::2])
+        average = origin[0] + offset[0]
         own = None
         if self.mask == "inclusive":
-            odds = (query * key).sum(-1, keepdim=True) - log_sum.view(query.shape[:-1]).unsqueeze(-1)
+            # The token itself beside the mean of the others, both measured from the row's origin to keep their digits.
+            far, near = value - origin[0], key - origin[1]
+            odds = scaled_dot(query, near) - log_sum
             weight, rest = odds.sigmoid(), (-odds).sigmoid()  # alpha_ii and the others', (*batch, H, T, 1)
-            away = rest * (value - average)  # v_i less the mean with itself
-            average = value - away
-            through = (weight * away).unsqueeze(-1) * (key - mean_key).unsqueeze(-2)
-            cov = rest.unsqueeze(-1) * cov + through
-            pull = query @ self.key  # c W_K^T q_i, (*batch, H, T, p)
-            own = self.value.unsqueeze(-3) + away.unsqueeze(-1) * pull.unsqueeze(-2)
-            own = weight.unsqueeze(-1) * own  # (*batch, H, T, dv, p)
+            average = weight * value + rest * average
+            away = weight * rest * (far - offset[0])
+            cov = rest.unsqueeze(-1) * cov + away.unsqueeze(-1) * (near - offset[1]).unsqueeze(-2)
+            pull = scaled_product(query, self.key)  # c W_K^T q_i, (*batch, H, T, p)
+            own = weight.unsqueeze(-1) * self.value.unsqueeze(-3) + away.unsqueeze(-1) * pull.unsqueeze(-2)
         factors = blocks.JacobianFactors(cov, self.scaled_query, self.output, own)
         return MeanAndFactors(self._assemble_mean(average), factors)
 

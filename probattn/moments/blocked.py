@@ -31,17 +31,17 @@ def forward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors of :func:`probattn.moments.operators.past_moments`, same arguments and shapes; a cap of 0 is none."""
+    """Covariance, offset and log-sum of the first pass, measured from the first token; a cap of 0 is none."""
     problem = _Problem(query, key, value, first, limit, mask, scale, softcap)
     size, rank = value.shape[-1], query.shape[-1]
     covariance = query.new_zeros(*query.shape[:-1], size, rank)
-    mean = query.new_zeros(*query.shape[:-1], size + rank)
+    offset = query.new_zeros(*query.shape[:-1], size + rank)
     log_sum = query.new_full(query.shape[:-1], -torch.inf)
     for block in problem.blocks():
         parts = block.moments()
-        for whole, part in zip((covariance, mean, log_sum), parts, strict=True):
+        for whole, part in zip((covariance, offset, log_sum), parts, strict=True):
             whole[block.batch, :, block.rows] = part.view(*block.shape, *whole.shape[4:])
-    return covariance, mean, log_sum
+    return covariance, offset, log_sum
 
 
 def backward(
@@ -107,7 +107,6 @@ class _Block(NamedTuple):
         shape: (b, K, positions, g).
         query: c q, (b, K, R, r).
         key, value: of the tokens seen, (b, K, S, r) and (b, K, S, dv), less a constant that changes nothing.
-        offset: the constants, of value and of key, (b, K, 1, dv) and (b, K, 1, r).
         alpha: weights, (b, K, R, S).
         log_sum: of the exponentials of a row's logits, (b, K, R).
         slope: of the cap, (b, K, R, S); None without one.
@@ -122,7 +121,6 @@ class _Block(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    offset: tuple[Tensor, Tensor]
     alpha: Tensor
     log_sum: Tensor
     slope: Tensor | None
@@ -139,10 +137,9 @@ class _Block(NamedTuple):
         # Neither weights nor covariance change when a constant is subtracted, but logits and the difference of two
         # large products lose digits when the tokens share a large offset. Under a cap only the values may be moved: it
         # bends the logits, and its slopes do not sum to one.
-        offset = problem.value[batch, :, :1], problem.key[batch, :, :1]
-        if problem.softcap:
-            offset = offset[0], torch.zeros_like(offset[1])
-        value, key = value - offset[0], key - offset[1]
+        value = value - problem.value[batch, :, :1]
+        if not problem.softcap:
+            key = key - problem.key[batch, :, :1]
         slope = pull = None
         logits = query @ key.mT  # (b, K, R, S)
         if problem.softcap:
@@ -153,7 +150,7 @@ class _Block(NamedTuple):
         if mask is not None:
             mask = mask[batch if mask.shape[0] > 1 else slice(None), :, rows, :seen]
         alpha, log_sum = past_weights(logits, problem.first[rows], problem.limit[rows], mask)
-        return cls(batch, rows, limits, shape, problem.scale, query, key, value, offset, alpha, log_sum, slope, pull)  # type: ignore[arg-type]
+        return cls(batch, rows, limits, shape, problem.scale, query, key, value, alpha, log_sum, slope, pull)  # type: ignore[arg-type]
 
     def weights(self) -> Tensor:
         """What a key is weighed by, (b, K, R, S)."""
@@ -170,7 +167,7 @@ class _Block(NamedTuple):
             yield part, slice(self.shape[-1] * bisect_right(self.limits, start), None), rows.flatten(-2)
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """C, (b, K, R, dv, r), means, (b, K, R, dv + r), and log-sums, (b, K, R)."""
+        """C, (b, K, R, dv, r), means less the first token, (b, K, R, dv + r), and log-sums from there, (b, K, R)."""
         weights = self.weights()
         size, rank = self.value.shape[-1], self.key.shape[-1]
         both = weights.new_zeros(*weights.shape[:-1], (size + 1) * rank)
@@ -180,9 +177,8 @@ class _Block(NamedTuple):
         mean_value, mean_key = self.alpha @ self.value, both[..., -1, :]
         covariance = both[..., :-1, :] - mean_value.unsqueeze(-1) * mean_key.unsqueeze(-2)
         seen = ~self.log_sum.isneginf()
-        mean = (torch.cat([mean_value, mean_key], -1) + torch.cat(self.offset, -1)).where(seen.unsqueeze(-1), 0.0)
-        log_sum = self.log_sum + (self.query @ self.offset[1].mT).squeeze(-1).where(seen, 0.0)
-        return covariance.where(seen[..., None, None], 0.0), mean, log_sum
+        offset = torch.cat([mean_value, mean_key], -1).where(seen.unsqueeze(-1), 0.0)
+        return covariance.where(seen[..., None, None], 0.0), offset, self.log_sum
 
     def backward(
         self, gradient: Tensor, on_mean: Tensor | None, on_log: Tensor | None
@@ -212,10 +208,7 @@ class _Block(NamedTuple):
         if self.slope is not None:  # of l through tanh, and through the slope itself
             assert self.pull is not None
             to_logits = self.slope * (to_logits + self.alpha * to_weights * self.pull)
-        to_query = to_logits @ self.key
         if on_log is not None:
-            weighed = on_log.unsqueeze(-1) * weights  # zero in a row that sees nothing
-            to_logits, to_query = to_logits + weighed, to_query + weighed @ (self.key + self.offset[1])
-        # Of the rest, the constant that was taken off the keys adds nothing: the rows of to_logits sum to zero.
-        to_query = to_query.where(~self.log_sum.isneginf().unsqueeze(-1), 0.0)
+            to_logits = to_logits + on_log.unsqueeze(-1) * weights  # zero in a row that sees nothing
+        to_query = (to_logits @ self.key).where(~self.log_sum.isneginf().unsqueeze(-1), 0.0)
         return self.scale * to_query, to_key + to_logits.mT @ self.query, to_value

@@ -1,7 +1,7 @@
-"""The compiled kernels of ``probattn/kernels``, called with pointers into tensors on the threads that torch uses.
+"""The compiled kernels in ``probattn/moments/kernels``, called with pointers into tensors on the threads of torch.
 
-They are built when the package is installed where there is a C compiler (checked with GCC 12 on x86-64). Without one,
-on other devices and for what they do not cover, the callers compute the same with torch.
+They are built on installation where there is a C compiler (checked with GCC 12 on x86-64). Without one, on other devices
+and for shapes that they do not cover, the callers compute the same with torch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ WIDEST = 64  # r and dv of a head
 _REAL = {torch.float32: "float", torch.float64: "double"}
 _LANES = 16  # matrices together, at most
 _SHARES = 4  # pieces a thread, so that none waits long for the last
+_VERSION = 2  # of what the kernels compute; kernels.c has the same number
 _WORTH = 3e5  # multiplications below which a further thread costs more than it saves
 
 
@@ -137,7 +138,8 @@ def _load() -> ctypes.CDLL | None:
     except (OSError, AttributeError):  # built for another machine, or from another version
         return None
     layout.restype = ctypes.c_long
-    return library if layout() == 1000 * ctypes.sizeof(_Problem) + ctypes.sizeof(_Matrices) else None
+    expected = 1000000 * _VERSION + 1000 * ctypes.sizeof(_Problem) + ctypes.sizeof(_Matrices)
+    return library if layout() == expected else None
 
 
 _LIBRARY = _load()
@@ -177,18 +179,18 @@ def takes_moments(query: Tensor, value: Tensor, mask: Tensor | None, softcap: fl
 def moments(
     query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors of :func:`probattn.moments.operators.past_moments`, same arguments and shapes.
+    """Covariance, offset and log-sum of the first pass, measured from the first token; shapes as in ``past_moments``.
 
     Raises:
         MemoryError: no room for the weights of a block of rows.
     """
     size, rank = value.shape[-1], query.shape[-1]
     shape = query.shape[:-1]
-    c, mean = query.new_empty(*shape, size, rank), query.new_empty(*shape, size + rank)
+    c, offset = query.new_empty(*shape, size, rank), query.new_empty(*shape, size + rank)
     log_sum = query.new_empty(shape)
     problem = _Problem.build(query, key, value, first, limit, scale, _SHARES * torch.get_num_threads())
-    problem.give("covariance", query.dtype, c=c, mean=mean, log_sum=log_sum)
-    return c, mean, log_sum
+    problem.give("covariance", query.dtype, c=c, mean=offset, log_sum=log_sum)
+    return c, offset, log_sum
 
 
 def moments_backward(

@@ -88,7 +88,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sof
 def forward(
     query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors of :func:`probattn.moments.operators.past_moments`, same arguments and shapes.
+    """Covariance, offset and log-sum of the first pass, measured from the first token.
 
     Args:
         query: q, (B, K, P, g, r), any strides, of one dtype with key and value.
@@ -99,21 +99,19 @@ def forward(
         scale: c.
 
     Returns:
-        C, (B, K, P, g, dv, r), the means and the log-sums, summed in float32, in the dtype of query.
+        C, (B, K, P, g, dv, r), means less the first token and log-sums of logits measured from there, summed in
+        float32, in the dtype of query.
 
     Example:
-        >>> covariance, mean, log_sum = forward(query, key, value, first, limit, 0.125)  # doctest: +SKIP
+        >>> covariance, offset, log_sum = forward(query, key, value, first, limit, 0.125)  # doctest: +SKIP
     """
     problem = _Problem.build(query, key, value, first, limit, scale)
     covariance = query.new_empty(*query.shape[:-1], value.shape[-1], query.shape[-1])
     statistics = problem.statistics()
     problem.launch(kernels.covariance, problem.tiles, *statistics, covariance)
-    offset, some = problem.offset(), problem.some()
-    mean = statistics.mean + torch.where(some, offset, 0.0)
-    shift = scale * (problem.query.float() * offset[..., value.shape[-1] :]).sum(-1)
-    log_sum = torch.where(some.squeeze(-1), statistics.log_sum + shift, -torch.inf)
-    shape = query.shape[:-1]
-    return covariance, mean.view(*shape, mean.shape[-1]).to(query.dtype), log_sum.view(shape).to(query.dtype)
+    log_sum = torch.where(problem.some().squeeze(-1), statistics.log_sum, -torch.inf)
+    shape, width = query.shape[:-1], statistics.mean.shape[-1]
+    return covariance, statistics.mean.view(*shape, width).to(query.dtype), log_sum.view(shape).to(query.dtype)
 
 
 def backward(
@@ -163,9 +161,7 @@ def backward(
     problem.launch(kernels.to_rows, 0, tokens, log_sum, on_mean, weighed[tiles:], total[tiles:])
     inner, to_query, some = total.sum(0).unsqueeze(-1), weighed.sum(0), problem.some()
     if on_log is not None:
-        on_log = on_log.reshape(heads, rows, 1).float()
-        inner -= on_log
-        to_query += on_log * problem.offset()[..., size:]
+        inner -= on_log.reshape(heads, rows, 1).float()
     inner = torch.where(some, inner, 0.0)  # D - w
     to_query = scale * torch.where(some, to_query - inner * mean_key, 0.0)
 
@@ -223,11 +219,6 @@ class _Problem(NamedTuple):
     def some(self) -> Tensor:
         """Whether a row sees any token, (P g, 1)."""
         return (self.first < self.limit).repeat_interleave(self.group).unsqueeze(-1)
-
-    def offset(self) -> Tensor:
-        """The first token, [v_1 | k_1], (B K, 1, dv + r); zero where there is none."""
-        first = torch.cat([self.value, self.key], -1).float()[:, :1]
-        return first if self.key.shape[1] else first.new_zeros(len(first), 1, first.shape[-1])
 
     def statistics(self) -> _Statistics:
         """Tokens, means and log-sum-exps."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["SUPPORTED", "attention_weights", "dense_moments", "norm_bound", "past_weights", "refined"]
+__all__ = ["SUPPORTED", "attention_weights", "dense_moments", "past_weights", "scaled_dot", "scaled_product"]
+
+SUPPORTED = (torch.float32, torch.float64)
+"""The precisions in which log-determinants are offered."""
 
 
 def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -18,6 +21,7 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None)
 
     Returns:
         (*batch, Q, S). Stable for logits of any finite size: the row's maximum is subtracted before the exponential.
+        Where all logits of a row are -inf, the weights are NaN.
 
     Example:
         >>> attention_weights(torch.zeros(1, 1), torch.zeros(2, 1))
@@ -26,9 +30,44 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None)
     logits = query @ key.mT  # (*batch, Q, S)
     if visible is None:
         return torch.softmax(logits, dim=-1)
-    # The lowest finite number instead of -inf: a row that sees nothing stays free of NaN and is zeroed below.
-    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-    return torch.softmax(logits, dim=-1).masked_fill(~visible, 0.0)
+    some = visible.any(-1, keepdim=True)
+    # A row that sees nothing stays free of NaN, in its derivatives too.
+    logits = logits.masked_fill(~visible, -torch.inf).masked_fill(~some, 0.0)
+    return torch.softmax(logits, dim=-1).masked_fill(~some, 0.0)
+
+
+def scaled_product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product whose sums do not overflow: entries beyond the range of the numbers become large finite ones.
+
+    Args:
+        left: (*batch, m, r).
+        right: (*batch, r, n).
+
+    Returns:
+        (*batch, m, n), differentiable in both. NaN and infinity in a row or column make its entries NaN.
+
+    Example:
+        >>> scaled_product(torch.tensor([[1e30, 1.0]]), torch.tensor([[2e30, 3.0], [1.0, 4.0]]))
+        tensor([[4.2535e+37, 3.0000e+30]])
+    """
+    row, column = _size(left, -1), _size(right, -2)
+    return (left / row) @ (right / column) * _within_range(row * column, left.shape[-1])
+
+
+def scaled_dot(left: Tensor, right: Tensor) -> Tensor:
+    """Scalar products of vectors, (*batch, r) each, as :func:`scaled_product` forms them, (*batch, 1)."""
+    sizes = _size(left, -1), _size(right, -1)
+    dots = (left / sizes[0] * (right / sizes[1])).sum(-1, keepdim=True)
+    return dots * _within_range(sizes[0] * sizes[1], left.shape[-1])
+
+
+def _size(vectors: Tensor, axis: int) -> Tensor:
+    size = vectors.detach().abs().amax(axis, keepdim=True)
+    return size.where(size > 0, 1.0)
+
+
+def _within_range(size: Tensor, terms: int) -> Tensor:
+    return size.clamp(max=torch.finfo(size.dtype).max / (4 * terms))
 
 
 def past_weights(logits: Tensor, first: Tensor, limit: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,7 +101,9 @@ def past_weights(logits: Tensor, first: Tensor, limit: Tensor, mask: Tensor | No
     # A row that sees nothing stays free of NaN, in its derivatives too.
     logits = logits.masked_fill(~visible, -torch.inf).masked_fill(~some, 0.0)
     alpha = torch.softmax(logits, dim=-1)
-    log_sum = torch.logsumexp(logits, dim=-1).masked_fill(~some.squeeze(-1), -torch.inf)
+    # Where all logits are -inf the weights are NaN, and so is this: it is not a row that sees nothing.
+    log_sum = torch.logsumexp(logits, dim=-1)
+    log_sum = log_sum.masked_fill(log_sum.isneginf(), torch.nan).masked_fill(~some.squeeze(-1), -torch.inf)
     return alpha.masked_fill(~some, 0.0), log_sum
 
 
@@ -72,23 +113,36 @@ def dense_moments(
     value: Tensor,
     first: Tensor,
     limit: Tensor,
-    mask: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    origin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`probattn.moments.operators.past_moments` returns, written out: any derivative of it is one of torch's.
+    """Covariance, offset and log-sum of :func:`probattn.moments.operators.origin_moments`, written out.
 
     Time and memory O(B K g P S) and more: for derivatives beyond the first, and to compare with.
+
+    Args:
+        query: q, (B, K, P, g, r).
+        key: k, (B, K, S, r).
+        value: v, (B, K, S, dv).
+        first: (P,).
+        limit: (P,).
+        mask: (B or 1, K g or 1, P, S); None: everything is allowed.
+        scale: c.
+        softcap: tau; 0: logits are not capped.
+        origin: point that means and log-sums are measured from, (B, K, P, g, dv + r), a constant.
     """
-    value_0, key_0 = value[:, :, :1].detach(), key[:, :, :1].detach()
-    value = value - value_0  # changes no covariance, and keeps digits
+    # Changes no covariance and keeps digits: the median is far from few of the tokens, whatever the first one is.
+    centre_value, centre_key = _centre(value), _centre(key)
+    value = value - centre_value
     rows = scale * query.flatten(2, 3)  # (B, K, P g, r)
     if softcap:  # bends the logits: the keys cannot be moved
         bent = torch.tanh(rows @ key.mT / softcap)
         alpha, log_sum = past_weights(softcap * bent, first, limit, mask)
-        weights, key_0 = alpha * (1 - bent.square()), torch.zeros_like(key_0)
+        weights, centre_key = alpha * (1 - bent.square()), torch.zeros_like(centre_key)
     else:
-        key = key - key_0
+        key = key - centre_key
         weights, log_sum = past_weights(rows @ key.mT, first, limit, mask)
         alpha = weights
     products = (value.unsqueeze(-1) * key.unsqueeze(-2)).flatten(-2)  # (B, K, S, dv r)
@@ -96,76 +150,15 @@ def dense_moments(
     mean_value, mean_key = alpha @ value, weights @ key
     seen = ~log_sum.detach().isneginf()
     covariance = second - mean_value.unsqueeze(-1) * mean_key.unsqueeze(-2)
-    mean = torch.cat([mean_value, mean_key], -1) + torch.cat([value_0, key_0], -1)
+    shift = torch.cat([centre_value, centre_key], -1) - origin.flatten(2, 3)  # (B, K, P g, dv + r)
+    mean = torch.cat([mean_value, mean_key], -1) + shift
     covariance, mean = covariance.where(seen[..., None, None], 0.0), mean.where(seen.unsqueeze(-1), 0.0)
-    log_sum = log_sum + (rows @ key_0.mT).squeeze(-1).where(seen, 0.0)
+    log_sum = log_sum + (rows * shift[..., value.shape[-1] :]).sum(-1).where(seen, 0.0)
     covariance, mean, log_sum = (part.unflatten(2, query.shape[2:4]) for part in (covariance, mean, log_sum))
     return covariance, mean, log_sum
 
 
-# What |vbar| |kbar| ||W_O|| ||c W_Q|| may be, after the shift, before a block loses more digits than it can spare: with
-# epsilons of 1e-7 and 2e-16 the error of J stays near 1e-4 and 2e-12.
-_CANCELLATION = {torch.float32: 1e3, torch.float64: 1e4}
-_ROWS = 4096
-
-# The precisions that log-determinants are offered in.
-SUPPORTED = tuple(_CANCELLATION)
-
-
-def norm_bound(matrix: Tensor) -> Tensor:
-    """Upper bound on the spectral norm, sqrt(norm_1 norm_inf); one for the identity, and cheap."""
-    size = matrix.abs()
-    return (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt()
-
-
-def _anywhere(mask: Tensor) -> bool:
-    try:
-        return bool(mask.any())
-    except RuntimeError:  # under torch.func.vmap a tensor has no truth value; the rows stay as they are
-        return False
-
-
-def refined(
-    covariance: Tensor,
-    mean: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    limit: Tensor,
-    gain: Tensor,
-) -> Tensor:
-    """Covariances of the past, those that lost digits computed again about their own means.
-
-    A covariance is the difference of two products about the first token, which is causal to the bit, as a mean is not.
-    Where a row's mean lies far from that token, the difference cancels.
-
-    Args:
-        covariance: C, (B, K, P, g, dv, r), of :func:`probattn.moments.operators.past_moments` without mask and cap.
-        mean: [vbar | kbar] of the same.
-        query: c q, already scaled, (B, K, P, g, r).
-        key: k, (B, K, S, r).
-        value: v, (B, K, S, dv).
-        first: (P,).
-        limit: (P,).
-        gain: what C will be multiplied by, (B, K); says how much rounding matters.
-
-    Returns:
-        C; under ``torch.func.vmap`` as it was. O(S (r + dv)) memory a row, for those rows only.
-    """
-    away = mean.detach() - torch.cat([value, key], -1)[:, :, :1, None].detach()  # (B, K, P, g, dv + r)
-    sizes = [part.norm(dim=-1) for part in away.split([value.shape[-1], key.shape[-1]], -1)]
-    seen = (limit > first)[:, None]  # a row that sees nothing has no mean
-    lost = (sizes[0] * sizes[1] * gain[..., None, None] > _CANCELLATION[mean.dtype]) & seen  # (B, K, P, g)
-    if not _anywhere(lost):
-        return covariance
-    token = torch.arange(key.shape[-2], device=key.device)
-    index = lost.nonzero(as_tuple=True)
-    fresh = []
-    for chunk in zip(*(axis.split(_ROWS) for axis in index), strict=True):
-        v, k = value[chunk[:2]], key[chunk[:2]]  # (R, S, dv), (R, S, r)
-        logits = query[chunk].unsqueeze(-2) @ (k - k[:, :1]).mT  # (R, 1, S)
-        visible = (token >= first[chunk[2], None]) & (token < limit[chunk[2], None])  # (R, S)
-        alpha = logits.masked_fill(~visible.unsqueeze(-2), -torch.inf).softmax(-1)
-        fresh.append((alpha.mT * (v - alpha @ v)).mT @ (k - alpha @ k))
-    return covariance.index_put(index, torch.cat(fresh))
+def _centre(tokens: Tensor) -> Tensor:
+    """Median of each feature, (B, K, 1, features); zero where there is no token."""
+    tokens = tokens.detach()
+    return torch.nanmedian(tokens, dim=2, keepdim=True).values if tokens.shape[2] else tokens.sum(2, keepdim=True)

@@ -34,13 +34,14 @@ from torch import Tensor
 from probattn.errors import InputError
 from probattn.moments import blocked, cpu
 from probattn.moments.dense import dense_moments
+from probattn.moments.refine import Problem, Rows, lost_rows
 from probattn.numerics.derivatives import pushforward
 
-__all__ = ["PastMoments", "past_moments"]
+__all__ = ["OriginMoments", "PastMoments", "origin_moments", "past_moments"]
 
 
 class PastMoments(NamedTuple):
-    """What a row's past comes to under its weights; all zero, and log_sum -inf, for a row that sees nothing.
+    """Attention-weighted moments of the tokens visible to each row; a row that sees nothing has zeros and -inf.
 
     Attributes:
         covariance: C, (B, K, P, g, dv, r).
@@ -53,6 +54,25 @@ class PastMoments(NamedTuple):
     log_sum: Tensor
 
 
+class OriginMoments(NamedTuple):
+    r"""The same moments measured from a token near to what a row attends to, which keeps their digits.
+
+    With the origin :math:`[v_o | k_o]` of a row its means are origin + offset, and its log-sum is that of
+    :math:`c\, q_i \cdot (k_s - k_o)`. Under a cap, which bends the logits, the origin of the keys is zero.
+
+    Attributes:
+        covariance: C, (B, K, P, g, dv, r).
+        offset: [vbar | kbar] - origin, (B, K, P, g, dv + r); its gradient is that of the means.
+        log_sum: log of the sum of a row's exponentials, (B, K, P, g).
+        origin: constant without a gradient, (B, K, P, g, dv + r); zero for a row that sees nothing.
+    """
+
+    covariance: Tensor
+    offset: Tensor
+    log_sum: Tensor
+    origin: Tensor
+
+
 def past_moments(
     query: Tensor,
     key: Tensor,
@@ -63,6 +83,7 @@ def past_moments(
     mask: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    gain: Tensor | None = None,
 ) -> PastMoments:
     r"""Covariance, means and log-sum of rows that see the tokens first_i <= s < limit_i which the mask allows.
 
@@ -75,10 +96,13 @@ def past_moments(
         mask: what is allowed beside, (B or 1, K g or 1, P, S): boolean, or added to the logits; None: everything.
         scale: c.
         softcap: tau; None: logits are not capped.
+        gain: size of what C will be multiplied by, (B or 1, K or 1), which says how much its rounding errors matter;
+            None: 1.
 
     Returns:
         :class:`PastMoments`, differentiable in query, key and value. Time O(B K g P S r dv), memory
-        O(B K S (r + dv) + B K g P r dv); derivatives beyond the first, and forward mode, O(B K (g P + dv r) S).
+        O(B K S (r + dv) + B K g P r dv); derivatives beyond the first, and forward mode, O(B K (g P + dv r) S). Rows
+        whose differences cancel are computed again, see :mod:`probattn.moments.refine`.
 
     Raises:
         InputError: axes or dtypes of query, key and value, or lengths of first and limit, that do not agree.
@@ -89,9 +113,50 @@ def past_moments(
         >>> moments.covariance.item(), moments.mean.flatten(), moments.log_sum.exp().item()
         (1.0, tensor([0., 0.]), 2.0)
     """
+    found = origin_moments(query, key, value, first, limit, mask=mask, scale=scale, softcap=softcap, gain=gain)
+    origin_key = found.origin[..., value.shape[-1] :]
+    return PastMoments(
+        found.covariance, found.origin + found.offset, found.log_sum + scale * (query * origin_key).sum(-1)
+    )
+
+
+def origin_moments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    limit: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    gain: Tensor | None = None,
+) -> OriginMoments:
+    """Moments of the past, each row measured from a token near to what it attends to.
+
+    Args:
+        query: q, (B, K, P, g, r); this and the others as in :func:`past_moments`.
+        key: k, (B, K, S, r).
+        value: v, (B, K, S, dv).
+        first: (P,).
+        limit: (P,).
+        mask: (B or 1, K g or 1, P, S).
+        scale: c.
+        softcap: tau.
+        gain: (B or 1, K or 1).
+
+    Returns:
+        :class:`OriginMoments`.
+
+    Raises:
+        InputError: as :func:`past_moments`.
+    """
     _require_fit(query, key, value, first, limit)
+    if gain is not None:
+        gain = gain.detach()[..., None, None]
     function = _Moments if torch.compiler.is_compiling() else _MomentsForward
-    return PastMoments(*function.apply(query, key, value, first, limit, mask, scale, softcap or 0.0))  # type: ignore[no-untyped-call]
+    found = function.apply(query, key, value, first, limit, mask, gain, scale, softcap or 0.0)  # type: ignore[no-untyped-call]
+    return OriginMoments(*found[:4])
 
 
 def _require_fit(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor) -> None:
@@ -113,17 +178,9 @@ def _require_fit(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit
         )
 
 
-@torch.library.custom_op("probattn::past_moments", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    limit: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _first_pass(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariance, offset and log-sum of all rows, measured from the first token."""
+    query, key, value, first, limit, mask, scale, softcap = problem
     if cpu.takes_moments(query, value, mask, softcap):
         return cpu.moments(query, key, value, first, limit, scale)
     if query.is_cuda:
@@ -132,7 +189,51 @@ def _forward(
         if cuda.supports(query, key, value, mask, softcap):
             return cuda.forward(query, key, value, first, limit, scale)
     with torch.autocast(query.device.type, enabled=False):
-        return blocked.forward(query, key, value, first, limit, mask, scale, softcap)
+        return blocked.forward(*problem)
+
+
+def _first_pass_backward(
+    gradients: tuple[Tensor, Tensor | None, Tensor | None], problem: Problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, first, limit, mask, scale, softcap = problem
+    if cpu.takes_moments(query, value, mask, softcap):
+        return cpu.moments_backward(gradients, query, key, value, first, limit, scale)
+    if query.is_cuda:
+        from probattn.moments import cuda
+
+        if cuda.supports(query, key, value, mask, softcap):
+            return cuda.backward(gradients, query, key, value, first, limit, scale)
+    with torch.autocast(query.device.type, enabled=False):
+        return blocked.backward(gradients, *problem)
+
+
+@torch.library.custom_op("probattn::past_moments", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    limit: Tensor,
+    mask: Tensor | None,
+    gain: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(query, key, value, first, limit, mask, scale, softcap)
+    shown, reached = problem.until_overflow()
+    covariance, offset, log_sum = _first_pass(shown)
+    origin = torch.zeros_like(offset)
+    if key.shape[2]:
+        keys = torch.zeros_like(key[:, :, :1, None]) if softcap else shown.key[:, :, :1, None]
+        origin += torch.cat([shown.value[:, :, :1, None], keys], -1).where(~log_sum.isneginf().unsqueeze(-1), 0.0)
+    lost = torch.zeros(log_sum.shape, dtype=torch.bool, device=query.device)
+    for more in (reached, lost_rows(shown, covariance, offset, log_sum, gain)):
+        lost = lost if more is None else lost | more
+    with torch.autocast(query.device.type, enabled=False):
+        for rows in Rows.of(problem, lost):
+            covariance[rows.index] = rows.covariance()
+            offset[rows.index], log_sum[rows.index], origin[rows.index] = rows.offset, rows.log_sum, rows.origin
+    return covariance, offset, log_sum, origin, lost
 
 
 @torch.library.custom_op("probattn::past_moments_backward", mutates_args=())
@@ -146,26 +247,38 @@ def _backward(
     first: Tensor,
     limit: Tensor,
     mask: Tensor | None,
+    lost: Tensor,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(query, key, value, first, limit, mask, scale, softcap)
     gradients = gradient, on_mean, on_log
-    if cpu.takes_moments(query, value, mask, softcap):
-        return cpu.moments_backward(gradients, query, key, value, first, limit, scale)
-    if query.is_cuda:
-        from probattn.moments import cuda
-
-        if cuda.supports(query, key, value, mask, softcap):
-            return cuda.backward(gradients, query, key, value, first, limit, scale)
+    if not bool(lost.any()):
+        return _first_pass_backward(gradients, problem)
+    # What the first pass lost takes no part in it, not even as NaN.
+    kept = tuple(
+        None if part is None else part.masked_fill(lost.view(*lost.shape, *[1] * (part.dim() - 4)), 0.0)
+        for part in gradients
+    )
+    shown = problem.until_overflow()[0]._replace(query=query.masked_fill(lost.unsqueeze(-1), 0.0))
+    to_query, to_key, to_value = _first_pass_backward(kept, shown)  # type: ignore[arg-type]
     with torch.autocast(query.device.type, enabled=False):
-        return blocked.backward(gradients, query, key, value, first, limit, mask, scale, softcap)
+        for rows in Rows.of(problem, lost):
+            index, seen = rows.index, rows.key.shape[1]
+            mean = gradient.new_zeros(rows.offset.shape) if on_mean is None else on_mean[index]
+            found = rows.backward(gradient[index], mean, None if on_log is None else on_log[index])
+            to_query[index] = found[0]
+            for whole, part in zip((to_key, to_value), found[1:], strict=True):
+                whole[:, :, :seen].index_put_(index[:2], part, accumulate=True)
+    return to_query, to_key, to_value
 
 
 @_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size, rank = value.shape[-1], query.shape[-1]
-    shapes = ((size, rank), (size + rank,), ())
-    return tuple(query.new_empty(*query.shape[:-1], *last) for last in shapes)  # type: ignore[return-value]
+    shapes = ((size, rank), (size + rank,), (), (size + rank,))
+    found = (query.new_empty(*query.shape[:-1], *last) for last in shapes)
+    return (*found, query.new_empty(query.shape[:-1], dtype=torch.bool))  # type: ignore[return-value]
 
 
 @_backward.register_fake
@@ -189,17 +302,20 @@ class _Moments(torch.autograd.Function):
         first: Tensor,
         limit: Tensor,
         mask: Tensor | None,
+        gain: Tensor | None,
         scale: float,
         softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out: torch's compiler counts the arguments
-        moments: tuple[Tensor, Tensor, Tensor] = _forward(query, key, value, first, limit, mask, scale, softcap)
-        return moments
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # spelled out: torch's compiler counts the arguments
+        found: tuple[Tensor, ...] = _forward(query, key, value, first, limit, mask, gain, scale, softcap)
+        return found  # type: ignore[return-value]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.scale, ctx.softcap = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        *tensors, _, ctx.scale, ctx.softcap = inputs
+        origin, lost = output[3:]
+        ctx.mark_non_differentiable(origin, lost)
+        ctx.save_for_backward(*tensors, lost, origin)
+        ctx.save_for_forward(*tensors, lost, origin)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -209,21 +325,21 @@ class _Moments(torch.autograd.Function):
         if gradient is None:
             gradient = query.new_zeros(*query.shape[:-1], value.shape[-1], query.shape[-1])
         function = _Gradients if torch.compiler.is_compiling() else _GradientsForward
-        gradients = function.apply(gradient, *others, *tensors, ctx.scale, ctx.softcap)  # type: ignore[no-untyped-call]
-        return (*gradients, None, None, None, None, None)
+        gradients = function.apply(gradient, *others[:2], *tensors, ctx.scale, ctx.softcap)  # type: ignore[no-untyped-call]
+        return (*gradients, None, None, None, None, None, None)
 
 
 class _MomentsForward(_Moments):
     """The same with derivatives in forward mode, which torch's compiler does not take from a function of one's own."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        query, key, value, first, limit, mask = ctx.saved_tensors
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        query, key, value, first, limit, mask, _, origin = ctx.saved_tensors
 
         def moments(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-            return dense_moments(query, key, value, first, limit, mask, ctx.scale, ctx.softcap)
+            return dense_moments(query, key, value, first, limit, mask, ctx.scale, ctx.softcap, origin)
 
-        return pushforward(moments, (query, key, value), tangents[:3])
+        return (*pushforward(moments, (query, key, value), tangents[:3]), None, None)
 
 
 class _Gradients(torch.autograd.Function):
@@ -242,11 +358,13 @@ class _Gradients(torch.autograd.Function):
         first: Tensor,
         limit: Tensor,
         mask: Tensor | None,
+        lost: Tensor,
+        origin: Tensor,
         scale: float,
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out, as above
         gradients: tuple[Tensor, Tensor, Tensor] = _backward(
-            gradient, on_mean, on_log, query, key, value, first, limit, mask, scale, softcap
+            gradient, on_mean, on_log, query, key, value, first, limit, mask, lost, scale, softcap
         )
         return gradients
 
@@ -260,7 +378,7 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         function, given = _dense_gradients(ctx)
         found = dict(zip(given, torch.func.vjp(function, *given.values())[1](gradients), strict=True))
-        return (*(found.get(place) for place in range(6)), None, None, None, None, None)
+        return (*(found.get(place) for place in range(6)), *[None] * 7)
 
 
 class _GradientsForward(_Gradients):
@@ -274,7 +392,7 @@ class _GradientsForward(_Gradients):
 
 def _dense_gradients(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], dict[int, Tensor]]:
     """The backward operator, written out, as a function of those of its six differentiable arguments that are there."""
-    *tensors, first, limit, mask = ctx.saved_tensors
+    *tensors, first, limit, mask, _, origin = ctx.saved_tensors
     given = {place: part for place, part in enumerate(tensors) if part is not None}
     wanted = [place for place in given if place < 3]
 
@@ -282,7 +400,7 @@ def _dense_gradients(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], dict[
         coming, tensors = parts[: len(wanted)], parts[len(wanted) :]
 
         def moments(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-            found = dense_moments(query, key, value, first, limit, mask, ctx.scale, ctx.softcap)
+            found = dense_moments(query, key, value, first, limit, mask, ctx.scale, ctx.softcap, origin)
             return tuple(found[place] for place in wanted)
 
         result: tuple[Tensor, ...] = torch.func.vjp(moments, *tensors)[1](coming)
@@ -311,9 +429,9 @@ def _folded(size: int, axes: tuple[int | None, ...], parts: tuple[Any, ...]) -> 
 
 
 @_forward.register_vmap
-def _(info: Any, axes: tuple[int | None, ...], *parts: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+def _(info: Any, axes: tuple[int | None, ...], *parts: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     results = _forward(*_folded(info.batch_size, axes, parts))
-    return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0, 0, 0)
+    return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0,) * 5
 
 
 @_backward.register_vmap

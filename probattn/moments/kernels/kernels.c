@@ -1,15 +1,15 @@
-/* Small determinants and covariances of the past on a processor's vector units, in single and in double precision.
+/* Small determinants and covariances of the past on the vector units of a CPU, in single and in double precision.
 
-   Plain C with the vector types of GCC and Clang and nothing of Python's: probattn/native.py loads the library and calls
-   it with a structure of pointers, on the threads that torch uses. Where it was not built, the same is computed with
-   torch. */
+   Plain C with the vector types of GCC and Clang, independent of Python: probattn/moments/cpu.py loads the library and
+   calls it with a structure of pointers, on the threads that torch uses. Where it was not built, the same is computed
+   with torch. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* One library for all processors of a kind: the loader picks the version that this one can run. */
+/* One library for all CPUs of an architecture: the loader picks the fastest version that this one can run. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define EXPORT __attribute__((visibility("default"), target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -17,20 +17,20 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-#define LARGEST 64 /* size of a matrix that determinants() takes */
+#define LARGEST 64 /* largest matrix that determinants() takes */
 
 static void *scratch(size_t bytes) {
     void *memory = NULL;
     return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
 }
 
-/* What the threads that share a piece of work have in common, the first part of every structure. */
+/* State shared by the threads that work on one problem; the first member of every structure. */
 struct shared {
-    long next;   /* what nobody has taken yet */
-    long failed; /* whether one found no memory */
+    long next;   /* first unit of work that no thread has taken */
+    long failed; /* whether a thread found no memory */
 };
 
-/* The first of the next so many: each takes what is left when it is done with the last, so that none waits long. */
+/* Take the next so many units and return the first of them. A thread asks again when it is done, so that none waits long. */
 INLINE long taken(struct shared *s, long pieces) { return __atomic_fetch_add(&s->next, pieces, __ATOMIC_RELAXED); }
 
 INLINE void fail(struct shared *s) { __atomic_store_n(&s->failed, 1, __ATOMIC_RELAXED); }
@@ -44,8 +44,9 @@ INLINE long most(long a, long b) { return a > b ? a : b; }
 
 #define REAL float
 #define INTEGER int32_t
+#define UNSIGNED uint32_t
 #define MANTISSA 23
-#define ROUNDING 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, which the last bits then hold */
+#define ROUNDING 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, held by the last bits */
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440054690583e-4f
 #define SMALLEST -87.0f
@@ -54,6 +55,7 @@ INLINE long most(long a, long b) { return a > b ? a : b; }
 #include "covariance.inc"
 #undef REAL
 #undef INTEGER
+#undef UNSIGNED
 #undef MANTISSA
 #undef ROUNDING
 #undef LN2_HIGH
@@ -63,6 +65,7 @@ INLINE long most(long a, long b) { return a > b ? a : b; }
 
 #define REAL double
 #define INTEGER int64_t
+#define UNSIGNED uint64_t
 #define MANTISSA 52
 #define ROUNDING 6755399441055744.0 /* 1.5 * 2^52 */
 #define LN2_HIGH 0.693147180369123816490
@@ -72,5 +75,7 @@ INLINE long most(long a, long b) { return a > b ? a : b; }
 #include "determinants.inc"
 #include "covariance.inc"
 
-/* Sizes of the structures, which must be those of native.py: a library of another version is not used. */
-EXPORT long layout(void) { return 1000 * sizeof(problem_float) + sizeof(matrices_float); }
+/* Version of what the functions compute, and sizes of the structures. Both must be those of cpu.py: a library of another
+   version is not used. */
+#define VERSION 2
+EXPORT long layout(void) { return 1000000L * VERSION + 1000 * sizeof(problem_float) + sizeof(matrices_float); }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from probattn.barrier import penalty_and_margin
-from probattn.blocks import logabsdet
+from probattn.blocks import logabsdet_one_minus as logabsdet
 from probattn.moments import cpu
 from probattn.moments.operators import past_moments
 

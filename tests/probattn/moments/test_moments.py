@@ -398,8 +398,10 @@ class TestTransforms:
         up = normal(BATCH, GROUPS, LENGTH, SHARED, DIM, RANK)
         turned = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
         for given in (parts, turned):
-            arguments = (*given, *where, mask_like("boolean"), 0.7, 2.0)
+            arguments = (*given, *where, mask_like("boolean"), None, 0.7, 2.0)
             torch.library.opcheck(torch.ops.probattn.past_moments, arguments, test_utils=checks)
+            lost = torch.ops.probattn.past_moments(*arguments)[4]
+            arguments = (*arguments[:6], lost, 0.7, 2.0)
             for others in ((None, None), (normal(*up.shape[:4], DIM + RANK), normal(*up.shape[:4]))):
                 torch.library.opcheck(
                     torch.ops.probattn.past_moments_backward, (up, *others, *arguments), test_utils=checks
