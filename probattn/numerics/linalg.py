@@ -75,7 +75,7 @@ def inverse(matrix: Tensor, *, check: bool = True) -> Tensor:
 
     Args:
         matrix: A, (*batch, m, m).
-        check: raise for a singular matrix; False gives it entries that are not finite.
+        check: raise for a singular matrix; False gives NaN there instead.
 
     Returns:
         A^{-1}, (*batch, m, m).
@@ -89,10 +89,9 @@ def inverse(matrix: Tensor, *, check: bool = True) -> Tensor:
                 [0.0000, 0.2500]])
     """
     if not _one_by_one(matrix):
-        inverted: Tensor = torch.linalg.inv(matrix) if check else torch.linalg.inv_ex(matrix)[0]
-        return inverted
+        return _nan_where_singular(*torch.linalg.inv_ex(matrix, check_errors=check))
     function = _Inverse if torch.compiler.is_compiling() else _InverseForward
-    inverted = function.apply(matrix, check)  # type: ignore[no-untyped-call]
+    inverted: Tensor = function.apply(matrix, check)  # type: ignore[no-untyped-call]
     return inverted
 
 
@@ -102,7 +101,7 @@ def solve(matrix: Tensor, right: Tensor, *, check: bool = True) -> Tensor:
     Args:
         matrix: A, (*batch, m, m).
         right: B, (*batch, m, k); its batch axes broadcast with those of A.
-        check: raise for a singular matrix; False gives it entries that are not finite.
+        check: raise for a singular matrix; False gives NaN there instead.
 
     Returns:
         A^{-1} B, (*batch, m, k).
@@ -117,17 +116,19 @@ def solve(matrix: Tensor, right: Tensor, *, check: bool = True) -> Tensor:
     """
     large = _one_by_one(matrix)
     if large and matrix.dim() == 2 and right.dim() > 2:  # one factorisation serves the whole batch
-        columns = right.movedim(-2, 0).flatten(1)  # (m, *batch k)
-        solved = solve(matrix, columns, check=check).unflatten(1, (*right.shape[:-2], right.shape[-1]))
-        return solved.movedim(0, -2)
+        columns = solve(matrix, right.movedim(-2, 0).flatten(1), check=check)  # (m, batch times k)
+        return columns.unflatten(1, (*right.shape[:-2], right.shape[-1])).movedim(0, -2)
     batch = torch.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
     matrix, right = (part.expand(*batch, *part.shape[-2:]) for part in (matrix, right))
     if not large:
-        solved = torch.linalg.solve(matrix, right) if check else torch.linalg.solve_ex(matrix, right)[0]
-        return solved
+        return _nan_where_singular(*torch.linalg.solve_ex(matrix, right, check_errors=check))
     function = _Solve if torch.compiler.is_compiling() else _SolveForward
-    solved = function.apply(matrix, right, check)  # type: ignore[no-untyped-call]
+    solved: Tensor = function.apply(matrix, right, check)  # type: ignore[no-untyped-call]
     return solved
+
+
+def _nan_where_singular(result: Tensor, info: Tensor) -> Tensor:
+    return result.where((info == 0)[..., None, None], torch.nan)
 
 
 def _one_by_one(matrix: Tensor) -> bool:
@@ -156,7 +157,7 @@ def _(info: Any, axes: tuple[int], matrix: Tensor) -> tuple[tuple[Tensor, Tensor
 def _inverse_one_by_one(matrix: Tensor, check: bool) -> Tensor:
     inverted = matrix.new_empty(matrix.shape)
     for one, place in zip(matrix.reshape(-1, *matrix.shape[-2:]), inverted.view(-1, *matrix.shape[-2:]), strict=True):
-        place.copy_(torch.linalg.inv_ex(one, check_errors=check)[0])
+        place.copy_(_nan_where_singular(*torch.linalg.inv_ex(one, check_errors=check)))
     return inverted
 
 
@@ -173,9 +174,9 @@ def _(info: Any, axes: tuple[int, None], matrix: Tensor, check: bool) -> tuple[T
 @torch.library.custom_op("probattn::solve_one_by_one", mutates_args=())
 def _solve_one_by_one(matrix: Tensor, right: Tensor, check: bool) -> Tensor:
     solved = right.new_empty(right.shape)
-    flat = (part.reshape(-1, *part.shape[-2:]) for part in (matrix, right, solved.view(right.shape)))
+    flat = (part.reshape(-1, *part.shape[-2:]) for part in (matrix, right, solved))
     for one, columns, place in zip(*flat, strict=True):
-        place.copy_(torch.linalg.solve_ex(one, columns, check_errors=check)[0])
+        place.copy_(_nan_where_singular(*torch.linalg.solve_ex(one, columns, check_errors=check)))
     return solved
 
 
