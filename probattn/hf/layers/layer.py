@@ -16,6 +16,7 @@ from probattn.hf.layers.factors import LayerFactors, build_factors
 from probattn.hf.layers.past import attend, average
 from probattn.hf.layers.sublayer import Sublayer, averages_to_mean, mapped, project
 from probattn.moments.dense import SUPPORTED
+from probattn.numerics import linalg
 
 __all__ = ["AttentionLayer", "MeanAndLayerFactors"]
 
@@ -225,7 +226,7 @@ class AttentionLayer:
         identity = torch.eye(sublayer.heads * size, dtype=self.dtype, device=u.device)
         found = []
         for part in self._chunks(u, rows, sublayer.heads * size):
-            inverse = _inverse(identity - part.factors.head_core())
+            inverse = linalg.inverse(identity - part.factors.head_core(), check=False)  # NaN where there is none
             found.append(size - inverse.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, size)).sum(-1))
         return torch.cat(found, -2)
 
@@ -325,13 +326,3 @@ def _require_rows(rows: Tensor, length: int) -> Tensor:
 def _require_precision(dtype: torch.dtype) -> None:
     if dtype not in SUPPORTED:
         raise InputError(f"dtype is {dtype}; log-determinants need float32 or float64.")
-
-
-def _inverse(matrices: Tensor) -> Tensor:
-    """Inverses, NaN where there is none; one matrix at a time, as torch's batched LU on a processor is not reliable."""
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    found = []
-    for matrix in flat:
-        inverse, info = torch.linalg.inv_ex(matrix)
-        found.append(inverse.where(info == 0, torch.nan))
-    return torch.stack(found).view(matrices.shape)
