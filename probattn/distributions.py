@@ -11,7 +11,7 @@ from torch.distributions import Distribution, constraints
 
 from probattn.attention import CausalAttention
 from probattn.errors import InputError
-from probattn.solve.search import Selection
+from probattn.solve.selection import Selection
 from probattn.transforms import AttentionTransform
 
 __all__ = ["LatentAttention", "ResidualNoise", "expanded_shape", "noise_distribution"]

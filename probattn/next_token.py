@@ -1,4 +1,4 @@
-r"""The law of the next token given a past, as a Pyro distribution that knows its own mass."""
+r"""The distribution of the next token given a past, with its mass and its roots."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from torch.distributions import constraints
 from probattn.distributions import expanded_shape, noise_distribution
 from probattn.errors import InputError
 from probattn.folds.branches import Branches
+from probattn.numerics import linalg
+from probattn.numerics.random import isolated_seed
 from probattn.solve.context import Context
-from probattn.solve.search import Selection, find_roots, hull_points, require_selection, solve_token
+from probattn.solve.selection import Selection, require_selection
+from probattn.solve.starts import hull_points
+from probattn.solve.token import find_roots, solve_token
 
 __all__ = ["Mass", "NextToken"]
 
@@ -22,7 +26,7 @@ _CORNERS = 64
 
 
 class Mass(NamedTuple):
-    """Mass Z of a next-token law.
+    """Mass Z of a next-token density.
 
     Attributes:
         value: the estimate, or the exact value.
@@ -41,16 +45,15 @@ class NextToken(dist.TorchDistribution):
     .. math:: \log p(u | \text{past}) = \log N(u - \mu; 0, S) + \log|\det J(u)|
 
     This is a normalised density where u -> u - mu(u) does not fold; elsewhere its mass is the mean number of solutions,
-    see
-    :meth:`mass`. With one-dimensional tokens a selection rule makes it the exact, normalised law of the root that is
-    taken.
+    see :meth:`mass`. With one-dimensional tokens a selection rule makes it the exact, normalised distribution of the
+    root that is taken.
 
     Args:
-        past: what has been seen.
+        past: tokens seen so far, as a context.
         noise_scale: as in :class:`LatentAttention`.
         scale_tril: as in :class:`LatentAttention`.
         selection: "unique" raises in sampling where a second solution is found; "uniform", "smallest_step" and
-            "nearest_mean" choose. In one dimension, for one past, ``log_prob`` is then the law of the choice.
+            "nearest_mean" choose. In one dimension, for one past, ``log_prob`` is then the density of the choice.
         validate_args: as in torch.
 
     Raises:
@@ -60,8 +63,8 @@ class NextToken(dist.TorchDistribution):
         >>> from probattn.attention import CausalAttention
         >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]]).double())
         >>> past = Context.of(attention, torch.tensor([[-1.0], [1.0]]).double())
-        >>> law = NextToken(past, 0.5)
-        >>> len(law.roots(0.0)), round(law.mass().value, 4), law.mass().method
+        >>> following = NextToken(past, 0.5)
+        >>> len(following.roots(0.0)), round(following.mass().value, 4), following.mass().method
         (3, 2.2301, 'branches')
     """
 
@@ -79,19 +82,19 @@ class NextToken(dist.TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         require_selection(selection)
-        dim = past.moved.shape[-1]
+        dim = past.values.shape[-1]
         noise = noise_distribution(
-            noise_scale, 1, dim, like=past.moved, scale_tril=scale_tril, validate_args=validate_args
+            noise_scale, 1, dim, like=past.values, scale_tril=scale_tril, validate_args=validate_args
         )
         _require_resolved(noise, past)
-        batch_shape = torch.broadcast_shapes(past.moved.shape[:-3], noise.batch_shape)
+        batch_shape = torch.broadcast_shapes(past.batch_shape, noise.batch_shape)
         # Expanded, so that each past of a batch draws noise of its own.
         self.past, self.noise, self.selection = past, noise.expand(batch_shape), selection
         super().__init__(batch_shape, torch.Size((dim,)), validate_args=validate_args)
         self._branches: Branches | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NextToken:
-        """The same law with its batch axes expanded; past and noise broadcast."""
+        """The same distribution with its batch axes expanded; past and noise broadcast."""
         shape = expanded_shape(self.batch_shape, batch_shape)
         new: NextToken = self._get_checked_instance(NextToken, _instance)  # type: ignore[no-untyped-call]
         new.past, new.selection, new._branches = self.past, self.selection, self._branches
@@ -107,13 +110,13 @@ class NextToken(dist.TorchDistribution):
         return (
             attention.dim == 1
             and attention.mask == "strict"
-            and self.past.moved.dim() == 3
+            and not self.past.batch_shape
             and not self.noise.batch_shape
         )
 
     @property
     def branches(self) -> Branches:
-        """Exact roots and laws.
+        """Exact roots and distribution functions.
 
         Raises:
             InputError: several dimensions, a batch, or an inclusive mask.
@@ -133,9 +136,9 @@ class NextToken(dist.TorchDistribution):
         Args:
             value: u, (*batch, p).
             normalised: subtract log Z, exact or estimated as :meth:`mass` says, so that the density integrates to one
-                also where the map folds. It is then the law of the tokens that solve for a random noise, each counted
-                alike, and not the law of any rule that picks one. A one-dimensional law with a selection rule is
-                normalised as it is.
+                even where the map folds. It is then the distribution of the tokens that solve for a random noise, each
+                counted alike, and not that of any rule that picks one. A one-dimensional density with a selection rule
+                is normalised as it is.
 
         Raises:
             InputError: ``normalised`` for a batch of pasts.
@@ -145,7 +148,7 @@ class NextToken(dist.TorchDistribution):
         if normalised and not (self._scalar and self.selection != "unique"):
             return self.log_prob(value) - math.log(self.mass().value)
         mean, jacobian = self.past.mean_and_jacobian(value)
-        density: Tensor = self.noise.log_prob((value - mean).unsqueeze(-2)) + torch.linalg.slogdet(jacobian)[1]
+        density: Tensor = self.noise.log_prob((value - mean).unsqueeze(-2)) + linalg.slogdet(jacobian)[1]
         if self.selection == "unique" or not self._scalar:
             return density
         weights = [self.branches.log_weight(u) for u in value.detach().flatten().tolist()]
@@ -159,10 +162,6 @@ class NextToken(dist.TorchDistribution):
             SeveralSolutionsError, NoSolutionError: see :func:`probattn.solve.sequence.solve_sequence`.
         """
         noise = self.noise.sample(torch.Size(sample_shape)).squeeze(-2)  # (*sample, *batch, p)
-        if self._scalar and self.selection != "unique":
-            uniform = torch.rand(noise.shape, dtype=torch.float64).flatten().tolist()
-            drawn = [self.branches.choose(e, r) for e, r in zip(noise.flatten().tolist(), uniform, strict=True)]
-            return torch.tensor(drawn, dtype=noise.dtype, device=noise.device).view(noise.shape)
         return solve_token(self.past, noise, self.selection, self.past.length)[0]
 
     def roots(self, noise: float | Tensor) -> Tensor:
@@ -173,14 +172,15 @@ class NextToken(dist.TorchDistribution):
 
         Returns:
             In one dimension all of them in increasing order, (K,), proved; in several those that many starts found,
-            (K, p), see :func:`probattn.solve.search.find_roots`.
+            (K, p), see :func:`probattn.solve.token.find_roots`.
 
         Raises:
             InputError: a batch, or an inclusive mask in one dimension.
         """
-        if self.past.attention.dim == 1:
-            return torch.as_tensor(self.branches.roots(float(noise)), dtype=self.past.moved.dtype)
-        return find_roots(self.past, torch.as_tensor(noise, dtype=self.past.moved.dtype))
+        eps = torch.as_tensor(noise, dtype=self.past.values.dtype, device=self.past.values.device)
+        if self.past.attention.dim == 1 and eps.dim() == 0:
+            return find_roots(self.past, eps.unsqueeze(-1)).squeeze(-1)
+        return find_roots(self.past, eps)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution function, relative to the total mass, elementwise on (*shape, 1); one dimension, exact."""
@@ -202,14 +202,14 @@ class NextToken(dist.TorchDistribution):
         times the scale. The estimator is defensive: the proposal has heavier tails than the integrand.
 
         Args:
-            draws: proposals.
-            seed: of the proposals; the global random state is left as it was.
+            draws: number of proposals.
+            seed: random seed of the proposals; the global random state is left as it was.
 
         Raises:
             InputError: batches.
         """
         if self.batch_shape:
-            raise InputError(f"mass is for one past at a time; this law has batch shape {tuple(self.batch_shape)}.")
+            raise InputError(f"mass is for one past at a time; this one has batch shape {tuple(self.batch_shape)}.")
         if float(self.past.contraction_bound()) < 1:
             return Mass(1.0, 0.0, "contraction")
         if self._scalar:
@@ -224,14 +224,13 @@ class NextToken(dist.TorchDistribution):
 
         The mean of the second is exactly one: an estimate far from it says that the proposals miss part of the mass.
         """
-        values = self.past.moved.sum(-3)  # (n, p)
+        values = self.past.values.sum(-3)  # (n, p)
         centre = values.mean(0, keepdim=True)
         anchors = torch.cat([centre, values, (values + centre) / 2])  # (A, p)
-        if self.past.length > 1 and self.past.moved.shape[-3] > 1:  # heads may look at different tokens
+        if self.past.length > 1 and self.past.values.shape[-3] > 1:  # heads may look at different tokens
             anchors = torch.cat([anchors, hull_points(self.past, _CORNERS)])
         wide = 1.5
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with isolated_seed(seed):
             chosen = torch.randint(len(anchors), (draws,))
             noise = wide * self.noise.sample((draws,)).squeeze(-2)
         u = anchors[chosen] + noise  # (draws, p)
@@ -239,7 +238,7 @@ class NextToken(dist.TorchDistribution):
         log_q = torch.logsumexp(self.noise.log_prob(steps.unsqueeze(-2)), dim=1)
         log_q = log_q - math.log(len(anchors)) - u.shape[-1] * math.log(wide)
         mean, jacobian = self.past.mean_and_jacobian(u)
-        sign, logabs = torch.linalg.slogdet(jacobian)
+        sign, logabs = linalg.slogdet(jacobian)
         weights = (self.noise.log_prob((u - mean).unsqueeze(-2)) + logabs - log_q).exp()
         return weights, sign * weights
 
@@ -251,12 +250,12 @@ class NextToken(dist.TorchDistribution):
 
 def _require_resolved(noise: dist.TorchDistribution, past: Context) -> None:
     """Refuse a noise smaller than the error to which u - mu(u) = eps is solved."""
-    size = float(past.size.max()) if past.size.numel() else 0.0
-    resolved = 1e3 * torch.finfo(past.moved.dtype).eps * (1 + size)
+    size = float(past.largest.max()) if past.largest.numel() else 0.0
+    resolved = 1e3 * torch.finfo(past.values.dtype).eps * (1 + size)
     smallest = float(noise.stddev.min()) if noise.stddev.numel() else math.inf
     if smallest < resolved:
         raise InputError(
             f"the noise has a standard deviation of {smallest:.3g}, and after tokens of size {size:.3g} "
-            f"{past.moved.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would coincide."
+            f"{past.values.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would coincide."
             " Use a larger noise_scale, or float64."
         )

@@ -9,8 +9,10 @@ from probattn.attention import CausalAttention
 from probattn.distributions import LatentAttention, noise_distribution
 from probattn.errors import InputError
 from probattn.next_token import NextToken
+from probattn.numerics.random import isolated_seed
 from probattn.solve.context import Context
-from probattn.solve.search import Selection, solve_token
+from probattn.solve.selection import Selection
+from probattn.solve.token import solve_token
 
 __all__ = ["AttentionProcess", "Path"]
 
@@ -20,14 +22,14 @@ _BLOCK = 256
 class AttentionProcess:
     """u_i = mu_i(u_<i, u_i) + eps_i for i = 1, 2, ... without end.
 
-    The laws of its prefixes are consistent (the law of u_1..n is the marginal of the law of u_1..n+1) exactly where
-    every conditional has mass one: in the certified and no-fold regimes.
+    The distributions of its prefixes are consistent (that of u_1..n is the marginal of that of u_1..n+1) exactly where
+    every conditional has mass one: where nothing folds.
 
     Args:
         attention: without batch axes.
         noise_scale: as in :class:`LatentAttention`, without batch axes.
         scale_tril: as in :class:`LatentAttention`.
-        selection: what to do with several solutions.
+        selection: rule where several solutions exist, see :mod:`probattn.solve.selection`.
 
     Raises:
         InputError: batch axes, or a noise that cannot be used.
@@ -60,40 +62,43 @@ class AttentionProcess:
         return Path(self, seed)
 
     def prefix(self, length: int) -> LatentAttention:
-        """The law of the first ``length`` tokens."""
+        """The distribution of the first ``length`` tokens."""
         return LatentAttention(
             self.attention, self.noise_scale, length, scale_tril=self.scale_tril, selection=self.selection
         )
 
     def conditional(self, past: Tensor) -> NextToken:
-        """The law of the next token after ``past``, (*batch, n, p)."""
+        """The distribution of the next token after ``past``, (*batch, n, p)."""
         return NextToken(
             Context.of(self.attention, past), self.noise_scale, scale_tril=self.scale_tril, selection=self.selection
         )
 
     def noise(self, seed: int, block: int) -> Tensor:
         """Noise of the tokens 256 * block .. 256 * block + 255, (256, p): a function of seed and block alone."""
-        law = noise_distribution(
+        return self._draw(seed, block)[0]
+
+    def _draw(self, seed: int, block: int) -> tuple[Tensor, Tensor]:
+        """The noise of a block, (256, p), and the uniform numbers by which a random rule chooses, (256,)."""
+        noise = noise_distribution(
             self.noise_scale, _BLOCK, self.attention.dim, like=self.attention.query, scale_tril=self.scale_tril
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed * 0x9E3779B97F4A7C15 + block) % (1 << 63))
-            draw: Tensor = law.sample()
-        return draw
+        with isolated_seed((seed * 0x9E3779B97F4A7C15 + block) % (1 << 63)):
+            draw: Tensor = noise.sample()
+            return draw, torch.rand(_BLOCK, dtype=torch.float64).to(draw)
 
 
 class Path:
     """One realisation of an :class:`AttentionProcess`, lazily extended; index it like a list of tokens that never ends.
 
     ``path[0:100]`` and later ``path[0:10000]`` agree to the bit, as each token is solved for once, from noise that
-    depends on seed and position alone. Memory and the time of the next token grow with the furthest token asked for.
+    depends on seed and position alone, the choice among several solutions included. Memory and the time of the next token grow with the furthest token asked for.
     """
 
     def __init__(self, process: AttentionProcess, seed: int) -> None:
         self.process, self.seed = process, seed
         self._tokens: list[Tensor] = []
-        self._noise = process.noise(seed, 0)[:0]
-        self._past = Context.of(process.attention, self._noise)
+        self._noise, self._uniform = (part[:0] for part in process._draw(seed, 0))
+        self._context = Context.of(process.attention, self._noise)
 
     @property
     def computed(self) -> int:
@@ -138,7 +143,8 @@ class Path:
             position = len(self._tokens)
             block, offset = divmod(position, _BLOCK)
             if offset == 0:
-                self._noise = self.process.noise(self.seed, block)
-            token, _ = solve_token(self._past, self._noise[offset], self.process.selection, position)
-            self._past = self._past.extend(token)
+                self._noise, self._uniform = self.process._draw(self.seed, block)
+            noise, uniform = self._noise[offset], self._uniform[offset]
+            token, _ = solve_token(self._context, noise, self.process.selection, position, uniform)
+            self._context = self._context.extend(token)
             self._tokens.append(token)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from probattn.attention import CausalAttention
-from probattn.solve.search import Selection, require_selection
+from probattn.solve.selection import Selection, require_selection
 from probattn.solve.sequence import solve_sequence
 
 __all__ = ["AttentionTransform"]
@@ -46,7 +46,8 @@ class AttentionTransform(Transform):
         super().__init__(cache_size=cache_size)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, AttentionTransform) and self.attention.equals(other.attention)
+        same = isinstance(other, AttentionTransform) and self.selection == other.selection
+        return same and self.attention.equals(other.attention)
 
     def __hash__(self) -> int:
         # Equal transforms have equal shapes; the values stay out, as hashing them would copy them from the device.

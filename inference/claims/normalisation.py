@@ -16,6 +16,7 @@ from probattn.folds.mass import ScalarMass, scalar_mass
 from probattn.inference.claims.claim import Claim, Settings, Subject, judge, worst
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
+from probattn.numerics import linalg
 from probattn.solve.context import Context
 
 __all__ = ["normalisation_claim"]
@@ -151,7 +152,7 @@ def _plane(
         u = torch.stack(torch.meshgrid(*grids, indexing="ij"), dim=-1)
         cell = math.prod(float(grid[-1] - grid[0]) / 600 for grid in grids)
         mean, jacobian = next_token.past.mean_and_jacobian(u)
-        density = next_token.noise.log_prob((u - mean).unsqueeze(-2)).exp() * torch.linalg.det(jacobian) * cell
+        density = next_token.noise.log_prob((u - mean).unsqueeze(-2)).exp() * linalg.det(jacobian) * cell
         exact.append(float(density.abs().sum()))
         signed = worst(signed, abs(float(density.sum()) - 1))
         estimates.append(_estimate(next_token, weights))

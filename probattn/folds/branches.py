@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 
 from probattn.errors import InputError
 from probattn.folds.line import turning_points
 from probattn.solve.context import Context
+from probattn.solve.line import line_range
 
 __all__ = ["Branches", "Rule"]
 
@@ -77,23 +79,19 @@ class Branches:
             raise InputError(f"noise_scale is {noise_scale}; it must be positive.")
         self.past, self.noise_scale, self.rule = past, float(noise_scale), rule
         self.turning_points: Array = turning_points(past).cpu().numpy().astype(np.float64)
-        self._moved = past.moved.detach().squeeze(-1).cpu().numpy()
-        self._pulled = past.pulled.detach().squeeze(-1).cpu().numpy()
+        self._past = replace(
+            past, values=past.values.detach(), keys=past.keys.detach(), attention=past.attention.detach()
+        )
         self._start = float(past.attention.start.detach())
-        self._centre = float(self._moved.mean(-1).sum()) if past.length else self._start
+        self._centre = float(self._past.values.mean(-2).sum()) if past.length else self._start
         # What e takes at the ends of each piece; pieces 0, 2, 4, ... rise and the others fall.
         self._ends: Array = np.concatenate([[-np.inf], self.residual(self.turning_points), [np.inf]])
         self._intervals = self._split()
 
     def mean(self, u: Array | float) -> Array:
         """mu(u), elementwise."""
-        points = np.asarray(u, dtype=np.float64)
-        if self._moved.shape[-1] == 0:
-            return np.full_like(points, self._start)
-        logits = points[..., None, None] * self._pulled  # (..., H, n)
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        return np.asarray((weights * self._moved).sum((-1, -2)))
+        points = torch.as_tensor(np.asarray(u, dtype=np.float64)).to(self._past.values)
+        return np.asarray(self._past.mean(points.unsqueeze(-1)).squeeze(-1).cpu().numpy())
 
     def residual(self, u: Array | float) -> Array:
         """e(u) = u - mu(u), elementwise."""
@@ -147,24 +145,6 @@ class Branches:
             high = self._centre + 2 * (high - self._centre)
         return _bisect(lambda u: self.cdf(u) < target, low, high)
 
-    def choose(self, noise: float, uniform: float) -> float:
-        """The root taken for a noise; ``uniform`` in [0, 1) decides where the rule leaves it to chance.
-
-        Raises:
-            InputError: under the rule "all", which takes every root.
-        """
-        if self.rule == "all" and len(self.turning_points):
-            raise InputError(
-                "the rule 'all' takes every root; to draw one, name uniform, smallest_step or nearest_mean."
-            )
-        parts = sorted((part for part in self._intervals if part.low <= noise < part.high), key=lambda part: part.piece)
-        cumulative = 0.0
-        for part in parts:
-            cumulative += part.weight
-            if uniform < cumulative:
-                return self._root(noise, part.piece)
-        return self._root(noise, parts[-1].piece)
-
     def _covers(self, piece: int, noise: float) -> bool:
         low, high = sorted(self._ends[piece : piece + 2])
         return bool(low <= noise < high)
@@ -172,8 +152,9 @@ class Branches:
     def _root(self, noise: float, piece: int) -> float:
         """The root on one piece; the ends of the outer pieces are noise plus the extremes of what the past carries."""
         reach = [noise + self._start] * 2
-        if self._moved.shape[-1]:
-            reach = [noise + float(self._moved.min(-1).sum()), noise + float(self._moved.max(-1).sum())]
+        if self._past.length:
+            low, high, _ = line_range(self._past)
+            reach = [noise + float(low), noise + float(high)]
         low = self.turning_points[piece - 1] if piece > 0 else reach[0] - 1.0
         high = self.turning_points[piece] if piece < len(self.turning_points) else reach[1] + 1.0
         rises = piece % 2 == 0

@@ -1,4 +1,4 @@
-r"""Does the residual map of one token fold? Exactly in one dimension, by active search in several.
+r"""Folds of the residual map of one token on a line: the exact answer, and the turning points.
 
 With several tokens seen, :math:`M(u) = \sum_h \mathrm{Cov}_u(o^h, g^h)` under weights that tilt the past by u. In one
 dimension a fold exists if and only if :math:`\sup_u M(u) > 1`, and that supremum can be bracketed: tilting changes a
@@ -9,13 +9,17 @@ weights collapse on one token.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
+from scipy.optimize.elementwise import find_root
 from torch import Tensor
 
 from probattn.errors import InputError, require_finite
 from probattn.solve.context import Context
+from probattn.solve.line import Slopes, line_range
 
 __all__ = ["Bracket", "largest_sensitivity", "turning_points"]
 
@@ -43,7 +47,7 @@ def largest_sensitivity(past: Context, *, threshold: float = 1.0, tolerance: flo
 
     On an interval of half-width w about c two bounds hold, and the smaller counts:
     :math:`M(c) + |M'(c)|\, w + \tfrac12 L w^2` with :math:`L = \tfrac18 \sum_h D_{o^h} D_{g^h}^3`, as the fourth
-    cumulant of a law on an interval of length D lies between -D^4/8 and D^4/12; and
+    cumulant of a distribution on an interval of length D lies between -D^4/8 and D^4/12; and
     :math:`\sum_h e^{\pm w D_{g^h}} M_h(c)`, plus for positive M_h, as no variance changes by more than that factor.
     Beyond X, :math:`|M(u)| \le \sum_h (D_{o^h} / D_{g^h}) E_X[(g^h - g^h_{end})^2]`, which
     falls with X.
@@ -73,15 +77,15 @@ def largest_sensitivity(past: Context, *, threshold: float = 1.0, tolerance: flo
     left, right = line.intervals()
     best, at, upper, settled = 0.0, 2 * line.reach, math.inf, _FAR  # zero is approached far out
     for _ in range(_LEVELS):
-        centre, half = (left + right) / 2, (right - left) / 2
-        value, _, bound = line.bound(centre, half)
-        top = int(value.argmax())
-        if float(value[top]) > best:
-            best, at = float(value[top]), float(centre[top])
+        centre = (left + right) / 2
+        slopes = line.slopes(left, right)
+        top = int(slopes.slope.argmax())
+        if float(slopes.slope[top]) > best:
+            best, at = float(slopes.slope[top]), float(centre[top])
         # An interval that stays below the threshold needs no further look, nor one that stays below the best value.
-        keep = bound > max(best, _FAR, min(threshold, 1.0) * (1 - 1e-12))
-        settled = max([settled, *bound[~keep].amax(0, keepdim=True).tolist()] if bool((~keep).any()) else [settled])
-        upper = max(best, settled, float(bound.max()))
+        keep = slopes.upper > max(best, _FAR, min(threshold, 1.0) * (1 - 1e-12))
+        settled = max([settled, *slopes.upper[~keep].tolist()])
+        upper = max(best, settled, float(slopes.upper.max()))
         if best > threshold or upper < threshold or upper - best <= tolerance * (1 + best):
             break
         left, right, centre = left[keep], right[keep], centre[keep]
@@ -106,100 +110,99 @@ def turning_points(past: Context) -> Tensor:
     """
     line = _Line.of(past, "turning_points")
     if line is None:
-        return past.moved.new_empty(0)
+        return past.values.new_empty(0)
     left, right = line.intervals()
     brackets = []
     smallest = 1e-12 * line.reach
     for _ in range(_LEVELS):
         centre, half = (left + right) / 2, (right - left) / 2
-        value, slope, bound = line.bound(centre, half)
-        change = slope.abs() * half + 0.5 * line.curvature * half.square()
-        possible = (bound >= 1) & (value - change <= 1)
-        monotone = slope.abs() > line.curvature * half
-        ends = torch.stack([line.value(left), line.value(right)])
-        crossing = possible & monotone & ((ends[0] - 1) * (ends[1] - 1) <= 0)
-        brackets.append(torch.stack([left[crossing], right[crossing]], dim=-1))
+        slopes = line.slopes(left, right)
+        possible = (slopes.upper >= 1) & (slopes.lower <= 1)
+        monotone = slopes.second.abs() > slopes.curvature * half
+        done = possible & monotone
+        brackets.append((left[done], right[done]))
         split = possible & ~monotone & (half > smallest)
         if not bool(split.any()):
             break
         left, right, centre = left[split], right[split], centre[split]
         left, right = torch.cat([left, centre]), torch.cat([centre, right])
-    found = torch.cat(brackets)  # (K, 2)
-    low, high = found[:, 0], found[:, 1]
-    rising = line.value(high) > line.value(low)
-    for _ in range(120):
-        middle = (low + high) / 2
-        upper = (line.value(middle) > 1) == rising
-        low, high = torch.where(upper, low, middle), torch.where(upper, middle, high)
+    left, right = (torch.cat(part) for part in zip(*brackets, strict=True))
+    before, after = line.slope(left) - 1, line.slope(right) - 1
+    crossing = before * after <= 0
+    left, right, before, after = (part[crossing] for part in (left, right, before, after))
+
+    def excess(u: NDArray[Any]) -> NDArray[Any]:
+        return (line.slope(torch.as_tensor(u.ravel()).to(left)) - 1).cpu().numpy().reshape(u.shape)
+
+    found = torch.where(before == 0, left, right)  # an end that is a turning point itself
+    inside = before * after < 0
+    if bool(inside.any()):
+        ends = left[inside].cpu().numpy(), right[inside].cpu().numpy()
+        found[inside] = torch.as_tensor(find_root(excess, ends).x).to(left)
     # A crossing on the common end of two intervals is found in both.
-    points: Tensor = torch.unique((low + high) / 2)
-    return points
-
-
-@dataclass(frozen=True)
-class _Line:
-    """M along the line: the heads that move, and the bounds on how fast."""
-
-    moved: Tensor  # o, (H, n)
-    pulled: Tensor  # g, (H, n)
-    spread: Tensor  # D_g, (H,)
-    curvature: float  # bound on |M''|
-    reach: float  # |M| <= _FAR beyond
-
-    @classmethod
-    def of(cls, past: Context, name: str) -> _Line | None:
-        """None where M vanishes everywhere."""
-        attention = past.attention
-        if attention.dim != 1 or past.moved.dim() != 3 or attention.mask != "strict":
-            raise InputError(f"{name} needs one-dimensional tokens, one past without batch axes, and a strict mask.")
-        require_finite("the past", past.moved)
-        require_finite("the past", past.pulled)
-        spread_o, spread_g = (spread.detach() for spread in past.spread)
-        wide = (spread_o > 0) & (spread_g > 0)
-        if past.length < 2 or not bool(wide.any()):
-            return None
-        moved, pulled = past.moved.detach().squeeze(-1)[wide], past.pulled.detach().squeeze(-1)[wide]
-        spread_o, spread_g = spread_o[wide], spread_g[wide]
-        curvature = float((spread_o * spread_g**3).sum()) / 8
-        return cls(moved, pulled, spread_g, curvature, _reach(pulled, spread_o, spread_g))
-
-    def intervals(self) -> tuple[Tensor, Tensor]:
-        """The search interval in 64 parts: left and right ends."""
-        edges = torch.linspace(-self.reach, self.reach, 65, dtype=self.moved.dtype, device=self.moved.device)
-        return edges[:-1], edges[1:]
-
-    def value(self, u: Tensor) -> Tensor:
-        """M(u), (G,)."""
-        return self._value_and_slope(u)[0].sum(-1)
-
-    def bound(self, centre: Tensor, half: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """M and M' at the centres, and an upper bound of M on each interval, (G,) each."""
-        each, slope = self._value_and_slope(centre)
-        value = each.sum(-1)
-        smooth = value + slope.abs() * half + 0.5 * self.curvature * half.square()
-        factor = (half[:, None] * self.spread * each.sign()).clamp(max=700).exp()
-        return value, slope, torch.minimum(smooth, (factor * each).sum(-1))
-
-    def _value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The heads' M_h(u), (G, H), and M'(u), (G,)."""
-        weights = (u[:, None, None] * self.pulled).softmax(-1)  # (G, H, n)
-        o = self.moved - (weights * self.moved).sum(-1, keepdim=True)
-        g = self.pulled - (weights * self.pulled).sum(-1, keepdim=True)
-        return (weights * o * g).sum(-1), (weights * o * g.square()).sum((-1, -2))
+    return torch.unique(found)
 
 
 # What M may still be beyond the reach of the search.
 _FAR = 1e-6
 
 
-def _reach(pulled: Tensor, spread_o: Tensor, spread_g: Tensor) -> float:
-    """X such that |M(u)| <= _FAR for |u| >= X, by doubling."""
-    reach = 1.0 / float(spread_g.max())
+@dataclass(frozen=True)
+class _Line:
+    """The heads of a past that move, and how far out the slope M of its mean has to be looked at."""
+
+    context: Context
+    spread: tuple[Tensor, Tensor]  # D_o and D_g, (H,) each
+    reach: float  # |M| <= _FAR beyond
+
+    @classmethod
+    def of(cls, past: Context, name: str) -> _Line | None:
+        """None where M vanishes everywhere."""
+        if not past.on_a_line or past.batch_shape or past.visible is not None:
+            raise InputError(f"{name} needs one-dimensional tokens, one past without batch axes, and a strict mask.")
+        require_finite("the past", past.values)
+        require_finite("the past", past.keys)
+        if past.length < 2:
+            return None
+        past = replace(past, values=past.values.detach(), keys=past.keys.detach()).to(torch.float64)
+        spread = line_range(past)[2]
+        wide = (spread[0] > 0) & (spread[1] > 0)
+        if not bool(wide.any()):
+            return None
+        moving = replace(past, values=past.values[wide], keys=past.keys[wide])
+        spread = spread[0][wide], spread[1][wide]
+        return cls(moving, spread, _reach(moving, spread))
+
+    def intervals(self) -> tuple[Tensor, Tensor]:
+        """The search interval in 64 parts: left and right ends."""
+        edges = torch.linspace(-self.reach, self.reach, 65, dtype=torch.float64, device=self.context.values.device)
+        return edges[:-1], edges[1:]
+
+    def slopes(self, left: Tensor, right: Tensor) -> Slopes:
+        """M at the centres of intervals, and its bounds over each."""
+        return Slopes.over(self.context, (left + right) / 2, (right - left) / 2, self.spread)
+
+    def slope(self, u: Tensor) -> Tensor:
+        """M(u), (L,)."""
+        return self.context.line_cumulants(u.unsqueeze(-1))[1].sum(-1)
+
+
+def _reach(context: Context, spread: tuple[Tensor, Tensor]) -> float:
+    r"""X such that \|M(u)\| <= _FAR for \|u\| >= X, by doubling.
+
+    For each head the second moment of the keys about the end that the tilt leads to is the variance and the square of
+    what is left of the way, both known from the values, which are proportional to the keys.
+    """
+    o, g = context.values.squeeze(-1), context.keys.squeeze(-1)  # (H, n)
+    reach = 1.0 / float(spread[1].max())
     for _ in range(_LEVELS):
         total = 0.0
-        for sign, end in ((1.0, pulled.amax(-1, keepdim=True)), (-1.0, pulled.amin(-1, keepdim=True))):
-            weights = (sign * reach * pulled).softmax(-1)
-            total = max(total, float((spread_o / spread_g * (weights * (pulled - end).square()).sum(-1)).sum()))
+        for sign in (1.0, -1.0):
+            end = o.gather(-1, (sign * g).argmax(-1, keepdim=True)).squeeze(-1)  # (H,)
+            at = torch.tensor([sign * reach], dtype=torch.float64, device=o.device)
+            mean, slope, _ = context.line_cumulants(at)
+            left = (mean - end).square() * spread[1] / spread[0]
+            total = max(total, float((slope.abs() + left).sum()))
         if total <= _FAR:
             return reach
         reach *= 2

@@ -92,13 +92,13 @@ def scalar_mass(past: Context, noise_scale: float, *, jacobian: bool = True) -> 
         ([1.0, 2.230141], [0, 2])
     """
     attention = past.attention
-    if attention.dim != 1 or past.moved.dim() != 3 or attention.mask != "strict":
+    if attention.dim != 1 or past.batch_shape or attention.mask != "strict":
         raise InputError("scalar_mass needs one-dimensional tokens, one past without batch axes, and a strict mask.")
     if not noise_scale > 0:
         raise InputError(f"noise_scale is {noise_scale}; it must be positive.")
-    reach = float(past.spread[0].sum())
-    slope = float(past.spread[1].amax())
-    centre = float(past.moved.mean(-2).sum()) if past.length else float(attention.start)
+    reach = float(past.diameters[0].sum())
+    slope = float(past.diameters[1].amax())
+    centre = float(past.values.mean(-2).sum()) if past.length else float(attention.start)
     low, high = centre - reach - _REACH * noise_scale, centre + reach + _REACH * noise_scale
     turning = turning_points(past).cpu().numpy()
 
@@ -128,4 +128,4 @@ def _residual(past: Context, points: NDArray[np.float64]) -> NDArray[np.float64]
 
 
 def _tensor(points: NDArray[np.float64], past: Context) -> Tensor:
-    return torch.as_tensor(points, dtype=past.moved.dtype, device=past.moved.device)
+    return torch.as_tensor(points, dtype=past.values.dtype, device=past.values.device)

@@ -14,6 +14,7 @@ from probattn.attention import CausalAttention
 from probattn.errors import require_finite
 from probattn.folds.line import largest_sensitivity
 from probattn.folds.search import find_fold
+from probattn.interface import Attention
 from probattn.solve.bound import contraction_bound, projection_slack
 from probattn.solve.context import Context
 
@@ -45,9 +46,7 @@ class Regime:
         return self.name
 
 
-def regime(
-    attention: CausalAttention, u: Tensor, *, search: bool = False
-) -> Regime | list[Regime] | list[list[Regime]]:
+def regime(attention: Attention, u: Tensor, *, search: bool = False) -> Regime | list[Regime] | list[list[Regime]]:
     """Name the regime of a sequence.
 
     In one dimension under the strict mask the answer is exact up to rounding: the supremum of the sensitivity over
@@ -57,8 +56,8 @@ def regime(
     Args:
         attention: the attention.
         u: one sequence (T, p) or a batch, finite.
-        search: seek folds beyond the tokens of the sequence, see :func:`probattn.folds.search.find_fold`; some 50 evaluations
-            of 64 candidates a position.
+        search: whether to seek folds beyond the tokens of the sequence, see :func:`probattn.folds.search.find_fold`;
+            some 50 evaluations of 64 candidates per position.
 
     Returns:
         A :class:`Regime`; for a batch a list of them, nested as the batch axes are. ``str()`` gives the name.
@@ -73,8 +72,7 @@ def regime(
     """
     require_finite("u", u)
     attention, u = attention.detach(), u.detach()
-    factors = attention.mean_and_factors(u).factors
-    core = blocks.sylvester_core(factors)
+    core = attention.core(u)
     require_finite("J", core)
     sign, logabs = blocks.logabsdet_one_minus(core)
     spectral = 1 - blocks.largest_real_eigenvalue(core, attention.dim)
@@ -82,20 +80,24 @@ def regime(
     batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
     parts = (contraction_bound(attention, u), sign, logabs, spectral)
     expanded = [part.expand(*batch, u.shape[-2]) for part in parts]
-    return _nested(attention.expand(batch), u.expand(*batch, *u.shape[-2:]), expanded, search)
+    whole = attention.expand(batch) if attention.batch_shape else attention
+    return _nested(whole, u.expand(*batch, *u.shape[-2:]), expanded, search)
 
 
 def _nested(
-    attention: CausalAttention, u: Tensor, parts: list[Tensor], search: bool
+    attention: Attention, u: Tensor, parts: list[Tensor], search: bool
 ) -> Regime | list[Regime] | list[list[Regime]]:
     if u.dim() == 2:
         return _classify(attention, u, *parts, search=search)
-    rows = [_nested(attention.select(k), u[k], [part[k] for part in parts], search) for k in range(len(u))]
+    rows = []
+    for k in range(len(u)):
+        one = attention.select(k) if isinstance(attention, CausalAttention) and attention.batch_shape else attention
+        rows.append(_nested(one, u[k], [part[k] for part in parts], search))
     return rows  # type: ignore[return-value]
 
 
 def _classify(
-    attention: CausalAttention,
+    attention: Attention,
     u: Tensor,
     bound: Tensor,
     sign: Tensor,
@@ -117,7 +119,7 @@ def _classify(
     largest = float(bound.max())
     if largest < 1:
         return Regime("certified", f"contraction bound {largest:.6g} < 1 at every position and for every token", True)
-    if strict and attention.dim == 1:
+    if strict and attention.dim == 1 and isinstance(attention, CausalAttention):
         found = _on_a_line(attention, u)
         if found is not None:
             return found
@@ -141,11 +143,12 @@ def _on_a_line(attention: CausalAttention, u: Tensor) -> Regime | None:
     wide = attention.to(torch.float64)
     slack = sum(float(part.sum()) for part in projection_slack(wide)) * float(u.abs().max())
     highest, undecided = 0.0, False
+    past = Context.of(wide, u[:1].double())
     for i in range(2, len(u)):
-        past = Context.of(wide, u[:i].double())
+        past = past.extend(u[i - 1].double())
         bracket = largest_sensitivity(past)
         # What rounding of the projected past may change, relative to its spread.
-        spread = float(torch.stack(past.spread).clamp(min=1e-300).amin())
+        spread = float(torch.stack(past.diameters).clamp(min=1e-300).amin())
         rounding = min(1.0, 1e-12 + slack / spread) if bracket.upper > 0 else 0.0
         if bracket.lower > 1 + rounding:
             witness = torch.tensor([bracket.at], dtype=u.dtype, device=u.device)
@@ -160,12 +163,13 @@ def _on_a_line(attention: CausalAttention, u: Tensor) -> Regime | None:
     return Regime("certified", seen, True)
 
 
-def _searched(attention: CausalAttention, u: Tensor) -> Regime | None:
+def _searched(attention: Attention, u: Tensor) -> Regime | None:
     """A witness after one of the pasts, the longest first; None where none is found or none would prove anything."""
-    if attention.mask != "strict":
+    if attention.mask != "strict" or not isinstance(attention, CausalAttention):
         return None
+    whole = Context.of(attention, u)
     for i in reversed(range(2, len(u))):
-        witness = find_fold(Context.of(attention, u[:i]))
+        witness = find_fold(whole.first(i))
         if witness is not None:
             at = ", ".join(f"{float(x):.4g}" for x in witness)
             return Regime("folded", f"det J < 0 at u = ({at}) after {i} tokens, found by search", True, i, witness)

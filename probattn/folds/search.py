@@ -7,6 +7,7 @@ from torch import Tensor
 
 from probattn import blocks
 from probattn.errors import InputError, require_finite
+from probattn.numerics import linalg
 from probattn.solve.context import Context
 
 __all__ = ["find_fold"]
@@ -21,10 +22,10 @@ def find_fold(past: Context, *, starts: int = 64, steps: int = 60, scale: float 
 
     Args:
         past: no batch axes, finite.
-        starts: how many points to start from.
-        steps: how far each goes.
+        starts: number of points to start from.
+        steps: number of steps from each.
         scale: spread of the starts, in units of the past's.
-        seed: of the starts.
+        seed: random seed of the starts.
 
     Returns:
         A witness u, (p,), or None where none was found, which proves nothing.
@@ -40,14 +41,14 @@ def find_fold(past: Context, *, starts: int = 64, steps: int = 60, scale: float 
         >>> float(torch.linalg.det(folded.mean_and_jacobian(witness)[1])) < 0
         True
     """
-    if past.moved.dim() != 3:
+    if past.batch_shape:
         raise InputError("find_fold needs one past without batch axes.")
-    require_finite("the past", past.moved)
-    require_finite("the past", past.pulled)
+    require_finite("the past", past.values)
+    require_finite("the past", past.keys)
     if past.length < 2:
         return None
-    dim = past.moved.shape[-1]
-    values = past.moved.detach().sum(0)  # (n, p)
+    dim = past.values.shape[-1]
+    values = past.values.detach().sum(0)  # (n, p)
     centre = values.mean(0)
     spread = scale * float(torch.linalg.vector_norm(values - centre, dim=-1).max()) + 1e-12
     # A token far out sees one other; near the past's own values the weights are mixed.
@@ -61,7 +62,7 @@ def find_fold(past: Context, *, starts: int = 64, steps: int = 60, scale: float 
     for _ in range(steps):
         u = u.detach().requires_grad_()
         jacobian = past.mean_and_jacobian(u)[1]
-        determinant = torch.linalg.det(jacobian.detach())
+        determinant = linalg.det(jacobian.detach())
         if bool((determinant < 0).any()):
             return u.detach()[determinant.argmin()]
         largest = blocks.largest_real_eigenvalue(identity - jacobian, dim)

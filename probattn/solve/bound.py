@@ -1,4 +1,12 @@
-r"""The contraction bound: an upper bound on |M_i| for every next token, from the diameters of its past."""
+r"""The contraction bound: an upper bound on the norm of M_i = dmu_i/du_i for *every* next token, from its past alone.
+
+.. math::
+    \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{o^h_s : s < i\}\; \mathrm{diam}\{g^h_s : s < i\}, \qquad
+    o^h_s = W_O^h W_V^h u_s, \quad g^h_s = c\, W_Q^{hT} W_K^h u_s,
+
+since a covariance of x and y has norm at most D_x D_y / 4 (Popoviciu 1935 for variances, and Cauchy-Schwarz). Below
+one, u_i -> e_i is one-to-one whatever the noise. Derived here.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +14,90 @@ import torch
 from torch import Tensor
 
 from probattn.attention import CausalAttention
+from probattn.interface import Attention
 
-__all__ = ["contraction_bound", "projection_slack"]
+__all__ = ["bound_from_diameters", "contraction_bound", "projection_slack", "running_diameters"]
 
 
-def contraction_bound(attention: CausalAttention, u: Tensor) -> Tensor:
-    r"""Upper bound on the norm of M_i for *every* u_i, from the diameters of the past.
+def contraction_bound(attention: Attention, u: Tensor) -> Tensor:
+    r"""Upper bound on the norm of M_i for every u_i, at each position of a sequence.
 
-    .. math::
-        \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{W_O^h v_s^h : s < i\}\;
-        \mathrm{diam}\{c W_Q^{hT} k_s^h : s < i\}
-
-    since \|Cov(x, y)\| <= D_x D_y / 4. Below one, u_i -> e_i is one-to-one whatever the noise. Never larger than the
-    bound that multiplies the norms of W_O and W_Q with the diameters of values and keys, and depends on identified
-    products only.
+    Never larger than the bound that multiplies the norms of W_O and W_Q with the diameters of values and keys, and a
+    function of identified products only.
 
     Args:
-        attention: an attention with a strict mask; under the inclusive mask the own value is unbounded and the bound is
-            +inf.
-        u: tokens, (*batch, T, p).
+        attention: the attention; under the inclusive mask the own value is unbounded and so is the bound.
+        u: tokens, (\*batch, T, p).
 
     Returns:
-        (*batch, T), not decreasing along the sequence. Time O(H T^2 p). Derived here.
+        (\*batch, T), not decreasing along the sequence; +inf under the inclusive mask. Time O(H T^2 p).
+
+    Example:
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
+        >>> contraction_bound(attention, torch.tensor([[-1.0], [1.0], [0.0]]))  # 2 * 1 / 4 once both have been seen
+        tensor([0.0000, 0.0000, 0.5000])
     """
-    if attention.mask == "inclusive":
-        batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
+    batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
+    if attention.mask == "inclusive" or not isinstance(attention, CausalAttention):
         return torch.full((*batch, u.shape[-2]), torch.inf, dtype=u.dtype, device=u.device)
     tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
-    moved = tokens @ attention.ov_matrix.mT  # W_O v_s, (*batch, H, T, p)
-    pulled = tokens @ attention.qk_matrix  # c W_Q^T k_s, (*batch, H, T, p)
-    largest = torch.linalg.vector_norm(tokens, dim=-1).cummax(-1).values  # (*batch, 1, T)
-    slack_moved, slack_pulled = projection_slack(attention)
-    spread_moved = _past_diameter(moved) + slack_moved.unsqueeze(-1) * largest
-    spread_pulled = _past_diameter(pulled) + slack_pulled.unsqueeze(-1) * largest
-    bound = (spread_moved * spread_pulled).sum(-2) / 4
-    return torch.where(torch.arange(u.shape[-2], device=u.device) < 2, torch.zeros_like(bound), bound)
+    values, keys = tokens @ attention.ov_matrix.mT, tokens @ attention.qk_matrix  # o and g, (*batch, H, T, p)
+    nothing = values.new_zeros(values.shape[:-2])
+    diameters = (running_diameters(values, nothing, 0)[:-1], running_diameters(keys, nothing, 0)[:-1])  # (T, *batch, H)
+    norms = torch.linalg.vector_norm(u, dim=-1).movedim(-1, 0)  # (T, *batch)
+    largest = torch.cat([torch.zeros_like(norms[:1]), norms[:-1].cummax(0).values])
+    bound = bound_from_diameters(diameters, projection_slack(attention), largest).movedim(0, -1)  # (*batch, T)
+    return bound.where(torch.arange(u.shape[-2], device=u.device) >= 2, 0.0).expand(*batch, u.shape[-2])
+
+
+def bound_from_diameters(diameters: tuple[Tensor, Tensor], slack: tuple[Tensor, Tensor], largest: Tensor) -> Tensor:
+    """The bound from the diameters of values and keys.
+
+    Args:
+        diameters: of the o_s and of the g_s, (*shape, H) each.
+        slack: see :func:`projection_slack`, (*batch, H) each.
+        largest: norm of the largest token, (*shape).
+
+    Returns:
+        (*shape).
+    """
+    wide = [
+        diameter + unit * largest.unsqueeze(-1)  # (*shape, H)
+        for diameter, unit in zip(diameters, slack, strict=True)
+    ]
+    return (wide[0] * wide[1]).sum(-1) / 4
 
 
 def projection_slack(attention: CausalAttention) -> tuple[Tensor, Tensor]:
-    """How much rounding may shorten distances of W_O v_s and c W_Q^T k_s, per unit of the largest token, (*batch, H).
+    """Rounding error of a distance between values or between keys, per unit of the largest token.
 
     Distances of tokens that share a large offset keep few digits, and a bound that proves must not be too small.
+
+    Args:
+        attention: the attention.
+
+    Returns:
+        For the values W_O v_s and for the keys c W_Q^T k_s, (*batch, H) each.
     """
     unit = 8 * (attention.dim + 1) * torch.finfo(attention.query.dtype).eps
     norms = (torch.linalg.matrix_norm(attention.ov_matrix), torch.linalg.matrix_norm(attention.qk_matrix))
     return unit * norms[0], unit * norms[1]
 
 
-def _past_diameter(points: Tensor) -> Tensor:
-    """Diameter of the points before each one, (*batch, T)."""
-    # Differences, not the matrix-product form of cdist: its rounding could make the bound too small.
-    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").tril()
-    upto = distance.amax(-1).cummax(-1).values  # (*batch, T), the token itself included
-    return torch.cat([torch.zeros_like(upto[..., :1]), upto[..., :-1]], dim=-1)
+def running_diameters(points: Tensor, known: Tensor, seen: int) -> Tensor:
+    """Diameters of the points before each position.
+
+    Args:
+        points: (*batch, n, p).
+        known: diameter of the first ``seen`` points, (*batch,).
+        seen: number of points whose diameter is known.
+
+    Returns:
+        Before each of the positions seen, ..., n - 1 and after the last, (n - seen + 1, *batch). Time O((n - seen) n p).
+    """
+    # Differences, not the matrix-product form of cdist, whose rounding could make the bound too small.
+    distance = torch.cdist(points[..., seen:, :], points, compute_mode="donot_use_mm_for_euclid_dist")
+    if not distance.numel():
+        return known.expand(points.shape[:-2]).unsqueeze(0).repeat(distance.shape[-2] + 1, *[1] * (points.dim() - 2))
+    reach = distance.tril(seen).amax(-1).movedim(-1, 0)  # to the points before it, (n - seen, *batch)
+    return torch.cat([known.expand(reach.shape[1:]).unsqueeze(0), reach]).cummax(0).values

@@ -1,4 +1,4 @@
-r"""Solving u_i = mu_i(u_<i, u_i) + eps_i for many tokens at once, as far as each has one solution.
+r"""Solving u_i = mu_i(u_<i, u_i) + eps_i for many tokens at once, for as long as each has one solution.
 
 A stretch of tokens after a known past is swept, all of its tokens together,
 
@@ -6,12 +6,15 @@ A stretch of tokens after a known past is swept, all of its tokens together,
     u \leftarrow \varepsilon + \mu(u), \qquad \text{or} \qquad
     u_i \leftarrow u_i - J_i^{-1} (u_i - \mu_i(u) - \varepsilon_i),
 
-the second (Newton's method with the diagonal blocks) after a sweep that gained little.
+the second (a Newton step with the diagonal blocks) after a sweep that gained little. Solving a causal recursion by
+fixed-point sweeps over all positions is known as parallel-in-time iteration or Jacobi decoding (Song et al. 2021,
+arXiv:2002.03629; Lim et al. 2024, arXiv:2309.12252).
 
-**How many sweeps.** Errors travel along chains i > s > r > ..., each token in the past of the one before: k sweeps
-leave what has travelled k links within the stretch. So the first k tokens are right after k sweeps of Newton's, and
-with weights alike it goes much faster: a link to a past token chosen uniformly shortens a chain by a factor uniform in
-(0, 1), so that k links fit between the first token n of the stretch and its last m with a weight of the order of
+**Number of sweeps.** Errors travel along chains i > s > r > ..., each token in the past of the one before: k sweeps
+leave the errors that have travelled k links within the stretch. The first k tokens are therefore right after k Newton
+sweeps, and with weights alike convergence is much faster: a link to a past token chosen uniformly shortens a chain by a
+factor uniform in (0, 1), so that k links fit between the first token n of the stretch and its last m with a weight of
+the order of
 
 .. math:: \frac{(\log m / n)^k}{k!} ,
 
@@ -19,30 +22,32 @@ faster than geometric. Sweeping all T tokens at once waits some e log T sweeps f
 m = 2 n, need as few sweeps at the end as at the beginning, and do less than half of the work in each. Measured with
 T = 512, p = 4 and a weak repulsion: 31 sweeps at once; 21, 14, 15, 15, 15 in stretches that end at 32, 64, ..., 512.
 
-**Why the sequence is the one that solving token by token gives.** The contraction bound of position i, and the starts
-of the search for its solutions, depend on the tokens before i alone. The first token is eps_1 + mu_1. If the tokens
-before i are those of the sequential solution, and u_i solves its equation to the same tolerance, then either
+**Agreement with solving token by token.** The contraction bound of position i, and the starts of the search for its
+solutions, depend on the tokens before i alone. The first token is eps_1 + mu_1. If the tokens before i are those of the
+sequential solution, and u_i solves its equation to the same tolerance, then either
 
 - the bound at i is below one: the equation has one solution, and u_i is it; or
-- the search from every start that the sequential solver would use meets no solution but u_i, and det J_i >= 0: the
-  sequential solver would have found u_i, and no other to report.
+- the search that the sequential solver would make meets no solution but u_i, and det J_i >= 0: the sequential solver
+  would have found u_i, and no other to report.
 
 In both cases no rule of selection has anything to choose. By induction the sequences agree up to the first position
-where neither holds for some element of the batch. There this module stops, and the sequential solver decides, raises or
-warns as it does anywhere. The same happens where sweeps do not converge. Derived here.
+where neither holds for some element of the batch. This module stops there, and the sequential solver decides, raises or
+warns as it does anywhere. It also stops where sweeps do not converge. Derived here.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from probattn.attention import CausalAttention
+from probattn.solve.bound import running_diameters
 from probattn.solve.context import Context
-from probattn.solve.rows import Tokens
-from probattn.solve.search import STARTS, newton_step, residual_tolerance, without_rival
+from probattn.solve.newton import newton_step, residual_tolerance
+from probattn.solve.starts import STARTS
+from probattn.solve.token import without_rival
 
 __all__ = ["unique_prefix"]
 
@@ -51,73 +56,72 @@ _LEAST = 16  # tokens of any other
 _NUMBERS = 1 << 21  # that the distances within a stretch, or the weights of a search, may take
 _WORTH = 4  # tokens in a stretch for a search of all of them at once to be faster than one after the other
 _SWEEPS = 60
-_GAIN = 4.0  # a sweep that reduces the residual by less is followed by one of Newton's
+_GAIN = 4.0  # a sweep that reduces the residual by less is followed by a Newton sweep
 
 
 @torch.no_grad()
-def unique_prefix(attention: CausalAttention, e: Tensor) -> tuple[Context, Tensor]:
-    """The solution up to the first position where it is not known to be one of its kind, in any element of the batch.
+def unique_prefix(context: Context, e: Tensor) -> tuple[Context, Tensor]:
+    """The longest prefix whose solution is known to be unique, in every element of the batch.
 
     Args:
-        attention: the attention; under the inclusive mask, where no bound exists, nothing is swept.
+        context: the empty past, with all batch axes of the attention; under the inclusive mask, where no bound exists,
+            nothing is swept.
         e: noise, (*batch, T, p), with all batch axes of the attention.
 
     Returns:
-        The past u_1..m, and these tokens, (*batch, m, p), 0 <= m <= T. Shorter than it could be where sweeps do not
-        converge, and where the batch is so large that a search token by token fills the processor as well. Some ten
+        The context of u_1..m, and these tokens, (*batch, m, p), 0 <= m <= T. Shorter than it could be where sweeps do
+        not converge, and where the batch is so large that a search token by token fills the processor as well. Some ten
         sweeps of O(H T^2 p); memory linear in T.
 
     Example:
-        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.1]]))
-        >>> past, u = unique_prefix(attention, torch.tensor([[1.0], [-1.0], [0.3]]))
-        >>> past.length, u.flatten()  # the last is 0.3 + sigmoid(0.1 u)
+        >>> from probattn import CausalAttention
+        >>> e = torch.tensor([[1.0], [-1.0], [0.3]])
+        >>> context, u = unique_prefix(Context.of(CausalAttention.from_qk_matrix(torch.tensor([[0.1]])), e[:0]), e)
+        >>> context.length, u.flatten()  # the last is 0.3 + sigmoid(0.1 u)
         (3, tensor([1.0000, 0.0000, 0.8205]))
     """
-    past = Context.of(attention, e[..., :0, :])
-    if attention.mask == "inclusive" or e.shape[-2] == 0:
-        return past, e[..., :0, :]
-    first = e[..., 0, :] + attention.start
-    past, stretches = past.extend(first), [first.unsqueeze(-2)]
-    while past.length < e.shape[-2]:
-        certified = bool((past.contraction_bound() < 1).all())  # once it is not, it stays so
-        noise = e[..., past.length : past.length + _stretch(past, certified), :]
-        u = _sweep(past, noise) if noise.shape[-2] else None
+    if context.attention.mask == "inclusive" or e.shape[-2] == 0:
+        return context, e[..., :0, :]
+    noise = e.movedim(-2, 0)  # (T, *batch, p)
+    first = noise[0] + context.mean(noise[0])
+    context, stretches = context.extend(first), [first.unsqueeze(0)]
+    while context.length < len(noise):
+        certified = bool((context.contraction_bound() < 1).all())  # once it is not, it stays so
+        part = noise[context.length : context.length + _stretch(context, certified)]
+        u = _sweep(context, part) if len(part) else None
         if u is None:
             break
-        past, count = _certified(past, u) if certified else _searched(past, noise, u)
-        stretches.append(u[..., :count, :])
-        if count == 0 or (not certified and count < u.shape[-2]):
+        context, count = _certified(context, u) if certified else _searched(context, part, u)
+        stretches.append(u[:count])
+        if count == 0 or (not certified and count < len(u)):
             break
-    return past, torch.cat(stretches, dim=-2)
+    return context, torch.cat(stretches).movedim(0, -2)
 
 
-def _stretch(past: Context, certified: bool) -> int:
-    """How many tokens to solve for together: as many as there are, while what is held for each of them fits."""
-    n = past.length
-    held = n * math.prod(past.moved.shape[:-2]) * (2 if certified else STARTS)
+def _stretch(context: Context, certified: bool) -> int:
+    """Number of tokens to solve for together: as many as there are, while what is held for each of them fits."""
+    n = context.length
+    held = n * math.prod(context.values.shape[:-2]) * (2 if certified else STARTS)
     fits = _NUMBERS // max(1, held)
     if not certified:
         return min(max(n, _WORTH), fits) if fits >= _WORTH else 0
     return max(_FIRST if n == 1 else _LEAST, min(n, fits))
 
 
-def _joined(past: Context, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """o_s and g_s of the past and of the stretch u, (*batch, H, n + m, p), and who sees whom, (m, n + m)."""
-    tokens = u.unsqueeze(-3)
-    moved = torch.cat([past.moved, tokens @ past.attention.ov_matrix.mT], dim=-2)
-    pulled = torch.cat([past.pulled, tokens @ past.attention.qk_matrix], dim=-2)
-    n, m = past.length, u.shape[-2]
-    return moved, pulled, torch.ones(m, n + m, dtype=torch.bool, device=u.device).tril(n - 1)
+def _with_stretch(context: Context, u: Tensor) -> Context:
+    """The past and a stretch u, (m, *batch, p), each token of which sees what comes before it."""
+    n, m = context.length, len(u)
+    visible = torch.ones(m, n + m, dtype=torch.bool, device=u.device).tril(n - 1)
+    return replace(context.join(u.movedim(0, -2)), visible=visible)
 
 
-def _sweep(past: Context, noise: Tensor) -> Tensor | None:
-    """The tokens after ``past`` for noise (*batch, m, p), each to its tolerance; None where sweeps do not get there."""
-    u = noise + Tokens(past.moved, past.pulled).mean(noise)
+def _sweep(context: Context, noise: Tensor) -> Tensor | None:
+    """The tokens after a past for noise (m, *batch, p), each to its tolerance; None where sweeps do not get there."""
+    u = noise + context.mean(noise)
     before, slow = math.inf, False
     for _ in range(_SWEEPS):
-        moved, pulled, visible = _joined(past, u)
-        tokens = Tokens(moved, pulled)
-        mean, jacobian = tokens.mean_and_jacobian(u, visible) if slow else (tokens.mean(u, visible), None)
+        joined = _with_stretch(context, u)
+        mean, jacobian = joined.mean_and_jacobian(u) if slow else (joined.mean(u), None)
         residual = u - mean - noise
         error = torch.linalg.vector_norm(residual, dim=-1) / residual_tolerance(u, mean)
         worst = float(error.max()) if error.numel() else 0.0
@@ -131,34 +135,25 @@ def _sweep(past: Context, noise: Tensor) -> Tensor | None:
     return None
 
 
-def _certified(past: Context, u: Tensor) -> tuple[Context, int]:
-    """The past with those of the tokens u, (*batch, m, p), that are certified, and how many they are."""
-    moved, pulled, visible = _joined(past, u)
-    n = past.length
-    first, second = (
-        _running(spread, torch.cdist(points[..., n:, :], points, compute_mode="donot_use_mm_for_euclid_dist"), visible)
-        for spread, points in zip(past.spread, (moved, pulled), strict=True)
-    )
-    sizes = _sizes(past, u)
-    # The pasts of each token of the stretch and of the one after it, along a first axis of the diameters.
-    prefixes = Context(past.attention, moved, pulled, (first, second), sizes)
+def _certified(context: Context, u: Tensor) -> tuple[Context, int]:
+    """The context with those of the tokens u, (m, *batch, p), that are certified, and their number."""
+    joined, n = context.join(u.movedim(0, -2)), context.length
+    # Before each token of the stretch and after the last, (m + 1, *batch, H) and (m + 1, *batch).
+    first = running_diameters(joined.values, context.diameters[0], n)
+    second = running_diameters(joined.keys, context.diameters[1], n)
+    largest = _running_norms(context, u)
+    prefixes = replace(joined, diameters=(first, second), largest=largest)
     certified = _everywhere(prefixes.contraction_bound() < 1)  # (m + 1,)
     count = int(certified[:-1].long().cumprod(0).sum())
-    end = n + count
-    spread = (first[count], second[count])
-    return Context(past.attention, moved[..., :end, :], pulled[..., :end, :], spread, sizes[count]), count
+    return joined.first(n + count, (first[count], second[count]), largest[count]), count
 
 
-def _searched(past: Context, noise: Tensor, u: Tensor) -> tuple[Context, int]:
-    """The past with the tokens u before the first for which the search finds a rival, and how many they are."""
-    moved, pulled, visible = _joined(past, u)
-    sizes = _sizes(past, u)
-    # The bound is past one already and does not decrease: these diameters need no care.
-    joined = Context(past.attention, moved, pulled, past.spread, sizes[-1])
-    alone = without_rival(joined, visible, noise.movedim(-2, 0), u.movedim(-2, 0))  # (m, *batch)
-    count = int(_everywhere(alone).long().cumprod(0).sum())
-    end = past.length + count
-    return Context(past.attention, moved[..., :end, :], pulled[..., :end, :], past.spread, sizes[count]), count
+def _searched(context: Context, noise: Tensor, u: Tensor) -> tuple[Context, int]:
+    """The context with the tokens u before the first for which the search finds a rival, and their number."""
+    # The bound is past one already and does not decrease: the diameters of the past serve.
+    joined = _with_stretch(context, u)
+    count = int(_everywhere(without_rival(joined, noise, u)).long().cumprod(0).sum())
+    return joined.first(context.length + count, largest=_running_norms(context, u)[count]), count
 
 
 def _everywhere(holds: Tensor) -> Tensor:
@@ -166,13 +161,7 @@ def _everywhere(holds: Tensor) -> Tensor:
     return holds.unsqueeze(-1).flatten(1).all(1)
 
 
-def _sizes(past: Context, u: Tensor) -> Tensor:
+def _running_norms(context: Context, u: Tensor) -> Tensor:
     """The largest norm before each token of the stretch and after the last, (m + 1, *batch)."""
-    norms = torch.linalg.vector_norm(u, dim=-1).movedim(-1, 0)
-    return torch.cat([past.size.expand(norms.shape[1:]).unsqueeze(0), norms]).cummax(0).values
-
-
-def _running(spread: Tensor, distance: Tensor, visible: Tensor) -> Tensor:
-    """Diameters before each token of the stretch and after the last, (m + 1, *batch, H)."""
-    reach = distance.mul_(visible).amax(-1).movedim(-1, 0)  # to what each sees, (m, *batch, H)
-    return torch.cat([spread.expand(reach.shape[1:]).unsqueeze(0), reach]).cummax(0).values
+    norms = torch.linalg.vector_norm(u, dim=-1)
+    return torch.cat([context.largest.expand(norms.shape[1:]).unsqueeze(0), norms]).cummax(0).values

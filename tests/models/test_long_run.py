@@ -3,7 +3,7 @@ import torch
 
 from probattn import CausalAttention
 from probattn.errors import InputError
-from probattn.models.long_run import follow_root, long_run
+from probattn.models.long_run import long_run
 from probattn.models.scalar import scalar_attention
 from probattn.solve.sequence import find_sequence
 
@@ -49,16 +49,6 @@ def test_a_sequence_beyond_the_limit_has_escaped():
     assert torch.equal(torch.isinf(run.covariance[1, :, 0, 0]), escaped)
     assert run.escape[escaped].min() >= 1
     assert not torch.isfinite(long_run(scalar_attention(-0.5), 1.0, [60], sequences=16, limit=2.0).escape).any()
-
-
-def test_following_a_root_across_a_fold_solves_the_equation():
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(50, 1, 8, 1, generator=generator, dtype=torch.float64)
-    eps = torch.randn(50, 1, generator=generator, dtype=torch.float64)
-    u, missed = follow_root(tokens, 5.0 * tokens, eps, None)
-    weights = torch.softmax((5.0 * tokens * u.view(50, 1, 1, 1)).squeeze(-1), dim=-1)
-    assert missed == 0
-    torch.testing.assert_close(u - (weights * tokens.squeeze(-1)).sum(-1), eps, atol=1e-9, rtol=0)
 
 
 def test_bad_input():

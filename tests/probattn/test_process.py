@@ -13,6 +13,7 @@ from probattn.folds.mass import scalar_mass
 from probattn.models.scalar import scalar_attention
 from probattn.next_token import NextToken
 from probattn.solve.context import Context
+from probattn.solve.token import find_token
 from support import attention_like, tokens
 
 RULES = ["uniform", "smallest_step", "nearest_mean"]
@@ -63,18 +64,19 @@ class TestBranches:
             branches.icdf(1.0)
 
     def test_rules_choose_as_they_say(self):
-        law = past(3.0, -1.0, 1.0)  # roots of u - tanh(3 u) = 0.05 near -0.93, -0.025, 1.05
-        assert Branches(law, 0.5, "smallest_step").choose(0.05, 0.5) == pytest.approx(-0.0250, abs=1e-3)
+        noise = torch.tensor([0.05], dtype=torch.float64)
+
+        def taken(context, rule, share=0.5):
+            return float(find_token(context, noise, rule, torch.tensor(share, dtype=torch.float64)).u)
+
+        law = past(3.0, -1.0, 1.0)
+        roots = Branches(law, 0.5).roots(0.05)
+        assert roots == pytest.approx([-0.9430, -0.0250, 1.0456], abs=1e-4)  # of u - tanh(3 u) = 0.05
+        assert taken(law, "smallest_step") == pytest.approx(roots[1], abs=1e-12)
+        assert [taken(law, "uniform", share) for share in (0.1, 0.5, 0.9)] == pytest.approx(list(roots), abs=1e-12)
         shifted = past(3.0, -1.0, 1.0, 1.0, 1.0)
-        nearest = Branches(shifted, 0.5, "nearest_mean")
-        roots = nearest.roots(0.05)
-        assert nearest.choose(0.05, 0.5) == pytest.approx(min(roots, key=lambda u: abs(u - 0.5)))
-        uniform = Branches(law, 0.5, "uniform")
-        assert [round(uniform.choose(0.05, share), 2) for share in (0.1, 0.5, 0.9)] == [-0.93, -0.02, 1.05] or [
-            round(u, 6) for u in uniform.roots(0.05)
-        ] == [round(uniform.choose(0.05, share), 6) for share in (0.1, 0.5, 0.9)]
-        with pytest.raises(InputError, match="takes every root"):
-            Branches(law, 0.5).choose(0.05, 0.5)
+        nearest = min(Branches(shifted, 0.5).roots(0.05), key=lambda u: abs(u - 0.5))
+        assert taken(shifted, "nearest_mean") == pytest.approx(nearest, abs=1e-12)
 
     def test_bad_arguments(self):
         with pytest.raises(InputError, match="rule is 'first'"):
@@ -128,7 +130,7 @@ class TestNextToken:
     def test_two_dimensions_against_cubature(self):
         attention = CausalAttention.from_qk_matrix(torch.tensor([[1.6, 0.4], [-0.3, 1.2]]).double())
         law = NextToken(Context.of(attention, torch.tensor([[1.0, 0.3], [-0.8, -0.5], [0.2, 1.1]]).double()), 0.8)
-        mean = law.past.moved.sum(0).mean(0)
+        mean = law.past.values.sum(0).mean(0)
         grid = torch.linspace(-7, 7, 1201, dtype=torch.float64)
         u = torch.stack(torch.meshgrid(grid, grid, indexing="ij"), dim=-1) + mean
         exact = float(law.log_prob(u).exp().sum()) * float(grid[1] - grid[0]) ** 2

@@ -1,5 +1,7 @@
 """Tokens solved for together are those solved for one by one; where that is not known the solver goes one by one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,9 +11,8 @@ from probattn.solve import parallel as sweeps
 from probattn.solve.bound import contraction_bound
 from probattn.solve.context import Context
 from probattn.solve.parallel import unique_prefix
-from probattn.solve.rows import Tokens
-from probattn.solve.search import hull_points
-from probattn.solve.sequence import faster_method, find_sequence, solve_sequence
+from probattn.solve.sequence import find_sequence, solve_sequence
+from probattn.solve.starts import hull_points, vertices
 from support import attention_like, tokens
 
 
@@ -34,6 +35,10 @@ CASES = {
 }
 
 
+def prefix(attention, e):
+    return unique_prefix(Context.of(attention, e[..., :0, :]), e)
+
+
 def both(attention, e, selection="unique"):
     return [find_sequence(attention, e, selection, method) for method in ("parallel", "sequential")]
 
@@ -51,7 +56,7 @@ def test_both_methods_give_the_same_sequence(case, dtype):
     assert not nowhere.any()
     # The comparison is of two methods: sweeps came all the way.
     batch = torch.broadcast_shapes(attention.batch_shape, e.shape[:-2])
-    assert unique_prefix(attention, e.expand(*batch, *shape[-2:]))[0].length == shape[-2]
+    assert prefix(attention, e.expand(*batch, *shape[-2:]))[0].length == shape[-2]
 
 
 @pytest.mark.parametrize(("case", "least", "most"), [("one head", 20, 80), ("never certified", 2, 5)])
@@ -92,19 +97,6 @@ def test_gradients_agree_and_are_those_of_the_solution():
         for method in ("parallel", "sequential")
     ]
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("mask", ["strict", "inclusive"])
-def test_gradients_do_not_change_when_the_weights_are_computed_in_blocks(mask, monkeypatch):
-    attention = attention_like(9, 2, 2, 2, 1, mask, size=0.1)
-    attention.query.requires_grad_()
-    attention.start.requires_grad_()
-    e = tokens(9, 3, 20, 2).requires_grad_()
-    wanted = [attention.query, e, *([attention.start] if mask == "strict" else [])]
-    whole = torch.autograd.grad(solve_sequence(attention, e).square().sum(), wanted)
-    monkeypatch.setattr("probattn.solve.sequence._WEIGHTS", 3 * 2 * 20 * 7)  # seven rows a block
-    blocks = torch.autograd.grad(solve_sequence(attention, e).square().sum(), wanted)
-    torch.testing.assert_close(whole, blocks, rtol=1e-11, atol=1e-11)
 
 
 def folding(a=0.8):
@@ -154,9 +146,9 @@ def test_without_the_search_for_rivals_a_fold_would_pass_in_silence(monkeypatch)
     attention, e = folding()
     _, several = find_sequence(attention, e, "smallest_step", "sequential")
     fold = int(several.any(0).nonzero()[0])
-    assert unique_prefix(attention, e)[0].length <= fold
-    monkeypatch.setattr(sweeps, "without_rival", lambda past, visible, noise, u: torch.ones_like(noise[..., 0]).bool())
-    assert unique_prefix(attention, e)[0].length > fold
+    assert prefix(attention, e)[0].length <= fold
+    monkeypatch.setattr(sweeps, "without_rival", lambda context, noise, u: torch.ones_like(noise[..., 0]).bool())
+    assert prefix(attention, e)[0].length > fold
 
 
 def test_uniform_choices_are_uniform_after_sweeps():
@@ -172,7 +164,7 @@ def test_uniform_choices_are_uniform_after_sweeps():
 
 def test_nothing_is_certified_under_the_inclusive_mask():
     attention, e = attention_like(12, 2, 2, 2, 1, "inclusive", size=0.1), tokens(12, 20, 2)
-    assert unique_prefix(attention, e)[0].length == 0
+    assert prefix(attention, e)[0].length == 0
     (together, _), (alone, _) = both(attention, e)
     assert torch.equal(together, alone)
 
@@ -180,7 +172,7 @@ def test_nothing_is_certified_under_the_inclusive_mask():
 def test_sweeps_that_do_not_converge_leave_the_work_to_the_sequential_solver(monkeypatch):
     attention, e = repulsive(13), tokens(13, 60, 3)
     monkeypatch.setattr(sweeps, "_SWEEPS", 2)
-    assert unique_prefix(attention, e)[0].length == 1
+    assert prefix(attention, e)[0].length == 1
     (together, _), (alone, _) = both(attention, e)
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 
@@ -190,14 +182,14 @@ def test_newton_takes_over_where_plain_sweeps_are_slow(monkeypatch):
     attention = CausalAttention.from_qk_matrix(torch.tensor([[-0.9]], dtype=torch.float64))
     u = torch.tensor([[-1.0], [1.0]] * 30, dtype=torch.float64) + 0.05 * tokens(14, 60, 1)
     e = attention.residual(u)
-    torch.testing.assert_close(unique_prefix(attention, e)[1], u, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(prefix(attention, e)[1], u, rtol=1e-10, atol=1e-10)
     monkeypatch.setattr(sweeps, "_GAIN", 1e-9)
-    assert unique_prefix(attention, e)[0].length < 60
+    assert prefix(attention, e)[0].length < 60
 
 
 def test_tokens_so_large_that_rounding_forbids_a_certificate_end_the_sweeps():
     attention, e = repulsive(22, dtype=torch.float32), 1e12 * tokens(22, 40, 3, dtype=torch.float32)
-    assert unique_prefix(attention, e)[0].length == 1
+    assert prefix(attention, e)[0].length == 1
 
 
 def test_a_large_batch_is_searched_token_by_token():
@@ -205,7 +197,7 @@ def test_a_large_batch_is_searched_token_by_token():
         CausalAttention.from_qk_matrix(-2.0 * torch.eye(2, dtype=torch.float64)),
         0.5 * tokens(15, 900, 40, 2),
     )
-    stop = unique_prefix(attention, e)[0].length
+    stop = prefix(attention, e)[0].length
     assert 31 < stop < 40
     (together, _), (alone, _) = both(attention, e[:3])
     torch.testing.assert_close(together, alone, rtol=1e-11, atol=1e-11)
@@ -213,43 +205,27 @@ def test_a_large_batch_is_searched_token_by_token():
 
 def test_the_past_that_is_handed_on_is_the_past():
     attention, e = repulsive(16, heads=2), tokens(16, 2, 50, 3)
-    past, u = unique_prefix(attention, e)
+    past, u = prefix(attention, e)
     exact = Context.of(attention, u)
-    for got, expected in ((past.moved, exact.moved), (past.pulled, exact.pulled), (past.size, exact.size)):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for name in ("values", "keys", "largest"):
+        torch.testing.assert_close(getattr(past, name), getattr(exact, name), rtol=1e-12, atol=1e-12)
     assert bool(((past.contraction_bound() < 1) == (exact.contraction_bound() < 1)).all())
 
 
-def test_rows_are_evaluated_as_a_past_evaluates_its_candidates():
-    for offset in (0.0, 1e5):  # far from the origin the moments alone would lose the covariance
-        attention, seen = attention_like(17, 2, 2, 3, 2, size=0.3 if offset == 0 else 1e-4), tokens(17, 2, 9, 3)
-        seen[..., 1:, :] += offset
-        past, rows = Context.of(attention, seen), tokens(18, 5, 2, 3) + offset
-        mean, jacobian = past.mean_and_jacobian(rows)
-        held = Tokens(past.moved, past.pulled)
-        found = held.mean_and_jacobian(rows.movedim(0, -2))
-        torch.testing.assert_close(found[0].movedim(-2, 0), mean, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(found[1].movedim(-3, 0), jacobian, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(held.mean(rows.movedim(0, -2)).movedim(-2, 0), mean, rtol=1e-11, atol=1e-11)
-
-
 def test_prefixes_are_searched_from_the_places_of_a_token_by_token_search():
-    from probattn.solve.search import _vertices
-
     for dim in (1, 3):
         attention, u = attention_like(19, 2, 2, dim, dim, size=0.3), tokens(19, 2, 12, dim)
         visible = torch.ones(4, 12, dtype=torch.bool).tril(7)  # rows with pasts of 8, 9, 10, 11
-        together = _vertices(Context.of(attention, u), visible)
+        together = vertices(replace(Context.of(attention, u), visible=visible))
         for row, length in enumerate(range(8, 12)):
-            alone = _vertices(Context.of(attention, u[:, :length])).squeeze(1)
+            alone = vertices(Context.of(attention, u[:, :length]))
             torch.testing.assert_close(together[:, row], alone, rtol=1e-12, atol=1e-12)
     assert hull_points(Context.of(attention, u), 5).shape == (5, 2, 3)
 
 
 def test_the_methods_are_named():
-    with pytest.raises(InputError, match="method is 'fast'; use one of 'auto', 'sequential', 'parallel'"):
+    with pytest.raises(InputError, match="method is 'fast'; use one of 'parallel', 'sequential'"):
         solve_sequence(repulsive(0), tokens(0, 4, 3), method="fast")
-    assert faster_method(512) == "parallel"
 
 
 def test_draws_of_the_distribution_are_the_same_by_either_method():
@@ -271,21 +247,20 @@ def test_stretches_that_double_need_few_sweeps(monkeypatch):
 
     calls = []
 
-    class Counting(Tokens):
-        def mean(self, u, visible=None):
-            calls.append(1)
-            return super().mean(u, visible)
+    for name in ("mean", "mean_and_jacobian"):
 
-        def mean_and_jacobian(self, u, visible=None):
-            calls.append(1)
-            return super().mean_and_jacobian(u, visible)
+        evaluate = getattr(Context, name)
 
+        def counting(self, u, evaluate=evaluate):
+            calls.append(1)
+            return evaluate(self, u)
+
+        monkeypatch.setattr(Context, name, counting)
     monkeypatch.setattr(sweeps, "_sweep", counted)
-    monkeypatch.setattr(sweeps, "Tokens", Counting)
     attention, e = CausalAttention.from_qk_matrix(-0.02 * torch.eye(4, dtype=torch.float64)), 0.5 * tokens(21, 512, 4)
-    unique_prefix(attention, e)
+    prefix(attention, e)
     doubling, counts[:] = list(counts), []
     monkeypatch.setattr(sweeps, "_FIRST", 511)
-    unique_prefix(attention, e)
+    prefix(attention, e)
     assert len(counts) == 1
     assert max(doubling[1:]) <= 17 < 25 < counts[0], (doubling, counts)

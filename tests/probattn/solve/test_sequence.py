@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from probattn import CausalAttention, LatentAttention
 from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError, SeveralSolutionsWarning
 from probattn.solve.context import Context
-from probattn.solve.search import solve_token
 from probattn.solve.sequence import solve_sequence
+from probattn.solve.token import solve_token
 from support import attention_like, tokens
 
 
@@ -110,7 +110,7 @@ def test_on_a_line_several_solutions_are_found_as_a_grid_finds_them(heads):
     for seed in range(150):
         attention, u = attention_like(seed, heads, 1, 1, 1, size=10.0), tokens(seed, 5, 1)
         past = Context.of(attention, u[:4])
-        noise = u[4] - past.moved.mean(-2).sum(-2)
+        noise = u[4] - past.values.mean(-2).sum(-2)
         grid = torch.linspace(-60, 60, 60_001, dtype=torch.float64).unsqueeze(-1)
         residual = (grid - past.mean(grid) - noise).squeeze(-1)
         if int((residual[1:] * residual[:-1] < 0).sum()) < 2:
