@@ -75,5 +75,5 @@ def test_pieces_of_a_tokeniser_join_to_the_text(folder):
 
 
 def test_an_architecture_that_does_not_exist():
-    with pytest.raises(InputError, match="gpt2, llama"):
+    with pytest.raises(InputError, match="'gpt2', 'llama'"):
         build_causal_lm("gpt5", 4)

@@ -73,9 +73,9 @@ def test_pickles_are_refused_and_not_executed(tmp_path):
     ("states", "message"),
     [
         (STATES[0], r"has shape \(5, 2\); it must be \(sequences, T, p\)"),
-        (STATES[:, :2], "T is 2; with fewer than 3 tokens no token has a past that varies"),
+        (STATES[:, :2], "T is 2; give sequences of at least 3 tokens"),
         (STATES[:0], r"has shape \(0, 5, 2\)"),
-        (STATES.astype(int), "holds torch.int64; hidden states are floating-point numbers"),
+        (STATES.astype(int), "holds torch.int64; save floating-point numbers"),
     ],
 )
 def test_shapes_and_types(tmp_path, states, message):
