@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Annotated
 
 import pyro
 import pyro.distributions as dist
@@ -17,16 +17,17 @@ from probattn.attention import CausalAttention, Mask
 from probattn.barrier import BarrierKind, log_barrier
 from probattn.distributions import LatentAttention, noise_distribution
 from probattn.embedding_prior import Prior
-from probattn.errors import InputError, require_at_least, require_choice, require_positive
+from probattn.errors import InputError
 from probattn.models.module import SequenceModel
 from probattn.numerics.random import isolated_seed
+from probattn.options import Range, check_options
 
 __all__ = ["LanguageConfig", "LanguageModel"]
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Sizes and prior of a :class:`LanguageModel`.
+    """Sizes and prior of the language model.
 
     Attributes:
         vocabulary: number V of characters.
@@ -38,40 +39,33 @@ class LanguageConfig:
         stage_rank: size r of queries and keys in that stage.
         weight: power lambda to which the density of the embeddings is raised; 0 omits the stage.
         kind: penalty that replaces ``-log|det J|``.
-        prior: "full" for the Gaussian term and the penalty, "margin" for the penalty alone, which is the limit of
+        prior: full, with the Gaussian term and the penalty, or margin, with the penalty alone, which is the limit of
             infinite noise variance.
         noise_scale: standard deviation of the noise in the full prior.
         prior_scale: standard deviation of the normal prior of every parameter.
-        mask: tokens that each token of the stage sees, "strict" or "inclusive".
+        mask: tokens that each token of the stage sees: those before it, or itself as well.
     """
 
-    vocabulary: int
-    context: int = 64
-    dim: int = 32
-    layers: int = 2
-    decoder_heads: int = 4
-    stage_heads: int = 1
-    stage_rank: int = 8
-    weight: float = 0.05
+    vocabulary: Annotated[int, Range(least=1)]
+    context: Annotated[int, Range(least=1)] = 64
+    dim: Annotated[int, Range(least=1)] = 32
+    layers: Annotated[int, Range(least=1)] = 2
+    decoder_heads: Annotated[int, Range(least=1)] = 4
+    stage_heads: Annotated[int, Range(least=1)] = 1
+    stage_rank: Annotated[int, Range(least=1)] = 8
+    weight: Annotated[float, Range(least=0)] = 0.05
     kind: BarrierKind = "logdet"
     prior: Prior = "full"
-    noise_scale: float = 1.0
-    prior_scale: float = 1.0
+    noise_scale: Annotated[float, Range(above=0)] = 1.0
+    prior_scale: Annotated[float, Range(above=0)] = 1.0
     mask: Mask = "strict"
 
     def __post_init__(self) -> None:
-        sizes = ("vocabulary", "context", "dim", "layers", "decoder_heads", "stage_heads", "stage_rank")
-        for name in sizes:
-            require_at_least(name, getattr(self, name))
-        for name in ("noise_scale", "prior_scale"):
-            require_positive(name, getattr(self, name))
-        require_at_least("weight", self.weight, 0)
+        check_options(self)
         if self.dim % self.decoder_heads:
             raise InputError(
                 f"dim is {self.dim}, which decoder_heads = {self.decoder_heads} does not divide; choose a multiple."
             )
-        for name, allowed in (("kind", BarrierKind), ("prior", Prior), ("mask", Mask)):
-            require_choice(name, getattr(self, name), get_args(allowed))
 
     def as_dict(self) -> dict[str, object]:
         """Return the fields by name."""

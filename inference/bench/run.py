@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from probattn.errors import require_at_least, require_choice
 from probattn.inference.bench.density import density
 from probattn.inference.bench.growth import growth
 from probattn.inference.bench.harness import Row, race
@@ -18,17 +18,20 @@ from probattn.inference.bench.penalty import against_autograd, against_others, m
 from probattn.inference.bench.posterior import nuts
 from probattn.inference.bench.sampling import sequences
 from probattn.inference.bench.training import character_step, gpt2_step
-from probattn.inference.runtime.environment import describe
+from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
 from probattn.moments import cpu
+from probattn.options import Device, Range, Seed, check_options
 from probattn.penalty import attention_penalty
 from probattn.plotting import plot_cost
 
-__all__ = ["GATES", "PARTS", "as_table", "bench", "broken_gates"]
+__all__ = ["GATES", "PARTS", "BenchOptions", "Part", "as_table", "bench", "broken_gates"]
 
-Part = Callable[[torch.device, int], list[Row]]
+_LOG = logging.getLogger(__name__)
 
-PARTS: Mapping[str, Part] = {
+Part = Literal["penalty", "autograd", "density", "memory", "sampling", "nuts", "training", "gpu"]
+
+PARTS: Mapping[Part, Callable[[torch.device, int], list[Row]]] = {
     "penalty": against_others,
     "autograd": against_autograd,
     "density": density,
@@ -46,49 +49,64 @@ GATES: Mapping[str, float] = {
 }
 
 
-def bench(
-    out: Path,
-    device: torch.device,
-    *,
-    parts: Sequence[str] = (),
-    rounds: int = 5,
-    report: Callable[[str], None] = lambda line: None,
-) -> list[Row]:
-    """Measure and write ``bench.json``, ``bench.md`` and ``cost.png``.
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of ``probattn bench``.
+
+    Attributes:
+        parts: parts to measure; none stands for all.
+        rounds: number of rounds in which the competitors take turns.
+        gate: exit with status 1 where a ratio falls behind its gate.
+        out: output folder.
+        seed: random seed of the numbers that are measured on.
+        device: where to measure; auto takes a GPU where there is one.
+    """
+
+    parts: tuple[Part, ...] = ()
+    rounds: Annotated[int, Range(least=1)] = 5
+    gate: bool = False
+    out: Path = Path("runs/bench")
+    seed: Seed = 0
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def bench(options: BenchOptions) -> list[Row]:
+    """Measure and write ``bench.json``, ``bench.md`` and ``cost.png``; each row is logged when it is done.
 
     Args:
-        out: output folder.
-        device: where the penalty, sampling and training are measured.
-        parts: which of :data:`PARTS`; none: all.
-        rounds: of every race.
-        report: called with a line after each row.
+        options: parts, rounds and where to write.
+
+    Returns:
+        The rows.
 
     Raises:
-        InputError: a part that does not exist, or no rounds.
+        InputError: a folder that cannot be written, or a device that is not there.
     """
-    for name in parts:
-        require_choice("--parts", name, tuple(PARTS))
-    require_at_least("--rounds", rounds)
-    prepare_folder(out)
+    device = select_device(options.device)
+    prepare_folder(options.out)
+    torch.manual_seed(options.seed)
     rows: list[Row] = []
     for name, part in PARTS.items():
-        if parts and name not in parts:
+        if options.parts and name not in options.parts:
             continue
         try:
-            found = part(device, rounds)
+            found = part(device, options.rounds)
         except ImportError as error:
             found = [Row(name, "", None, faster=False, notes={"not measured": f"{error}; install probattn[bench]."})]
         for row in found:
             rows.append(row)
-            report(_line(row))
-    environment = describe(device, torch.float32, 0)
+            _LOG.info(_line(row))
+    environment = describe(device, torch.float32, options.seed)
     curves: dict[str, Any] = {}
-    if not parts or "penalty" in parts:
+    if not options.parts or "penalty" in options.parts:
         curves = growth(device)
-        write_figure(out / "cost.png", plot_cost(curves))
+        write_figure(options.out / "cost.png", plot_cost(curves))
     content = {"schema": 1, "environment": environment, "rows": [row.as_dict() for row in rows], "growth": curves}
-    write_json(out / "bench.json", content)
-    write_text(out / "bench.md", as_table(rows, environment))
+    write_json(options.out / "bench.json", content)
+    write_text(options.out / "bench.md", as_table(rows, environment))
     return rows
 
 

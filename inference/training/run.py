@@ -7,131 +7,35 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from probattn.barrier import BarrierKind
-from probattn.errors import InputError, require_at_least, require_choice, require_positive, require_share
-from probattn.hf.barrier import Placement, attach_barrier
+from probattn.errors import InputError
+from probattn.hf.barrier import attach_barrier
 from probattn.inference.runtime.distributed import launched_rank
 from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_json
 from probattn.inference.runtime.interrupt import deferred_interrupt
-from probattn.models.causal_lm import Architecture, CharacterTokeniser, Tokeniser, build_causal_lm, load_causal_lm
+from probattn.inference.training.options import TrainOptions
+from probattn.models.causal_lm import CharacterTokeniser, Tokeniser, build_causal_lm, load_causal_lm
 from probattn.models.corpus import load_corpus
+from probattn.options import as_plain
 
-__all__ = ["Interrupted", "Precision", "TrainOptions", "train"]
+__all__ = ["Interrupted", "train"]
 
-Precision = Literal["float32", "float64", "bf16", "fp16"]
+_LOG = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
     """Training was interrupted and left a checkpoint."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What to train, on which text, how, and where to write.
-
-    Attributes:
-        out: output folder.
-        corpus, heldout: see :func:`probattn.models.corpus.load_corpus`.
-        model: folder of a checkpoint with its tokeniser, to go on from; None trains from scratch on characters.
-        architecture: of a model from scratch.
-        layers, dim, heads, context: its sizes; context also of the windows of a checkpoint's training.
-        dropout: of a model from scratch.
-        weight: lambda; 0 trains without the barrier.
-        kind, positions, placement: see :func:`probattn.hf.barrier.attach_barrier`.
-        steps: optimiser steps.
-        batch: windows in a step, over all processes and accumulation.
-        accumulate: parts that a process makes of its share of a batch.
-        learning_rate, weight_decay, warmup: of AdamW; warmup in steps, then a cosine to zero.
-        precision: float32, float64, or mixed: bf16, fp16 (the last with a loss scaler, on CUDA only).
-        checkpointing: compute activations again in the backward pass.
-        compile: compile the model.
-        save_every, evaluate_every, log_every: in steps; 0 evaluates or saves at the end only.
-        keep: checkpoints that are kept.
-        evaluate_windows: held-out windows in an evaluation.
-        report_to: trackers of ``transformers`` that the metrics are passed on to, separated by commas.
-        seed: of everything random.
-        device: auto, cpu or cuda.
-        resume: go on from the last whole checkpoint in ``out``.
-    """
-
-    out: Path = Path("runs/train")
-    corpus: str = "python-docs"
-    heldout: str | None = None
-    model: Path | None = None
-    architecture: Architecture = "gpt2"
-    layers: int = 2
-    dim: int = 64
-    heads: int = 4
-    context: int = 64
-    dropout: float = 0.0
-    weight: float = 0.05
-    kind: BarrierKind = "one_sided"
-    positions: float = 1.0
-    placement: Placement = "heads"
-    steps: int = 1000
-    batch: int = 32
-    accumulate: int = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    warmup: int = 50
-    precision: Precision = "float32"
-    checkpointing: bool = False
-    compile: bool = False
-    save_every: int = 200
-    evaluate_every: int = 200
-    log_every: int = 20
-    keep: int = 2
-    evaluate_windows: int = 256
-    report_to: str = ""
-    seed: int = 0
-    device: str = "auto"
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "dim", "heads", "context", "steps", "batch", "accumulate", "log_every", "keep"):
-            require_at_least(_flag(name), getattr(self, name))
-        for name in ("save_every", "evaluate_every", "warmup", "evaluate_windows", "weight"):
-            require_at_least(_flag(name), getattr(self, name), 0)
-        if self.dim % self.heads:
-            raise InputError(f"--dim is {self.dim}, which --heads {self.heads} does not divide.")
-        require_share("--positions", self.positions)
-        require_positive("--learning-rate", self.learning_rate)
-        choices = {
-            "architecture": Architecture,
-            "kind": BarrierKind,
-            "placement": Placement,
-            "precision": Precision,
-        }
-        for name, allowed in choices.items():
-            require_choice(_flag(name), getattr(self, name), get_args(allowed))
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.batch % (world * self.accumulate):
-            raise InputError(
-                f"--batch {self.batch} cannot be shared by {world} processes in {self.accumulate} parts each; give a "
-                f"multiple of {world * self.accumulate}."
-            )
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise InputError("--precision fp16 needs a CUDA device; use bf16, float32 or float64 on a CPU.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 class _Windows(Dataset[dict[str, Tensor]]):
@@ -147,12 +51,11 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def train(options: TrainOptions, report: Callable[[str], None] = lambda line: None) -> dict[str, float]:
+def train(options: TrainOptions) -> dict[str, float]:
     """Train and write ``model/``, ``metrics.jsonl``, ``config.json`` and ``checkpoint-*/``.
 
     Args:
         options: see :class:`TrainOptions`.
-        report: called with a line now and then, by the first process.
 
     Returns:
         ``cross_entropy`` on the held-out text (nats a token), ``bits`` (a token), and ``train_cross_entropy``,
@@ -173,22 +76,21 @@ def train(options: TrainOptions, report: Callable[[str], None] = lambda line: No
     chatter.disable_progress_bar()
     device = select_device(options.device)
     first = launched_rank() == 0
-    say = report if first else (lambda line: None)
     model, tokeniser, windows, heldout, facts = _problem(options)
     prepare_folder(options.out)
-    resumed = _resume_point(options, {**_identity(options), **facts}, say)
+    resumed = _resume_point(options, {**_identity(options), **facts})
     if first:
         environment = describe(device, torch.float64 if options.precision == "float64" else torch.float32, options.seed)
         write_json(
             options.out / "config.json",
-            {"schema": 1, "options": options.as_dict(), "identity": {**_identity(options), **facts}, **environment},
+            {"schema": 1, "options": as_plain(options), "identity": {**_identity(options), **facts}, **environment},
         )
     barrier = None
     if options.weight > 0:
         torch.manual_seed(options.seed)
         barrier = attach_barrier(model, options.weight, options.kind, options.positions, options.placement)
     with deferred_interrupt() as interrupted:
-        trainer = _trainer(options, model, barrier, windows, heldout, interrupted, say, device)
+        trainer = _trainer(options, model, barrier, windows, heldout, interrupted, device)
         trainer.train(resume_from_checkpoint=resumed)
         if interrupted.is_set():
             raise Interrupted
@@ -224,7 +126,6 @@ def _trainer(
     windows: Tensor,
     heldout: Tensor,
     interrupted: Any,
-    say: Callable[[str], None],
     device: torch.device,
 ) -> Any:
     from transformers import TrainerCallback, TrainingArguments
@@ -259,7 +160,7 @@ def _trainer(
         save_total_limit=options.keep,
         eval_strategy="steps" if options.evaluate_every else "no",
         eval_steps=options.evaluate_every or None,
-        report_to=[name.strip() for name in options.report_to.split(",") if name.strip()] or "none",
+        report_to=list(options.report_to) or "none",
         seed=options.seed,
         data_seed=options.seed,
         use_cpu=device.type == "cpu",
@@ -279,7 +180,6 @@ def _trainer(
         callbacks=[StopBetweenSteps()],
         barrier=barrier,
         metrics=options.out / "metrics.jsonl",
-        report=lambda line: say(_words(line)),
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -328,11 +228,11 @@ _FREE = {"out", "steps", "save_every", "evaluate_every", "log_every", "keep", "r
 
 def _identity(options: TrainOptions) -> dict[str, Any]:
     """What must agree with a checkpoint to go on from it: the length of the run too, as the cosine depends on it."""
-    given = options.as_dict()
+    given = as_plain(options)
     return {field.name: given[field.name] for field in fields(options) if field.name not in _FREE - {"steps"}}
 
 
-def _resume_point(options: TrainOptions, identity: dict[str, Any], say: Callable[[str], None]) -> Path | None:
+def _resume_point(options: TrainOptions, identity: dict[str, Any]) -> Path | None:
     from probattn.inference.training.trainer import last_whole_checkpoint
 
     existing = sorted(options.out.glob("checkpoint-*"))
@@ -353,12 +253,6 @@ def _resume_point(options: TrainOptions, identity: dict[str, Any], say: Callable
                     f"--resume: the run in {options.out} has {name} {before.get(name)!r}, this one "
                     f"{identity.get(name)!r}; use the same options or another --out."
                 )
-    found = last_whole_checkpoint(options.out, say)
-    say(f"going on from {found}" if found else "no whole checkpoint; starting from the beginning")
+    found = last_whole_checkpoint(options.out)
+    _LOG.info(f"going on from {found}" if found else "no whole checkpoint; starting from the beginning")
     return found
-
-
-def _words(line: dict[str, Any]) -> str:
-    names = ("loss", "penalty", "objective", "smallest_margin", "eval_loss", "train_runtime")
-    shown = [f"{name.replace('_', ' ')} {line[name]:.4f}" for name in names if isinstance(line.get(name), float)]
-    return f"step {line['step']}: " + ", ".join(shown)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from probattn.inference.runtime.files import finite_or_null, write_text
 
 __all__ = ["LogBarrierTrainer", "LogBarrierTrainerMixin", "last_whole_checkpoint"]
 
+_LOG = logging.getLogger(__name__)
+
 
 class LogBarrierTrainerMixin:
     """For any Trainer: trains on cross-entropy + lambda penalty, logs the two apart, evaluates without the penalty.
@@ -31,10 +34,10 @@ class LogBarrierTrainerMixin:
         barrier: from :func:`~probattn.hf.barrier.attach_barrier` on the model that is trained; None: no barrier, the
             figures are those of the cross-entropy alone.
         metrics: a JSON Lines file that every logged line is appended to, by the first process; None writes none.
-        report: called with every logged line, by the first process.
 
-    Logged in training, as means over the steps since the last line: ``cross_entropy``, ``penalty``, ``objective``; and
-    from the last step: ``weight``, ``smallest_margin``, ``support`` (layer, head, sequence, position of that margin).
+    Logged in training by the first process, as means over the steps since the last line: ``cross_entropy``,
+    ``penalty``, ``objective``; and from the last step: ``weight``, ``smallest_margin``, ``support`` (layer, head,
+    sequence, position of that margin).
     """
 
     def __init__(
@@ -42,11 +45,10 @@ class LogBarrierTrainerMixin:
         *args: Any,
         barrier: BarrierHandle | None = None,
         metrics: Path | None = None,
-        report: Callable[[dict[str, Any]], None] = lambda line: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._barrier, self._metrics, self._report_line = barrier, metrics, report
+        self._barrier, self._metrics = barrier, metrics
         self._penalty, self._steps_logged = 0.0, 0
         if barrier is not None:
             for name in ("compute_loss_func", "label_smoother"):
@@ -79,7 +81,7 @@ class LogBarrierTrainerMixin:
         if self._metrics is not None:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite_or_null(line)) + "\n")
-        self._report_line(line)
+        _LOG.info(_words(line))
 
     def _figures(self, loss: float) -> dict[str, Any]:
         assert self._barrier is not None
@@ -130,12 +132,13 @@ class LogBarrierTrainer(LogBarrierTrainerMixin, Trainer):  # type: ignore[misc]
     """The Trainer of ``transformers`` with the mixin."""
 
 
-def last_whole_checkpoint(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:
+def last_whole_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint of a Trainer that can be read to its end, or None where there is none.
 
+    Each later checkpoint that is damaged is logged as a warning.
+
     Args:
-        folder: the Trainer's output folder.
-        warn: called with a line for each later checkpoint that is damaged.
+        folder: output folder of the Trainer.
     """
     numbered = []
     for path in folder.glob("checkpoint-*"):
@@ -146,7 +149,7 @@ def last_whole_checkpoint(folder: Path, warn: Callable[[str], None] = lambda lin
         fault = _fault(path)
         if fault is None:
             return path
-        warn(f"checkpoint {path} is not whole ({fault}); going back to the one before.")
+        _LOG.warning("checkpoint %s is not whole (%s); going back to the one before.", path, fault)
     return None
 
 
@@ -188,3 +191,9 @@ def _keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError):  # the line that was being written when the process was killed
             continue
     write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _words(line: Mapping[str, Any]) -> str:
+    names = ("loss", "penalty", "objective", "smallest_margin", "eval_loss", "train_runtime")
+    shown = [f"{name.replace('_', ' ')} {line[name]:.4f}" for name in names if isinstance(line.get(name), float)]
+    return f"step {line['step']}: " + ", ".join(shown)

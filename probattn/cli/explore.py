@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import threading
 import webbrowser
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from probattn.cli.command import command
 from probattn.errors import InputError
+from probattn.options import Range, check_options
 
-__all__ = ["explore"]
+__all__ = ["ExploreOptions", "app"]
 
 
-def explore(
-    save: Annotated[Path | None, typer.Option(help="Write the page to this file and stop; it needs no server.")] = None,
-    port: Annotated[
-        int, typer.Option(help="Port on this machine; if taken, the next free one; 0: any.", min=0, max=65535)
-    ] = 8327,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class ExploreOptions:
+    """Options of ``probattn explore``.
+
+    Attributes:
+        save: file that the page is written to, instead of being served.
+        port: port on this machine; if taken, the next free one; 0 takes any.
+        browser: open the page in the browser.
+    """
+
+    save: Path | None = None
+    port: Annotated[int, Range(least=0, most=65535)] = 8327
+    browser: bool = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def run(options: ExploreOptions) -> None:
     """Explore folds, margins, masses and the infinite sequence in the browser, by dragging tokens.
 
     The page is one file and asks no network for anything. Exit status: 0 done, 2 bad usage or input.
@@ -29,29 +41,28 @@ def explore(
     from probattn.teach.explorer import explorer_page, serve_page
 
     page = explorer_page()
-    if save is not None:
-        _write(save, page)
-        typer.echo(
-            f"explorer: {save} ({len(page.encode()) / 1024:.0f} KiB); open it in a browser, or host it anywhere."
-        )
+    if options.save is not None:
+        _write(options.save, page)
+        size = len(page.encode()) / 1024
+        print(f"explorer: {options.save} ({size:.0f} KiB); open it in a browser, or host it anywhere.")
         return
-    server = serve_page(page, port)
+    server = serve_page(page, options.port)
     with server:
-        if port not in (0, server.server_port):
-            typer.echo(f"port {port} is taken; using {server.server_port}.")
+        if options.port not in (0, server.server_port):
+            print(f"port {options.port} is taken; using {server.server_port}.", flush=True)
         address = f"http://127.0.0.1:{server.server_port}/"
-        typer.echo(f"explorer: {address} (Ctrl-C stops it)")
-        if browser:
+        print(f"explorer: {address} (Ctrl-C stops it)", flush=True)
+        if options.browser:
             # Beside the server: a browser in the terminal would wait for an answer while nobody serves.
             threading.Thread(target=_open, args=(address,), daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            typer.echo("stopped.")
+            print("stopped.")
 
 
 def _write(path: Path, page: str) -> None:
-    """The file whole, or the reason why not."""
+    """Write the file whole, or say why not."""
     from probattn.inference.runtime.files import write_text
 
     if path.is_dir():
@@ -70,4 +81,7 @@ def _open(address: str) -> None:
     except webbrowser.Error:
         found = False
     if not found:
-        typer.echo("no browser was found; open the address above in one.")
+        print("no browser was found; open the address above in one.", flush=True)
+
+
+app = command("explore", ExploreOptions, run)

@@ -1,20 +1,19 @@
 """The benchmark compares things that compute the same, and says what it found, missed goals too."""
 
-import inspect
 import json
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from probattn import CausalAttention
-from probattn.cli.bench import bench as command
 from probattn.errors import InputError
 from probattn.inference.bench.density import dense_log_density, log_density
 from probattn.inference.bench.harness import Row, Timing, race
 from probattn.inference.bench.penalty import dense_penalty, memory
-from probattn.inference.bench.run import PARTS, as_table, bench, broken_gates
+from probattn.inference.bench.run import PARTS, BenchOptions, Part, as_table, bench, broken_gates
 from probattn.inference.bench.sampling import naive_sequence
 from probattn.inference.runtime.environment import describe
 from probattn.moments import cpu
@@ -36,8 +35,8 @@ def test_a_race_takes_turns_and_keeps_the_least():
     assert found["slow"].calls == 3
 
 
-def test_the_command_names_every_part():
-    assert ",".join(PARTS) in str(inspect.signature(command).parameters["parts"].annotation)
+def test_the_options_name_every_part():
+    assert get_args(Part) == tuple(PARTS)
 
 
 def test_a_turn_lasts_as_long_as_it_is_told():
@@ -104,17 +103,17 @@ def test_the_table_shows_what_was_missed_and_what_was_not_measured(monkeypatch):
     assert broken_gates(rows) == []
 
 
-def test_a_run_writes_its_rows(tmp_path):
-    seen = []
-    bench(tmp_path, torch.device("cpu"), parts=["memory"], rounds=1, report=seen.append)
+def test_a_run_writes_its_rows(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="probattn"):
+        bench(BenchOptions(out=tmp_path, device="cpu", parts=["memory"], rounds=1))
     content = json.loads((tmp_path / "bench.json").read_text())
     assert content["schema"] == 1
     assert content["rows"][0]["met"] is True, content["rows"]
-    assert len(seen) == 1
-    with pytest.raises(InputError, match="--parts is 'speed'; use one of 'penalty'"):
-        bench(tmp_path, torch.device("cpu"), parts=["speed"])
+    assert len(caplog.messages) == 1
+    with pytest.raises(InputError, match="parts is 'speed'; use one of 'penalty'"):
+        BenchOptions(parts=["speed"])
     with pytest.raises(InputError, match="at least 1"):
-        bench(tmp_path, torch.device("cpu"), rounds=0)
+        BenchOptions(rounds=0)
 
 
 def test_the_figure_draws_every_competitor():

@@ -1,7 +1,9 @@
 """Training with the barrier: what is logged, what a checkpoint holds, and that going on from one changes nothing."""
 
 import json
+import logging
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 
 from probattn.errors import InputError, NonFinitePenaltyError
 from probattn.hf.barrier import attach_barrier
-from probattn.inference.training.run import TrainOptions, train
+from probattn.inference.training.options import TrainOptions
+from probattn.inference.training.run import train
 from probattn.inference.training.trainer import LogBarrierTrainer, last_whole_checkpoint
 from probattn.models.causal_lm import CharacterTokeniser, build_causal_lm, load_causal_lm
 
@@ -53,12 +56,27 @@ def losses(folder):
     return {line["step"]: line["objective"] for line in lines(folder) if "objective" in line}
 
 
+@contextmanager
+def logged():
+    """The lines that are logged meanwhile."""
+    seen = []
+    logger, handler = logging.getLogger("probattn"), logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield seen
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text):
     """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("whole")
-    seen = []
-    return out, train(replace(OPTIONS, out=out, corpus=text), seen.append), seen
+    with logged() as seen:
+        return out, train(replace(OPTIONS, out=out, corpus=text)), seen
 
 
 def test_a_run_leaves_a_model_its_alphabet_and_its_figures(whole):
@@ -117,13 +135,13 @@ def test_a_half_written_checkpoint_is_passed_over_and_said(whole, text, tmp_path
     train(options)
     damaged = out / "checkpoint-12" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    warned = []
-    assert last_whole_checkpoint(out, warned.append) == out / "checkpoint-8"
+    with logged() as warned:
+        assert last_whole_checkpoint(out) == out / "checkpoint-8"
     assert len(warned) == 1
     assert "checkpoint-12 is not whole" in warned[0]
     if file == "model.safetensors":
-        seen = []
-        assert train(replace(options, resume=True), seen.append) == whole[1]
+        with logged() as seen:
+            assert train(replace(options, resume=True)) == whole[1]
         assert any("checkpoint-12 is not whole" in line for line in seen)
 
 
@@ -172,12 +190,18 @@ def test_a_penalty_that_is_not_finite_stops_and_keeps_the_checkpoint(text, tmp_p
     [
         ({"batch": 9, "accumulate": 2}, "a multiple of 2"),
         ({"dim": 15}, "does not divide"),
-        ({"kind": "log"}, "logdet, one_sided"),
-        ({"positions": 0.0}, "must lie in"),
-        ({"weight": -1.0}, "--weight is -1.0; it must be finite and at least 0"),
-        ({"steps": 0}, "--steps is 0"),
+        ({"kind": "log"}, "'logdet', 'one_sided'"),
+        ({"positions": 0.0}, "above 0 and at most 1"),
+        ({"weight": -1.0}, "weight is -1.0; it must be at least 0"),
+        ({"steps": 0}, "steps is 0"),
         ({"precision": "fp16"}, "needs a CUDA device"),
-        ({"learning_rate": float("nan")}, "positive and finite"),
+        ({"steps": 1.5}, "steps is 1.5; it must be an integer"),
+        ({"steps": None}, "steps is None; it must be an integer"),
+        ({"batch": torch.ones(2)}, r"batch is tensor\(\[1., 1.\]\); it must be an integer"),
+        ({"learning_rate": [0.1]}, r"learning_rate is \[0.1\]; it must be a number"),
+        ({"resume": 1}, "resume is 1; it must be True or False"),
+        ({"out": None}, "out is None; it must be a path"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be above 0"),
     ],
 )
 def test_options_that_cannot_be_used(change, message):

@@ -1,0 +1,126 @@
+"""What ``fit`` infers from: sequences from a file, or the attention stage of a language model fitted to a text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from probattn.errors import InputError
+from probattn.inference.language import LanguageFit, fit_language
+from probattn.inference.methods.map import MapConfig
+from probattn.inference.methods.svi import SviConfig
+from probattn.inference.runtime.environment import select_device
+from probattn.inference.runtime.files import prepare_folder
+from probattn.models.corpus import load_corpus
+from probattn.models.embedding import EmbeddingModel
+from probattn.models.hidden_states import load_hidden_states
+from probattn.models.language import LanguageConfig, LanguageModel
+
+if TYPE_CHECKING:
+    from probattn.inference.fit import FitOptions
+
+__all__ = ["Problem", "pose"]
+
+_LOG = logging.getLogger(__name__)
+_WINDOWS = 32  # of a text; their likelihood is raised to the power that makes them stand for all
+
+
+class Problem(NamedTuple):
+    """What is inferred from what.
+
+    Attributes:
+        model: model of the sequences.
+        u: sequences, ``(N, T, p)``.
+        facts: what a result must say of them, plain JSON values by name.
+    """
+
+    model: EmbeddingModel
+    u: Tensor
+    facts: Mapping[str, Any]
+
+
+def pose(options: FitOptions) -> Problem:
+    """Read the input of a fit and make the output folder.
+
+    Args:
+        options: options of the fit.
+
+    Raises:
+        InputError: input that cannot be used, or a folder that cannot be written.
+    """
+    if options.data is not None:
+        return _from_file(options, options.data)
+    return _from_text(options, str(options.corpus))
+
+
+def _from_file(options: FitOptions, data: Path) -> Problem:
+    u = load_hidden_states(data, array=options.array)[: options.sequences or None]
+    facts: dict[str, Any] = {"name": data.name, "shape": list(u.shape), "rms": float(u.square().mean().sqrt())}
+    if options.standardise:
+        centre, scale = float(u.mean()), float(u.std())
+        if scale == 0:
+            raise InputError(f"data {data}: all numbers are equal; there is nothing to infer.")
+        u = (u - centre) / scale
+        facts |= {"subtracted": centre, "divided_by": scale}
+    prepare_folder(options.out)
+    model = EmbeddingModel(
+        u.shape[1],
+        u.shape[2],
+        heads=options.heads,
+        rank=options.rank,
+        value_dim=options.value_dim,
+        prior_scale=options.prior_scale,
+        mask=options.mask,
+        parameters="qk_matrix" if options.rank is None and options.value_dim is None else "factors",
+        jacobian=options.jacobian,
+    )
+    device, dtype = select_device(options.device), getattr(torch, options.dtype)
+    return Problem(model.to(device, dtype), u.to(device, dtype), facts)
+
+
+def _from_text(options: FitOptions, corpus_name: str) -> Problem:
+    """The attention stage of a language model at the mode, as a model of its embeddings with a tempered likelihood."""
+    device, dtype = select_device(options.device), getattr(torch, options.dtype)
+    corpus, text = load_corpus(corpus_name), options.text
+    config = LanguageConfig(
+        len(corpus.vocabulary),
+        context=text.context,
+        dim=text.dim,
+        stage_rank=text.stage_rank,
+        stage_heads=options.heads,
+        mask=options.mask,
+    )
+    windows = corpus.windows(config.context)
+    prepare_folder(options.out)
+    language = LanguageModel(config).to(device, dtype)
+    # Processes that share the steps of the fit behind share these too.
+    shards = options.method.shards if isinstance(options.method, (SviConfig, MapConfig)) else 1
+    _LOG.info("the language model first")
+    values, _ = fit_language(
+        language,
+        tuple(part.to(device) for part in windows),
+        LanguageFit(steps=text.language_steps, shards=shards, seed=options.seed),
+        checkpoint=options.out / "language.pt",
+        resume=options.resume,
+        identity={"corpus": corpus.digest, "dtype": options.dtype, "device": device.type},
+    )
+    with torch.no_grad():
+        u = language.embed(values, windows.inputs[: options.sequences or _WINDOWS].to(device))
+    model = EmbeddingModel(
+        config.context,
+        config.dim,
+        heads=config.stage_heads,
+        rank=config.stage_rank,
+        prior_scale=config.prior_scale * config.dim**0.5,
+        mask=config.mask,
+        noise_scale=config.noise_scale,
+        power=config.weight * len(windows.inputs) / len(u),
+        jacobian=options.jacobian,
+    )
+    facts = {"name": corpus.name, "sha256": corpus.digest, "shape": list(u.shape), "windows": len(windows.inputs)}
+    return Problem(model.to(device, dtype), u, facts)
