@@ -23,6 +23,7 @@ from probattn import blocks
 from probattn.errors import InputError, require_finite
 from probattn.interface import Mask, require_mask
 from probattn.moments.dense import SUPPORTED, attention_weights, scaled_dot, scaled_product
+from probattn.moments.mean import causal_mean
 from probattn.moments.operators import origin_moments
 from probattn.moments.refine import norm_bound
 
@@ -307,7 +308,13 @@ class CausalAttention:
         """Attention mean mu, (*batch, T, p); u_i enters mu_i through its own query."""
         self._require_tokens(u)
         query, key, value = self._project(u)
-        return self._assemble_mean(attention_weights(query, key, self._visible(u)) @ value)
+        batch = torch.broadcast_shapes(*(part.shape[:-2] for part in (query, key, value)))  # (*batch, H)
+        q, k, v = (part.expand(*batch, *part.shape[-2:]).reshape(-1, *part.shape[-3:]) for part in (query, key, value))
+        if self.mask == "inclusive":
+            average = causal_mean(q, k, v)
+        else:  # a token sees what the one before it sees under the inclusive mask; the first sees nothing
+            average = torch.nn.functional.pad(causal_mean(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]), (0, 0, 1, 0))
+        return self._assemble_mean(average.view(*batch, *average.shape[-2:]))
 
     def residual(self, u: Tensor) -> Tensor:
         """The residual map e = u - mu(u), (*batch, T, p)."""

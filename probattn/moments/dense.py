@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["SUPPORTED", "attention_weights", "dense_moments", "past_weights", "scaled_dot", "scaled_product"]
+__all__ = ["SUPPORTED", "attention_weights", "dense_moments", "median", "past_weights", "scaled_dot", "scaled_product"]
 
 SUPPORTED = (torch.float32, torch.float64)
 """The precisions in which log-determinants are offered."""
@@ -134,7 +134,7 @@ def dense_moments(
         origin: point that means and log-sums are measured from, (B, K, P, g, dv + r), a constant.
     """
     # Changes no covariance and keeps digits: the median is far from few of the tokens, whatever the first one is.
-    centre_value, centre_key = _centre(value), _centre(key)
+    centre_value, centre_key = median(value), median(key)
     value = value - centre_value
     rows = scale * query.flatten(2, 3)  # (B, K, P g, r)
     if softcap:  # bends the logits: the keys cannot be moved
@@ -158,7 +158,7 @@ def dense_moments(
     return covariance, mean, log_sum
 
 
-def _centre(tokens: Tensor) -> Tensor:
-    """Median of each feature, (B, K, 1, features); zero where there is no token."""
+def median(tokens: Tensor) -> Tensor:
+    """Median of each feature over the tokens, (*batch, 1, features), a constant; zero where there is no token."""
     tokens = tokens.detach()
-    return torch.nanmedian(tokens, dim=2, keepdim=True).values if tokens.shape[2] else tokens.sum(2, keepdim=True)
+    return torch.nanmedian(tokens, dim=-2, keepdim=True).values if tokens.shape[-2] else tokens.sum(-2, keepdim=True)

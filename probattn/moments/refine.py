@@ -157,23 +157,20 @@ class Rows(NamedTuple):
             for part in (problem.key, problem.value)
         )
 
-        def logits(tokens: Tensor) -> Tensor:
-            plain = scaled_product(query.unsqueeze(-2), tokens.mT).squeeze(-2)  # (R, S)
-            return problem.softcap * torch.tanh(plain / problem.softcap) if problem.softcap else plain
+        def shown(logits: Tensor) -> Tensor:
+            return (logits if bias is None else logits + bias).masked_fill(~visible, -torch.inf)
 
-        def shown(plain: Tensor) -> Tensor:
-            return (plain if bias is None else plain + bias).masked_fill(~visible, -torch.inf)
-
-        found = logits(key)
-        largest = shown(found).argmax(-1)[:, None, None]  # (R, 1, 1)
+        rough = _rough_logits(query, key)
+        largest = shown(rough).argmax(-1)[:, None, None]  # (R, 1, 1)
         origin_value, origin_key = (part.take_along_dim(largest, 1) for part in (value, key))  # (R, 1, dv or r)
         slope = bend = None
         if problem.softcap:  # it bends the logits: the keys cannot be moved
-            bent = found / problem.softcap
-            slope, bend, origin_key = 1 - bent.square(), -2 / problem.softcap * bent, torch.zeros_like(origin_key)
-        else:
-            key = key - origin_key
-            found = logits(key)
+            origin_key = torch.zeros_like(origin_key)
+        key = key - origin_key
+        found = scaled_product(query.unsqueeze(-2), key.mT).squeeze(-2)  # (R, S)
+        if problem.softcap:
+            bent = torch.tanh(found / problem.softcap)
+            found, slope, bend = problem.softcap * bent, 1 - bent.square(), -2 / problem.softcap * bent
         found = shown(found).masked_fill(~some, 0.0)
         alpha = torch.softmax(found, -1).masked_fill(~some, 0.0)
         log_sum = torch.logsumexp(found, -1).masked_fill(~some.squeeze(-1), -torch.inf)
@@ -227,6 +224,17 @@ class Rows(NamedTuple):
         to_query = self.scale * (to_query + (to_logits.unsqueeze(-2) @ self.key).squeeze(-2))
         to_key = weights.unsqueeze(-1) * to_key + to_logits.unsqueeze(-1) * self.query.unsqueeze(-2)
         return to_query, to_key, to_value
+
+
+def _rough_logits(query: Tensor, key: Tensor) -> Tensor:
+    """Logits by which the largest is found, (R, S), divided by their size in rows where they leave the range."""
+    plain = (query.unsqueeze(-2) @ key.mT).squeeze(-2)
+    beyond = ~(plain < torch.inf).all(-1, keepdim=True)
+    if not bool(beyond.any()):
+        return plain
+    sizes = query.abs().amax(-1, keepdim=True), key.abs().amax((-2, -1), keepdim=True)
+    query, key = (part / size.where(size > 0, 1.0) for part, size in zip((query, key), sizes, strict=True))
+    return torch.where(beyond, (query.unsqueeze(-2) @ key.mT).squeeze(-2), plain)
 
 
 def _visible(problem: Problem, index: tuple[Tensor, ...], seen: int) -> tuple[Tensor, Tensor | None]:
