@@ -19,6 +19,7 @@ __all__ = [
     "require_finite",
     "require_positive",
     "require_share",
+    "require_tensor",
 ]
 
 
@@ -40,6 +41,38 @@ class SeveralSolutionsError(ArithmeticError):
 
 class SeveralSolutionsWarning(UserWarning):
     """The implicit equation has more than one solution; the rule that the caller named has chosen one."""
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raise unless a value is a tensor, naming what it is and how to make a tensor of it.
+
+    Args:
+        name: name of the value in the message.
+        value: anything.
+
+    Raises:
+        InputError: with the type of the value, and its shape or length where it has one.
+
+    Example:
+        >>> require_tensor("u", [0.0, 1.0])
+        Traceback (most recent call last):
+        ...
+        probattn.errors.InputError: u is a list of length 2; it must be a tensor, made by torch.as_tensor(u).
+    """
+    if isinstance(value, Tensor):
+        return
+    kind = (
+        type(value).__name__
+        if type(value).__module__ == "builtins"
+        else f"{type(value).__module__}.{type(value).__name__}"
+    )
+    article = "an" if kind[0] in "aeiou" else "a"
+    size = ""
+    if isinstance(getattr(value, "shape", None), tuple):
+        size = f" of shape {value.shape}"
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        size = f" of length {len(value)}"
+    raise InputError(f"{name} is {article} {kind}{size}; it must be a tensor, made by torch.as_tensor({name}).")
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
