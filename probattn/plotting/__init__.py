@@ -1,19 +1,13 @@
 """Figures, each a function of arrays that returns a matplotlib ``Figure``; nothing is shown or saved here."""
 
 from probattn.plotting.blocks import plot_barriers, plot_bounds, plot_conditional, plot_margins, plot_mass, plot_masses
+from probattn.plotting.calibration import plot_rank_bands, plot_recovery
 from probattn.plotting.cost import plot_cost
-from probattn.plotting.inference import (
-    plot_chains,
-    plot_comparison,
-    plot_margin_bands,
-    plot_posterior,
-    plot_rank_bands,
-    plot_recovery,
-    plot_training,
-)
 from probattn.plotting.language import plot_sensitivity, plot_survival
+from probattn.plotting.posterior import plot_chains, plot_comparison, plot_margin_bands, plot_posterior
 from probattn.plotting.process import plot_boundary, plot_excess, plot_growth, plot_rotation
 from probattn.plotting.robustness import plot_arm_differences, plot_loss_curves, plot_norms_and_margins
+from probattn.plotting.training import plot_training
 
 __all__ = [
     "plot_arm_differences",

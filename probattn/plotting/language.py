@@ -1,16 +1,15 @@
-"""Language models: what their next-token law is sensitive to, and how long their strings live."""
+"""Language models: sensitivity of their next-token distribution, and lengths of their strings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probattn.plotting.style import COLOURS, Array, outside_legend, panels
+from probattn.plotting.style import COLOURS, ERROR_BARS, Array, finish, label_rows, outside_legend, panels
 
 __all__ = ["plot_sensitivity", "plot_survival"]
 
@@ -24,15 +23,15 @@ def plot_sensitivity(
     *,
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Rank correlations of predictors with sensitivity to noise, and one such pair itself, split by entropy.
+    """Draw rank correlations of predictors with sensitivity to noise, and one such pair, split by entropy.
 
     Args:
-        predictors: labels, P of them, from top to bottom.
-        correlations: by noise, the correlations and the ends of their intervals, (P,) each.
+        predictors: labels of the predictors, P of them, from top to bottom.
+        correlations: correlations and the two ends of their intervals, (P,) each, by kind of noise.
         margin: singular-value margin at each step, of any shape.
-        sensitivity: KL divergence there in nats, of the same shape; below 1e-12 it is drawn at 1e-12.
-        entropy: of the next-token law there, of the same shape.
-        axes: for the correlations, and for the pair.
+        sensitivity: KL divergence at each step in nats, of the same shape; below 1e-12 it is drawn at 1e-12.
+        entropy: entropy of the next-token distribution at each step, of the same shape.
+        axes: one panel for the correlations, one for the pair.
 
     Returns:
         The figure.
@@ -47,22 +46,19 @@ def plot_sensitivity(
         >>> figure.axes[1].get_yscale()
         'log'
     """
-    figure, drawn = panels(axes, 2, (11.5, 4.8), columns=2, width_ratios=(1.25, 1))
-    left, right = drawn
+    figure, (left, right) = panels(axes, 2, (11.5, 4.8), width_ratios=(1.25, 1))
     blue, red, green, orange = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
-    rows = np.arange(len(predictors))[::-1]
+    rows = label_rows(left, predictors)
     styles = cycle(((blue, "o"), (green, "s"), (red, "^"), (orange, "D")))
-    for k, ((noise, (centre, low, high)), (colour, marker)) in enumerate(
-        zip(correlations.items(), styles, strict=False)
-    ):
-        height = rows + 0.18 * ((len(correlations) - 1) / 2 - k)
+    middle = (len(correlations) - 1) / 2
+    for k, (noise, (centre, low, high)) in enumerate(correlations.items()):
+        colour, marker = next(styles)
+        height = rows + 0.18 * (middle - k)
         left.hlines(height, low, high, color=colour, linewidth=1.4)
         left.plot(centre, height, marker, color=colour, markersize=4, label=noise)
     left.axvline(0, color="black", linewidth=0.8, linestyle="--")
-    left.set_yticks(rows, list(predictors))
     left.set_xlim(-1.05, 1.05)
-    left.set_xlabel("Spearman's ρ with sensitivity (bars: 95 %, windows resampled)")
-    outside_legend(axes, figure, left, "upper center", fontsize=8, columns=4)
+    outside_legend(axes, figure, left, "upper center", columns=4)
 
     ranked = np.sort(entropy, axis=None)
     sharp = entropy < ranked[(ranked.size - 1) // 2]  # the lower of two medians
@@ -70,11 +66,10 @@ def plot_sensitivity(
         points = margin[chosen], np.maximum(sensitivity[chosen], 1e-12)
         right.plot(*points, marker, color=colour, markersize=3, alpha=0.6, label=f"entropy {label} its median")
     right.set_yscale("log")
-    right.set_xlabel("singular-value margin σ_min(J_i)")
-    right.set_ylabel("sensitivity: KL (nats), noise on all embeddings")
-    right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
+    finish(left, "Spearman's ρ with sensitivity (bars: 95 %, windows resampled)")
+    finish(
+        right, r"margin $\sigma_{\min}(J_i)$", "sensitivity: KL divergence (nats), noise on all embeddings", legend=True
+    )
     return figure
 
 
@@ -88,17 +83,17 @@ def plot_survival(
     *,
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Survival of strings by two estimators beside a control, and the probabilities of the end above their floor.
+    """Draw the survival of strings by two estimators beside a control, and the probabilities of the end.
 
     Args:
-        survival: S(1)..S(N) with the end integrated out, (N,).
-        error: its standard errors, (N,).
-        lengths: of strings drawn directly, (M,); N or more where one was given up. Steps that none reached are
-            left out.
-        control: S of a model that is not tight, (N,).
+        survival: survival S(1)..S(N) with the end integrated out, (N,).
+        error: standard errors of the survival, (N,).
+        lengths: lengths of strings drawn directly, (M,); N or more where a string was given up. Their survival is
+            drawn at 40 lengths at most, and only where a string reached them.
+        control: survival of a model that is not tight, (N,).
         end: probabilities of the end seen along the paths, of any shape; zero is drawn at 1e-300.
-        log_floor: logarithm of the proved floor under them; -inf, which is not drawn, where none is proved.
-        axes: for survival, and for the probabilities.
+        log_floor: logarithm of the proved lower bound of these probabilities; -inf, which is not drawn, without one.
+        axes: one panel for the survival, one for the probabilities.
 
     Returns:
         The figure.
@@ -112,35 +107,27 @@ def plot_survival(
         >>> len(figure.axes)
         2
     """
-    figure, drawn = panels(axes, 2, (11, 4.2), columns=2)
-    left, right = drawn
+    figure, (left, right) = panels(axes, 2, (11, 4.2))
     steps = np.arange(1, len(survival) + 1)
     direct = (lengths[:, None] >= steps).mean(0)
     spread = np.sqrt(direct * (1 - direct) / len(lengths))
     lowest = max(float(survival[-1]), 1e-12) / 3
-    left.fill_between(
-        steps, np.maximum(survival - 2 * error, lowest), survival + 2 * error, color=COLOURS[0], alpha=0.25
-    )
+    below, above = np.maximum(survival - 2 * error, lowest), survival + 2 * error
+    left.fill_between(steps, below, above, color=COLOURS[0], alpha=0.25)
     left.plot(steps, survival, color=COLOURS[0], label="the end integrated out, ± 2 standard errors")
-    seen = direct > 0
-    bars: dict[str, Any] = {"color": COLOURS[1], "fmt": "o", "markersize": 3, "linewidth": 0.8}
+    seen = (direct > 0) & (steps % -(-len(steps) // 40) == 0)
     low = np.minimum(2 * spread, 0.9 * direct)  # so that the bar has an end on a logarithmic axis
-    left.errorbar(steps[seen], direct[seen], yerr=(low[seen], 2 * spread[seen]), label="strings drawn directly", **bars)
+    bars = (low[seen], 2 * spread[seen])
+    left.errorbar(steps[seen], direct[seen], bars, color=COLOURS[1], label="strings drawn directly", **ERROR_BARS)
     left.plot(steps, control, color=COLOURS[2], linestyle="--", label="control: end with 1/(t + 1)²")
     left.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     left.set_yscale("log")
     left.set_ylim(bottom=lowest)
-    left.set_xlabel("characters n")
-    left.set_ylabel("probability that a string reaches n")
-    right.hist(
-        np.log10(np.maximum(end, 1e-300)).ravel(), bins=60, color=COLOURS[0], alpha=0.7, label="seen along the paths"
-    )
+    seen_ends = np.log10(np.maximum(end, 1e-300)).ravel()
+    right.hist(seen_ends, bins=60, color=COLOURS[0], alpha=0.7, label="seen along the paths")
     if np.isfinite(log_floor):
         right.axvline(log_floor / np.log(10), color=COLOURS[4], linewidth=2, label="proved floor δ, in every context")
     right.set_yscale("log")
-    right.set_xlabel("log₁₀ of the probability of the end")
-    right.set_ylabel("positions")
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
+    finish(left, "characters n", "probability that a string reaches n", legend=True)
+    finish(right, "log₁₀ of the probability of the end", "positions", legend=True)
     return figure

@@ -1,16 +1,15 @@
-"""The process over infinite sequences: its boundary and its growth."""
+"""The process over infinite sequences: its boundary, its growth, and the excess mass of attraction."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probattn.plotting.style import COLOURS, Array, panel, panels
+from probattn.plotting.style import COLOURS, ERROR_BARS, Array, finish, panel, panels
 
 __all__ = ["plot_boundary", "plot_excess", "plot_growth", "plot_rotation"]
 
@@ -23,14 +22,14 @@ def plot_boundary(
     *,
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
-    """The noise that keeps a spread, against the spread, and the largest of it against the length of the past.
+    """Draw the noise that keeps a spread against the spread, and the largest such noise against the length.
 
     Args:
-        spreads: V, (S,).
-        curves: measured sigma^2(V) by length n, (S,) each.
-        critical: for each case the lengths, the largest noise and its standard error, (L,) each.
-        expected: the boundary of mean field, 4/27.
-        axes: for the noise against the spread, and for the largest noise.
+        spreads: spreads V of the past, (S,).
+        curves: measured noise sigma^2(V) by number n of tokens in the past, (S,) each.
+        critical: lengths, largest noise and its standard error, (L,) each, by name of the case.
+        expected: boundary of the mean field, 4/27.
+        axes: one panel for the noise against the spread, one for the largest noise.
 
     Returns:
         The figure.
@@ -44,30 +43,22 @@ def plot_boundary(
         >>> largest = {"free": (np.array([50]), np.array([0.15]), np.array([0.01]))}
         >>> figure = plot_boundary(spreads, measured, largest, 4 / 27)
         >>> [axis.get_xlabel() for axis in figure.axes]
-        ['spread of the past, aV', '1 / n']
+        ['spread of the past, aV', '1 / n (bars: 95 %)']
     """
-    figure, (left, right) = panels(axes, 2, (10.5, 4.2), columns=2)
+    figure, (left, right) = panels(axes, 2, (10.5, 4.2))
     fine = np.linspace(0, max(0.6, float(spreads[-1])), 200)
     left.plot(fine, fine * (1 - fine) ** 2, color="black", linewidth=1, label="mean field, V (1 − aV)²")
     for colour, (length, values) in zip(cycle(COLOURS), curves.items(), strict=False):
         left.plot(spreads, values, "o", markersize=4, color=colour, label=f"n = {length}")
     left.axhline(expected, color="grey", linestyle="--", linewidth=1)
     left.annotate("4/27", (0.01, expected), xytext=(0, 3), textcoords="offset points", fontsize=9)
-    left.set_xlabel("spread of the past, aV")
-    left.set_ylabel("noise that keeps it, aσ²")
-    left.legend(fontsize=8)
-    bars: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4, "capsize": 2}
-    for k, (colour, (label, (lengths, values, error))) in enumerate(
-        zip(cycle(COLOURS), critical.items(), strict=False)
-    ):
+    for k, (label, (lengths, values, error)) in enumerate(critical.items()):
         # Set apart a little, so that the bars do not hide each other.
-        right.errorbar(1 / lengths + 0.0004 * k, values, 1.96 * error, color=colour, label=label, **bars)
+        shifted, colour = 1 / lengths + 0.0004 * k, COLOURS[k % len(COLOURS)]
+        right.errorbar(shifted, values, 1.96 * error, color=colour, label=label, **ERROR_BARS)
     right.axhline(expected, color="grey", linestyle="--", linewidth=1, label="mean field, 4/27")
-    right.set_xlabel("1 / n")
-    right.set_ylabel("largest noise with a stationary spread, aσ²")
-    right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
+    finish(left, "spread of the past, aV", "noise that keeps it, aσ²", legend=True)
+    finish(right, "1 / n (bars: 95 %)", "largest noise with a stationary spread, aσ²", legend=True)
     return figure
 
 
@@ -76,17 +67,15 @@ def plot_excess(
     excess: Array,
     boundary: float,
     *,
-    title: str = "Attraction always folds somewhere: how much it costs",
     ax: Axes | None = None,
 ) -> Figure:
-    """By how much three tokens have more mass than two, against the strength of the attention.
+    """Draw the excess mass that attraction gives to three tokens, against the strength of the attention.
 
     Args:
-        slopes: a sigma^2, (K,).
-        excess: E[Z] - 1, (K,); what is not positive leaves a gap.
-        boundary: of stationarity, 4/27, marked.
-        title: over the panel.
-        ax: where to draw; None for a figure of its own.
+        slopes: strengths a sigma^2, (K,).
+        excess: excess masses E[Z] - 1, (K,); values that are not positive leave a gap.
+        boundary: boundary of stationarity, 4/27, which is marked.
+        ax: panel to draw on; None for a new figure.
 
     Returns:
         The figure.
@@ -100,10 +89,7 @@ def plot_excess(
     axis.loglog(slopes, np.where(excess > 0, excess, np.nan), color=COLOURS[0])
     axis.axvline(boundary, color="grey", linestyle="--", linewidth=1)
     axis.annotate("4/27", (boundary, axis.get_ylim()[0]), xytext=(3, 6), textcoords="offset points", fontsize=9)
-    axis.set_xlabel("strength of the attention, aσ²")
-    axis.set_ylabel("excess mass of three tokens, E[Z] − 1")
-    axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.25)
+    finish(axis, "strength of the attention, aσ²", "excess mass of three tokens, E[Z] − 1")
     return figure
 
 
@@ -114,14 +100,14 @@ def plot_growth(
     *,
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Median spread of long runs against their length, with the mean-field flow dashed.
+    """Draw the median spread of long runs against their length, with the mean-field flow dashed.
 
     Args:
-        lengths: n, (K,).
-        slopes: a sigma^2, one a curve.
-        cases: by title, the measured and the predicted medians, (slopes, K) each; inf where escaped, which ends a
-            curve and is written beside it.
-        axes: one panel a case, from left to right.
+        lengths: numbers n of tokens, (K,).
+        slopes: strengths a sigma^2, one per curve.
+        cases: measured and predicted medians by title, (slopes, K) each; inf where a run escaped, which ends a curve
+            and is written beside it.
+        axes: one panel per case, from left to right.
 
     Returns:
         The figure.
@@ -135,7 +121,7 @@ def plot_growth(
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['1/3', 'escapes']
     """
-    figure, drawn = panels(axes, len(cases), (10.5, 4.2), columns=max(len(cases), 1), sharey=True)
+    figure, drawn = panels(axes, len(cases), (10.5, 4.2), sharey=True)
     for axis, (title, (measured, predicted)) in zip(drawn, cases.items(), strict=True):
         axis.axhline(1 / 3, color="grey", linewidth=1, linestyle=":")
         axis.annotate("1/3", (lengths[0], 1 / 3), xytext=(0, 3), textcoords="offset points", fontsize=9)
@@ -156,25 +142,24 @@ def plot_growth(
                     color=colour,
                 )
         axis.set_xscale("log")
-        axis.set_xlabel("tokens n")
-        axis.set_title(f"mean of the past {title}" if title == "free" else title, fontsize=10)
-        axis.grid(alpha=0.25)
-    drawn[0].set_ylabel("median spread aV (dashed: mean-field flow)")
-    drawn[-1].legend(fontsize=8)
+        finish(axis, "tokens n", title=title)
+    finish(drawn[0], ylabel="median spread aV (dashed: mean-field flow)")
+    finish(drawn[-1], legend=True)
     return figure
 
 
 def plot_rotation(
     angles: Array, exact: Array, measured_angles: Array, measured: Array, *, ax: Axes | None = None
 ) -> Figure:
-    """The boundary of a rotating attention in the plane against its angle.
+    """Draw the boundary of a rotating attention in the plane against its angle.
 
     Args:
-        angles: theta in degrees, (K,).
-        exact: |lambda| sigma^2 at the boundary, (K,).
-        measured_angles: (M,).
-        measured: the end of the stable branch, found by continuation, (M,); inf where it has none: not drawn.
-        ax: where to draw; None for a figure of its own.
+        angles: angles theta in degrees, (K,).
+        exact: noise |lambda| sigma^2 at the boundary, (K,).
+        measured_angles: angles of the measurements in degrees, (M,).
+        measured: noise at the end of the stable branch, found by continuation, (M,); inf, which is not drawn, where
+            the branch has no end.
+        ax: panel to draw on; None for a new figure.
 
     Returns:
         The figure.
@@ -191,8 +176,6 @@ def plot_rotation(
     axis.axvspan(120, 180, color=COLOURS[2], alpha=0.15, label="stationary at every noise")
     axis.set_yscale("log")
     axis.set_xlim(0, 180)
-    axis.set_xlabel("angle between a token and what it attends to, θ in degrees")
-    axis.set_ylabel("largest noise with a stationary spread, |λ|σ²")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    words = "angle between a token and the tokens it attends to, θ in degrees"
+    finish(axis, words, "largest noise with a stationary spread, |λ|σ²", legend=True)
     return figure
