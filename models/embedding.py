@@ -185,6 +185,6 @@ class EmbeddingModel(SequenceModel):
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
         """Attention with given values of the sites, ``(*batch, H, ., .)`` each."""
         if self.parameters_as == "qk_matrix":
-            return CausalAttention.from_qk_matrix(values["qk_matrix"], mask=self.mask)
+            return CausalAttention.from_qk_matrix(values["qk_matrix"], heads=self.heads, mask=self.mask)
         value, output = values.get("value"), values.get("output")
         return CausalAttention(values["query"], values["key"], value, output, mask=self.mask)

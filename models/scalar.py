@@ -38,7 +38,7 @@ def scalar_attention(a: float | Tensor, *, mask: Mask = "strict") -> CausalAtten
         tensor([[[0.5000]]], dtype=torch.float64)
     """
     slope = a if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64)
-    return CausalAttention.from_qk_matrix(slope[..., None, None, None], mask=mask)
+    return CausalAttention.from_qk_matrix(slope[..., None, None, None], heads=1, mask=mask)
 
 
 class ScalarModel(SequenceModel):

@@ -176,7 +176,7 @@ def check_roots(answer: Count | None) -> Feedback:
         return _UNANSWERED
     past = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     for a, eps in _CASES:
-        attention = CausalAttention.from_qk_matrix(torch.tensor([[[a]]], dtype=torch.float64))
+        attention = CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=torch.float64))
         next_token = NextToken(Context.of(attention, past), 1.0)
         try:
             count = answer(a, eps)
@@ -205,7 +205,7 @@ def check_mass(answer: float | None) -> Feedback:
     found = _number(answer, "Z")
     if isinstance(found, Feedback):
         return found
-    attention = CausalAttention.from_qk_matrix(torch.tensor([[[_STRENGTH]]], dtype=torch.float64))
+    attention = CausalAttention.from_qk_matrix(torch.tensor([[_STRENGTH]], dtype=torch.float64))
     past = Context.of(attention, torch.tensor([[-1.0], [1.0]], dtype=torch.float64))
     exact = NextToken(past, _NOISE).mass().value
     if abs(found / exact - 1) < 1e-3:
