@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from probattn.moments import cpu
-from probattn.numerics import linalg
-from probattn.numerics.derivatives import first_order_only
+from probattn.numerics import eigenvalues, linalg
 
 __all__ = [
     "JacobianFactors",
@@ -22,6 +21,7 @@ __all__ = [
     "logabsdet_one_minus",
     "mean_jacobian",
     "smallest_singular_value_one_minus",
+    "spectral_abscissa",
     "sylvester_core",
 ]
 
@@ -191,20 +191,9 @@ def smallest_singular_value_one_minus(matrix: Tensor) -> Tensor:
     block = identity - matrix.where(finite[..., None, None], 0.0)
     try:
         singular: Tensor = torch.linalg.svdvals(block)
-    except RuntimeError:  # torch's LinAlgError is one; as in _decompose
+    except RuntimeError:  # LAPACK's iteration stalls in single precision; torch's LinAlgError is one
         singular = torch.linalg.svdvals(block.double()).to(block.dtype)
     return singular[..., -1].where(finite, torch.nan)
-
-
-def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition; again in double precision where LAPACK's iteration stalls in single precision."""
-    try:
-        left, singular, right = torch.linalg.svd(matrix)
-    except RuntimeError:
-        wide = torch.complex128 if matrix.is_complex() else torch.float64
-        left, singular, right = torch.linalg.svd(matrix.to(wide))
-        left, right, singular = left.to(matrix.dtype), right.to(matrix.dtype), singular.to(matrix.abs().dtype)
-    return left, singular, right
 
 
 def _finite(matrix: Tensor) -> Tensor:
@@ -212,78 +201,42 @@ def _finite(matrix: Tensor) -> Tensor:
     return torch.isfinite(matrix).all(-1).all(-1)
 
 
-class _LargestRealEigenvalue(torch.autograd.Function):
-    r"""Largest real eigenvalue; its derivative is :math:`\mathrm{Re}\, \mathrm{tr}((Y^H X)^{-1} Y^H dK\, X) / k`.
-
-    X and Y hold the k right and left null vectors of K - lambda I, one of each for a simple eigenvalue; for a multiple
-    one this is the derivative of the mean of the cluster. They come from a singular value decomposition: autograd
-    through torch.linalg.eig inverts the whole matrix of eigenvectors, which fails on the defective matrices that
-    covariances of few tokens produce.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        finite = _finite(matrix)
-        eigenvalues: Tensor = torch.linalg.eigvals(matrix.where(finite[..., None, None], 0.0))
-        # Rounding splits a double real eigenvalue into a pair with an imaginary part up to sqrt(eps): count it as real.
-        tolerance = 4 * torch.finfo(matrix.dtype).eps ** 0.5 * _norm(matrix)
-        real = eigenvalues.imag.abs() <= tolerance.unsqueeze(-1)
-        candidates = eigenvalues.real.masked_fill(~real, -torch.inf)
-        value, index = candidates.max(-1)
-        imaginary = eigenvalues.imag.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-        return value.where(finite, torch.nan), imaginary
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(inputs[0], *output)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
-        matrix, value, imaginary = ctx.saved_tensors
-        with torch.no_grad():
-            rounding = 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * _norm(matrix)
-            # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and
-            # keep.
-            none = torch.isneginf(value) | (value.abs() <= rounding) | (gradient == 0)
-            finite = torch.isfinite(value)
-            shift = torch.complex(value, imaginary).where(finite & ~none, 0.0)[..., None, None]
-            identity = torch.eye(matrix.shape[-1], dtype=shift.dtype, device=matrix.device)
-            shifted = matrix.where(_finite(matrix)[..., None, None], 0.0) - shift * identity
-            left, singular, right = _decompose(shifted)  # A = left diag(singular) right
-            null = singular <= rounding.unsqueeze(-1)
-            null[..., -1] = True
-            chosen = torch.diag_embed(null.to(shift.dtype))
-            overlap = chosen @ left.mH @ right.mH @ chosen + identity - chosen  # Y^H X on the null vectors, I elsewhere
-            projector = right.mH @ chosen @ linalg.inverse(overlap, check=False) @ chosen @ left.mH  # X (Y^H X)^-1 Y^H
-            slope = projector.mT.real / null.sum(-1)[..., None, None]
-            slope = slope.where((finite | none)[..., None, None], torch.nan)
-            result = torch.where(none[..., None, None], torch.zeros_like(slope), gradient[..., None, None] * slope)
-        return first_order_only(result, matrix, "the largest real eigenvalue")
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.matrix_norm(matrix)
-    return norm
-
-
 def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:
-    """Largest eigenvalue of M that is real, from a reduced matrix K; -inf where all are complex, NaN where K is.
+    """Largest eigenvalue of M that is real, from a core K; -inf where all are complex, NaN where K is not finite.
+
+    Complex pairs that rounding has made of a double real eigenvalue count as real, no others do; the rule is that of
+    :mod:`probattn.numerics.eigenvalues`.
 
     Args:
         matrix: K, (*batch, m, m), m <= dim.
         dim: p, the size of M; where m < p, M has the eigenvalue 0 besides those of K.
 
     Returns:
-        (*batch,). Differentiable once. Cost O(m^3) a matrix.
+        (*batch,). Differentiable once. Cost O(m^3) per matrix.
 
     Example:
-        >>> round(float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), dim=2)), 6)
-        2.0
-        >>> float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [-2.0, 0.0]]), dim=2))  # both imaginary
-        -inf
+        >>> turn = torch.tensor([[0.0, 2.0], [-2.0, 0.0]])  # both eigenvalues are imaginary
+        >>> float(largest_real_eigenvalue(turn, dim=2)), float(largest_real_eigenvalue(turn, dim=3))
+        (-inf, 0.0)
     """
-    value: Tensor = _LargestRealEigenvalue.apply(matrix)[0]  # type: ignore[no-untyped-call]
+    value = eigenvalues.largest_real_eigenvalue(matrix)
+    return value if matrix.shape[-1] == dim else value.clamp(min=0.0)
+
+
+def spectral_abscissa(matrix: Tensor, dim: int) -> Tensor:
+    """Largest real part of the eigenvalues of M, complex ones included, from a core K; NaN where K is not finite.
+
+    Args:
+        matrix: K, (*batch, m, m), m <= dim.
+        dim: p, the size of M; where m < p, M has the eigenvalue 0 besides those of K.
+
+    Returns:
+        (*batch,). Differentiable once. Cost O(m^3) per matrix.
+
+    Example:
+        >>> spiral = torch.tensor([[-1.0, 2.0], [-2.0, -1.0]])  # -1 + 2i and -1 - 2i
+        >>> round(float(spectral_abscissa(spiral, dim=2)), 6), float(spectral_abscissa(spiral, dim=3))
+        (-1.0, 0.0)
+    """
+    value = eigenvalues.spectral_abscissa(matrix)
     return value if matrix.shape[-1] == dim else value.clamp(min=0.0)

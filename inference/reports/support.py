@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -27,7 +27,7 @@ from probattn.models.causal_lm import Tokeniser
 
 __all__ = ["SupportPage", "SupportToken", "TextMargins", "support_page", "text_margins"]
 
-_KINDS: tuple[MarginKind, ...] = get_args(MarginKind)
+_KINDS: tuple[MarginKind, ...] = ("determinant", "spectral", "singular_value")
 _STOPS = 9
 _NUMBERS = 1 << 25  # on one page; 180 MB as text
 # Characters that would be invisible, as pictures of themselves.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ def head_margins(call: LayerCall, kind: MarginKind, positions: Tensor | None = N
             f"layer {call.layer} has keys of {call.key.shape[-1]} features and values of {call.value.shape[-1]}: a "
             "head alone has no square block there, and no margin; use a model whose keys and values are of one size."
         )
+    require_choice("kind", kind, tuple(_PENALTY))
     with torch.no_grad():
         return attention_penalty(
             call.query,
@@ -162,7 +163,7 @@ class MarginMonitor:
         *,
         end: Sequence[int] | None = None,
     ) -> None:
-        require_choice("kind", kind, get_args(MarginKind))
+        require_choice("kind", kind, tuple(_PENALTY))
         if threshold is not None and math.isnan(threshold):
             raise InputError(f"threshold is {threshold}; give a number, or None for no flags.")
         self.kind, self.threshold = kind, threshold

@@ -117,13 +117,14 @@ def solve(matrix: Tensor, right: Tensor, *, check: bool = True) -> Tensor:
     large = _one_by_one(matrix)
     if large and matrix.dim() == 2 and right.dim() > 2:  # one factorisation serves the whole batch
         columns = solve(matrix, right.movedim(-2, 0).flatten(1), check=check)  # (m, batch times k)
-        return columns.unflatten(1, (*right.shape[:-2], right.shape[-1])).movedim(0, -2)
+        solved: Tensor = columns.unflatten(1, (*right.shape[:-2], right.shape[-1]))
+        return solved.movedim(0, -2)
     batch = torch.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
     matrix, right = (part.expand(*batch, *part.shape[-2:]) for part in (matrix, right))
     if not large:
         return _nan_where_singular(*torch.linalg.solve_ex(matrix, right, check_errors=check))
     function = _Solve if torch.compiler.is_compiling() else _SolveForward
-    solved: Tensor = function.apply(matrix, right, check)  # type: ignore[no-untyped-call]
+    solved = function.apply(matrix, right, check)  # type: ignore[no-untyped-call]
     return solved
 
 
