@@ -30,20 +30,21 @@ __all__ = ["LayerFactors", "build_factors"]
 
 
 class LayerFactors(NamedTuple):
-    """The blocks M at some tokens, in factors.
+    """The blocks M at N tokens, in factors.
 
     Attributes:
         covariance: C~, the covariance of values and keys carried back through the rotation and the norm of the query,
-            (*tokens, H, dv, r).
-        own_weight: alpha_ii, (*tokens, H).
-        own_value: a, (*tokens, H, dv).
-        own_key: b, the token's query carried back through the rotation and the norm of its key, (*tokens, H, r).
+            (N, H, dv, r).
+        own_weight: alpha_ii, (N, H).
+        own_value: a, (N, H, dv).
+        own_key: b, the token's query carried back through the rotation and the norm of its key, (N, H, r).
         query: W_Q, (H, r, p).
         key: W_K, (K, r, p).
         value: W_V, (K, dv, p).
         output: W_O, (p, H, dv).
-        norm: N', the norm in front; None: there is none.
+        norm: N', the norm in front, of N tokens; None: there is none.
         output_norm: N_o', the norm behind; None: there is none.
+        tokens: axes of the N tokens, (*batch, P).
     """
 
     covariance: Tensor
@@ -56,6 +57,7 @@ class LayerFactors(NamedTuple):
     output: Tensor
     norm: NormJacobian | None
     output_norm: NormJacobian | None
+    tokens: torch.Size
 
     @property
     def size(self) -> int:
@@ -63,121 +65,114 @@ class LayerFactors(NamedTuple):
         return self.output.shape[1] * self.output.shape[2]
 
     def mean_jacobian(self) -> Tensor:
-        """Multiply the factors out: M, (*tokens, p, p). Time O(p^2 H dv) per token."""
-        return self._to_stream(self._inner())
+        """Multiply the factors out: M, (*batch, P, p, p). Time O(p^2 H dv) per token."""
+        covariance = self.covariance.permute(1, 2, 0, 3)  # (H, dv, N, r)
+        inner = (covariance.flatten(1, 2) @ self.query).unflatten(1, covariance.shape[1:3])  # B, (H, dv, N, p)
+        group = self.output.shape[1] // len(self.key)
+        values = self.value.repeat_interleave(group, 0).unsqueeze(2)  # (H, dv, 1, p)
+        inner.addcmul_(self.own_weight.mT[:, None, :, None], values)
+        keys = self.own_key.movedim(1, 0) @ self.key.repeat_interleave(group, 0)  # b W_K, (H, N, p)
+        inner.addcmul_(self.own_value.permute(1, 2, 0).unsqueeze(-1), keys.unsqueeze(1))
+        change = self.output.flatten(1) @ inner.flatten(0, 1).flatten(1)  # W_O B, (p, N p)
+        change = change.unflatten(1, (-1, len(self.output))).movedim(1, 0).contiguous()  # (N, p, p)
+        change = change if self.norm is None else self.norm.pullback(change)
+        change = change if self.output_norm is None else self.output_norm.pushforward(change)
+        return change.unflatten(0, self.tokens)
 
     def sylvester_core(self) -> Tensor:
         """The smallest matrix with the determinant det(I - K) = det(I - M) and the non-zero eigenvalues of M.
 
         Returns:
-            K, (*tokens, m, m), m = min(p, H dv). Time O(m^2 r) per token where the heads are fewer than the features,
-            else as :meth:`mean_jacobian`.
+            K, (*batch, P, m, m), m = min(p, H dv). Time O(m^2 r) per token where the heads are fewer than the
+            features, else as :meth:`mean_jacobian`.
         """
-        return self.head_core() if self.size <= self.output.shape[0] else self.mean_jacobian()
+        return self.head_core() if self.size <= len(self.output) else self.mean_jacobian()
 
     def head_core(self) -> Tensor:
-        """K = B N' O', (*tokens, H dv, H dv), in the heads' features side by side. Time O((H dv)^2 r) per token."""
+        """K = B N' O', (*batch, P, H dv, H dv), in the heads' features side by side. Time O((H dv)^2 r) per token."""
         output = self.output.flatten(1)  # W_O, (p, m)
-        carried = output if self.output_norm is None else _scale_rows(self.output_norm.gain, output)
-        # What the norms take away is a product of p x e and e x m: N' N_o' W_O = s s_o (diag(g g_o) W_O - left right).
-        lefts, rights, scale = [], [], None
+        # N' N_o' W_O = s s_o (carried - left right): carried belongs to the layer, left and right are of low rank.
+        carried, lefts, rights = output, [], []
+        scale = self.own_weight.new_ones(len(self.own_weight))
         if self.output_norm is not None:
-            directions = self.output_norm.directions  # F, (*tokens, p, f)
-            onto = directions.mT @ output  # (*tokens, f, m)
-            lefts.append(_scale_rows(self.output_norm.gain, directions))
-            rights.append(onto)
-            scale = self.output_norm.scale
+            directions = self.output_norm.directions  # (N, p, f)
+            lefts.append(directions.mT if self.output_norm.gain is None else directions.mT * self.output_norm.gain)
+            rights.append(directions.mT @ output)  # (N, f, m)
+            carried = carried if self.output_norm.gain is None else self.output_norm.gain.unsqueeze(-1) * carried
+            scale = scale * self.output_norm.scale
         if self.norm is not None:
-            directions = self.norm.directions  # E, (*tokens, p, e)
-            onto = directions.mT @ carried  # (*tokens, e, m)
-            if self.output_norm is not None:
-                onto = onto - (directions.mT @ lefts[0]) @ rights[0]
-            lefts.append(directions)
-            rights.append(onto)
-            scale = self.norm.scale if scale is None else scale * self.norm.scale
-        gain = None if self.norm is None else self.norm.gain
-        core = self._apply_heads(_scale_rows(gain, carried)).flatten(-3, -2)
+            directions = self.norm.directions  # (N, p, e)
+            right = directions.mT @ carried  # (N, e, m)
+            for before, after in zip(lefts, rights, strict=True):
+                right = right - (before @ directions).mT @ after
+            lefts.append(directions.mT)
+            rights.append(right)
+            scale = scale * self.norm.scale
+            if self.norm.gain is not None:
+                carried = self.norm.gain.unsqueeze(-1) * carried
+                lefts = [left * self.norm.gain for left in lefts]
+
+        group = self.output.shape[1] // len(self.key)
+        covariance = (scale[:, None, None, None] * self.covariance).movedim(1, 0)  # (H, N, dv, r)
+        core = (covariance.flatten(1, 2) @ (self.query @ carried)).unflatten(1, covariance.shape[1:3])  # (H, N, dv, m)
+        weight = (scale.unsqueeze(-1) * self.own_weight).mT[..., None, None]  # (H, N, 1, 1)
+        core.addcmul_(weight, (self.value @ carried).repeat_interleave(group, 0).unsqueeze(1))
+        # What is left is of rank one and of low rank, one product for both.
+        keys = self.own_key.movedim(1, 0) @ (self.key @ carried).repeat_interleave(group, 0)  # (H, N, m)
+        left, right = [(scale[:, None, None] * self.own_value).movedim(1, 0).unsqueeze(-1)], [keys.unsqueeze(-2)]
         if lefts:
-            left = _scale_rows(gain, torch.cat(lefts, -1))  # (*tokens, p, e + f)
-            core = core - self._apply_heads(left).flatten(-3, -2) @ torch.cat(rights, -2)
-        return core if scale is None else scale[..., None, None] * core
+            heads = self._apply_heads(-scale[:, None, None] * torch.cat(lefts, 1))  # (N, H, dv, e)
+            left.append(heads.movedim(1, 0))
+            right.append(torch.cat(rights, 1).expand(len(core), -1, -1, -1))  # (H, N, e, m)
+        product = torch.cat(left, -1).flatten(0, 1), torch.cat(right, -2).flatten(0, 1)
+        core.flatten(0, 1).baddbmm_(*product)
+        return core.movedim(0, 1).flatten(1, 2).unflatten(0, self.tokens)
 
     def product(self, columns: Tensor) -> Tensor:
         """M A without forming M.
 
         Args:
-            columns: A, (*tokens, p, n).
+            columns: A, (*batch, P, p, n).
 
         Returns:
-            (*tokens, p, n). Time O(H r (p + dv) n) per token.
+            (*batch, P, p, n). Time O(H r (p + dv) n) per token.
         """
-        return self._to_stream(self.to_heads(columns))
+        return self.to_stream(self.to_heads(columns))
 
     def to_heads(self, columns: Tensor) -> Tensor:
-        """B N' A, the change of the heads' averages: (*tokens, H dv, n) from columns (*tokens, p, n)."""
+        """B N' A, a change of the heads' averages, (*batch, P, H dv, n), from columns A, (*batch, P, p, n)."""
+        columns = columns.flatten(0, -3)
         columns = columns if self.norm is None else self.norm.pushforward(columns)
-        return self._apply_heads(columns).flatten(-3, -2)
+        return self._apply_heads(columns.mT).flatten(1, 2).unflatten(0, self.tokens)
 
     def to_stream(self, columns: Tensor) -> Tensor:
-        """O' A, what a change of the heads' averages does to mu: (*tokens, p, n) from columns (*tokens, H dv, n)."""
-        return self._to_stream(columns)
+        """O' A, what a change of the averages does to mu, (*batch, P, p, n), from columns A, (*batch, P, H dv, n)."""
+        columns = columns.flatten(0, -3)
+        stream = (columns.mT @ self.output.flatten(1).mT).mT
+        stream = stream if self.output_norm is None else self.output_norm.pushforward(stream)
+        return stream.unflatten(0, self.tokens)
 
     def transposed_product(self, columns: Tensor) -> Tensor:
-        """M^T A without forming M, shapes as in :meth:`product`."""
-        rows = columns.mT  # (*tokens, n, p)
+        """M^T A without forming M, shapes and time as in :meth:`product`."""
+        rows = columns.flatten(0, -3).mT  # (N, n, p)
         rows = rows if self.output_norm is None else self.output_norm.pullback(rows)
-        rows = rows @ self.output.flatten(1)  # (*tokens, n, m)
-        heads = rows.unflatten(-1, self.output.shape[1:]).movedim(-2, -3)  # (*tokens, H, n, dv)
-        result = ((heads @ self.covariance) @ self.query).sum(-3)
-        shared = (heads * self.own_weight[..., None, None]).unflatten(-3, (len(self.value), -1)).sum(-3)
-        result = result + (shared @ self.value).sum(-3)
-        pulled = (heads @ self.own_value.unsqueeze(-1)) * self.own_key.unsqueeze(-2)  # (*tokens, H, n, r)
-        result = result + (pulled.unflatten(-3, (len(self.key), -1)).sum(-3) @ self.key).sum(-3)
+        heads = (rows @ self.output.flatten(1)).unflatten(-1, self.output.shape[1:]).transpose(1, 2)  # (N, H, n, dv)
+        groups = (len(self.key), -1)
+        result = _from_heads(heads @ self.covariance, self.query)
+        shared = (heads * self.own_weight[..., None, None]).unflatten(1, groups).sum(2)  # (N, K, n, dv)
+        pulled = (heads @ self.own_value.unsqueeze(-1)) * self.own_key.unsqueeze(-2)  # (N, H, n, r)
+        result = result + _from_heads(shared, self.value) + _from_heads(pulled.unflatten(1, groups).sum(2), self.key)
         result = result if self.norm is None else self.norm.pullback(result)
-        return result.mT
+        return result.mT.unflatten(0, self.tokens)
 
-    def unfold(self, batch: torch.Size) -> LayerFactors:
-        """The same with the first axis of the tokens unfolded into batch axes; the parameters have none."""
-
-        def unfolded(part: Tensor) -> Tensor:
-            return part.reshape(*batch, *part.shape[1:])
-
-        def norm(part: NormJacobian | None) -> NormJacobian | None:
-            if part is None:
-                return None
-            return part._replace(scale=unfolded(part.scale), directions=unfolded(part.directions))
-
-        return self._replace(
-            covariance=unfolded(self.covariance),
-            own_weight=unfolded(self.own_weight),
-            own_value=unfolded(self.own_value),
-            own_key=unfolded(self.own_key),
-            norm=norm(self.norm),
-            output_norm=norm(self.output_norm),
-        )
-
-    def _inner(self) -> Tensor:
-        """B N', (*tokens, H dv, p)."""
+    def _apply_heads(self, rows: Tensor) -> Tensor:
+        """B A, (N, H, dv, n), for the columns of A given as rows, (N, n, p)."""
+        result = self.covariance @ _to_heads(rows, self.query)
         group = self.output.shape[1] // len(self.key)
-        inner = self.covariance @ self.query  # (*tokens, H, dv, p)
-        inner = inner + self.own_weight[..., None, None] * self.value.repeat_interleave(group, 0)
-        pull = self.own_key.unsqueeze(-2) @ self.key.repeat_interleave(group, 0)  # (*tokens, H, 1, p)
-        inner = (inner + self.own_value.unsqueeze(-1) * pull).flatten(-3, -2)
-        return inner if self.norm is None else self.norm.pullback(inner)
-
-    def _apply_heads(self, columns: Tensor) -> Tensor:
-        """B A, (*tokens, H, dv, n), for columns A, (*tokens, p, n) or (p, n)."""
-        columns = columns.unsqueeze(-3)  # (*tokens, 1, p, n)
-        group = self.output.shape[1] // len(self.key)
-        result = self.covariance @ (self.query @ columns)
-        values = (self.value @ columns).repeat_interleave(group, -3)  # (*tokens, H, dv, n)
+        values = _to_heads(rows, self.value).repeat_interleave(group, 1)  # (N, H, dv, n)
         result = result + self.own_weight[..., None, None] * values
-        keys = (self.key @ columns).repeat_interleave(group, -3)  # (*tokens, H, r, n)
+        keys = _to_heads(rows, self.key).repeat_interleave(group, 1)  # (N, H, r, n)
         return result + self.own_value.unsqueeze(-1) * (self.own_key.unsqueeze(-2) @ keys)
-
-    def _to_stream(self, columns: Tensor) -> Tensor:
-        stream = self.output.flatten(1) @ columns
-        return stream if self.output_norm is None else self.output_norm.pushforward(stream)
 
 
 def build_factors(
@@ -208,18 +203,25 @@ def build_factors(
     if sublayer.key_norm is not None:
         back = sublayer.key_norm.jacobian(tokens.raw_key[:, :, rows].movedim(2, 1)).pullback(back)
     return LayerFactors(
-        covariance,
-        attended.own_weight,
-        attended.own_slope,
-        back.flatten(2, 3),
+        covariance.flatten(0, 1),
+        attended.own_weight.flatten(0, 1),
+        attended.own_slope.flatten(0, 1),
+        back.flatten(2, 3).flatten(0, 1),
         sublayer.query.weight,
         sublayer.key.weight,
         sublayer.value.weight,
         sublayer.output,
-        None if sublayer.norm is None else sublayer.norm.jacobian(u[:, rows]),
-        None if sublayer.output_norm is None else sublayer.output_norm.jacobian(before),
+        None if sublayer.norm is None else sublayer.norm.jacobian(u[:, rows].flatten(0, 1)),
+        None if sublayer.output_norm is None else sublayer.output_norm.jacobian(before.flatten(0, 1)),
+        before.shape[:2],
     )
 
 
-def _scale_rows(gain: Tensor | None, matrix: Tensor) -> Tensor:
-    return matrix if gain is None else gain.unsqueeze(-1) * matrix
+def _to_heads(rows: Tensor, weight: Tensor) -> Tensor:
+    """W x for each head, (N, heads, r, n), from rows x, (N, n, p), and W, (heads, r, p), in one product."""
+    return (rows @ weight.flatten(0, 1).mT).unflatten(-1, weight.shape[:2]).permute(0, 2, 3, 1)
+
+
+def _from_heads(heads: Tensor, weight: Tensor) -> Tensor:
+    """Sum over heads of x W, (N, n, p), from rows x, (N, heads, n, r)."""
+    return heads.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)

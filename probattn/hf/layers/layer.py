@@ -261,7 +261,8 @@ class AttentionLayer:
             attended = attend(sublayer, tokens, part, mask)
             mean, before = averages_to_mean(sublayer, attended.average)
             factors = build_factors(sublayer, u, tokens, attended, before, part)
-            yield MeanAndLayerFactors(mean.reshape(*batch, *mean.shape[1:]), factors.unfold(batch))
+            shape = torch.Size((*batch, len(part)))
+            yield MeanAndLayerFactors(mean.reshape(*shape, -1), factors._replace(tokens=shape))
 
     def _tokens(self, u: Tensor) -> tuple[Tensor, torch.Size]:
         """Tokens with one batch axis, and the batch axes that it stands for."""
