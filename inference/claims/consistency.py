@@ -24,6 +24,7 @@ from probattn.folds.mass import scalar_mass
 from probattn.inference.claims.claim import Claim, Settings, judge, worst
 from probattn.inference.studies.two_sample import TwoSample, holm, two_sample_test
 from probattn.models.scalar import scalar_attention
+from probattn.numerics.random import isolated_seed
 from probattn.process import AttentionProcess
 from probattn.solve.context import Context
 from probattn.solve.sequence import solve_sequence
@@ -48,8 +49,7 @@ Prefixes = Callable[[CausalAttention, int, int, int], Tensor]
 
 def draw_prefixes(attention: CausalAttention, length: int, draws: int, seed: int) -> Tensor:
     """Draw sequences of the given length and keep their first four tokens, (draws, 4 p)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with isolated_seed(seed):
         u: Tensor = LatentAttention(attention, 0.8, length).sample((draws,))
     return u[:, :_PREFIX].flatten(1)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from probattn.errors import InputError
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
 from probattn.models.discrete import HuggingFaceModel, NextTokenModel, OwnModel, Side
+from probattn.numerics.random import isolated_seed
 
 __all__ = [
     "ROUNDINGS",
@@ -224,8 +225,7 @@ def _random_gpt2(seed: int) -> Any:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with isolated_seed(seed):
         model: Any = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **_GPT2))  # type: ignore[arg-type]
         return model.double().eval()
 

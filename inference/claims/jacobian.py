@@ -12,6 +12,7 @@ from torch import Tensor
 from probattn import blocks
 from probattn.attention import CausalAttention, Mask
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
+from probattn.numerics import linalg
 
 __all__ = ["dense_jacobian", "jacobian_claim"]
 
@@ -43,7 +44,7 @@ def jacobian_claim(
         dense = dense_jacobian(attention, u)
         positions = torch.arange(u.shape[0])
         reference = dense.movedim(2, 1)[positions, positions]  # (T, p, p)
-        sign, value = torch.linalg.slogdet(reference)
+        sign, value = linalg.slogdet(reference)
         own_sign, own_value = logabsdet(attention, u)
         above = positions[:, None] < positions[None, :]
         upper = dense.movedim(2, 1)[above]  # (pairs, p, p)

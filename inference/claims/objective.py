@@ -18,6 +18,7 @@ from probattn.barrier import BarrierKind
 from probattn.embedding_prior import Prior
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
 from probattn.models.language import LanguageConfig, LanguageModel
+from probattn.numerics import linalg
 
 __all__ = ["log_joint", "objective_claim", "penalised_cross_entropy"]
 
@@ -149,7 +150,7 @@ def _penalty(kind: BarrierKind, left: Tensor, right: Tensor) -> Tensor:
         # M has rank r at most: where no eigenvalue is positive, the largest is the zero of its kernel, up to rounding.
         room = 1 - torch.where(largest > 1e-13 * size.squeeze(-1), largest, 0.0)
         return -room.clamp(0.0, 1.0).log()
-    literal: Tensor = -torch.linalg.det(identity - change).abs().log()
+    literal: Tensor = -linalg.det(identity - change).abs().log()
     if kind == "logdet":
         return literal
     if kind == "one_sided":

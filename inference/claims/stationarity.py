@@ -139,8 +139,8 @@ def stationarity_claim(
     measured["critical_z"] = worst(*scores)
     measured["control_critical"] = control = _previous_query(size.lengths[-1], size.pasts)
     holds = judge(measured, BOUND) and abs(control - CRITICAL) > 0.05
-    others = "the inclusive mask, in 2 and 4 dimensions and for two heads of the same mean slope"
-    others = others if settings.full else "the inclusive mask and in 2 dimensions"
+    others = "for two heads of the same mean slope"
+    others = f"{others}, in 2 and 4 dimensions and under the inclusive mask" if settings.full else others
     return Claim(
         "stationarity",
         "The spread of the tokens about a mean of zero has a stationary value for a σ² ≤ 4/27 and for no larger noise.",
@@ -154,7 +154,7 @@ def stationarity_claim(
         f"own query, finds {control:.3f} (mean field: 2/(3√3) = 0.385) and not 4/27.",
         finding=f"The measured boundary is {measured['critical_p1_strict']:.4f} "
         f"[{measured['critical_p1_strict_low']:.4f}, {measured['critical_p1_strict_high']:.4f}] against "
-        f"4/27 = {CRITICAL:.4f}, and the same for {others}.",
+        f"4/27 = {CRITICAL:.4f}, and it is the same {others}.",
         figures={
             "boundary": plotting.plot_boundary(
                 _SPREADS,
@@ -183,8 +183,10 @@ def _cases(full: bool) -> Mapping[str, CausalAttention]:
     one = torch.ones(2, 1, 1, dtype=torch.float64)
     slopes = torch.tensor([1.5, 0.5], dtype=torch.float64).view(2, 1, 1)
     two = CausalAttention(slopes, one, one, 0.5 * one, scale=1.0)
-    cases = {"p=1 strict": identity(1), "p=1 inclusive": identity(1, "inclusive"), "p=2 strict": identity(2)}
-    return {**cases, "p=4 strict": identity(4), "two heads": two} if full else cases
+    cases = {"p=1 strict": identity(1), "two heads": two}
+    # Off the line the search for other solutions takes longer.
+    more = {"p=1 inclusive": identity(1, "inclusive"), "p=2 strict": identity(2), "p=4 strict": identity(4)}
+    return {**cases, **more} if full else cases
 
 
 def _peak(values: Array) -> float:
