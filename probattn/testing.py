@@ -1,7 +1,7 @@
-"""A conformance kit: what a transform or a distribution must satisfy to pass as native to torch and Pyro.
+"""A conformance kit for transforms and distributions that should behave as torch's and Pyro's own do.
 
-Written for the classes of this package and usable for anybody's: each check raises :class:`ConformanceError` with the
-name of the rule that is broken, the measured number and the bound.
+It was written for the classes of this package and serves for yours: each check raises :class:`ConformanceError` with
+the name of the broken rule, the measured number and the bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ConformanceError", "check_distribution", "check_transform"]
 
 
 class ConformanceError(AssertionError):
-    """A rule of the conformance kit is broken."""
+    """Raised where a rule of the conformance kit is broken."""
 
 
 def _require(holds: bool, rule: str) -> None:
@@ -47,13 +47,13 @@ def check_transform(transform: Transform, x: Tensor, *, tolerance: float = 1e-8,
     the Jacobian's entries above the block diagonal are exactly zero.
 
     Args:
-        transform: the transform.
-        x: points of the domain, (*batch, *event), at least one batch axis, float64.
-        tolerance: relative, of all comparisons.
-        causal: events are (T, p) and token i may depend on tokens up to i only.
+        transform: transform to check.
+        x: points of the domain in float64, (*batch, *event) with at least one batch axis.
+        tolerance: relative tolerance of all comparisons.
+        causal: True checks also that token i of events (T, p) depends on the tokens up to i only.
 
     Raises:
-        ConformanceError: the first rule that is broken.
+        ConformanceError: naming the first broken rule.
 
     Example:
         >>> from torch.distributions import transforms
@@ -132,14 +132,14 @@ def check_distribution(
     Carlo error, which a density that lost its Jacobian or its scale does not satisfy.
 
     Args:
-        distribution: a distribution with ``has_rsample`` and a smooth density on the whole space.
-        draws: how many draws the Stein identities use.
-        failure_rate: chance that a right distribution fails, over all coordinates (Bonferroni, normal tails).
-        seed: of the draws; the global generator is left as it was.
-        tolerance: relative, of the exact comparisons.
+        distribution: distribution with ``has_rsample`` and a smooth density on the whole space.
+        draws: number of draws for the Stein identities.
+        failure_rate: probability that a correct distribution fails, over all coordinates (Bonferroni, normal tails).
+        seed: random seed of the draws; the global generator is left as it was.
+        tolerance: relative tolerance of the exact comparisons.
 
     Raises:
-        ConformanceError: the first rule that is broken.
+        ConformanceError: naming the first broken rule.
 
     Example:
         >>> import pyro.distributions as dist
@@ -216,10 +216,9 @@ def _check_stein(distribution: Distribution, draws: int, failure_rate: float) ->
     bound = -float(torch.special.ndtri(torch.tensor(failure_rate / (2 * statistics.shape[1]), dtype=torch.float64)))
     worst = int(z.argmax())
     half = statistics.shape[1] // 2
-    which = "E[d log p] = 0" if worst < half else "E[x d log p] = -1"
+    identity = "E[d log p] = 0" if worst < half else "E[x d log p] = -1"
     _require(
         float(z[worst]) <= bound,
-        f"draws disagree with log_prob: {which} is off by {float(z[worst]):.1f} standard errors at coordinate "
-        f"{worst % half} "
-        f"(bound {bound:.1f})",
+        f"draws disagree with log_prob: {identity} is off by {float(z[worst]):.1f} standard errors at coordinate "
+        f"{worst % half} (bound {bound:.1f})",
     )
