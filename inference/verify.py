@@ -160,7 +160,6 @@ def _measure(subject: Subject, options: VerifyOptions) -> list[Claim]:
         full=options.full,
         jobs=options.jobs or os.cpu_count() or 1,
         folder=studies if options.full else None,
-        report=_LOG.info,
     )
     claims = run_claims(
         subject,

@@ -26,6 +26,16 @@ _CONTROL = "nuts_without_jacobian"
 _EXACT = ("nuts", "nuts_pyro", "laplace", "svi_full_rank")
 _SHORT = ("nuts", "laplace", _CONTROL)
 _RESULTS = "calibration.json"
+_NAMES = {
+    "nuts": "NUTS",
+    "nuts_pyro": "Pyro's NUTS",
+    "nuts_without_jacobian": "NUTS without the Jacobian",
+    "laplace": "Laplace",
+    "laplace_uncorrected": "uncorrected Laplace",
+    "laplace_without_jacobian": "Laplace without the Jacobian",
+    "svi_full_rank": "full-rank SVI",
+    "svi_mean_field": "mean-field SVI",
+}
 
 
 def calibration_claim(settings: Settings, *, study: Study = STUDY) -> Claim:
@@ -98,8 +108,7 @@ def _claim(verdict: Any, measured: Mapping[str, float], bound: Mapping[str, floa
 
 
 def _words(method: str) -> str:
-    names = {"nuts": "NUTS", "nuts_pyro": "Pyro's NUTS", "laplace": "Laplace"}
-    return names.get(method, method.replace("_", " ").replace("svi", "SVI").replace("nuts", "NUTS"))
+    return _NAMES.get(method, method.replace("_", " "))
 
 
 def _list(methods: Sequence[str]) -> str:

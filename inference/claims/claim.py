@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -120,14 +120,12 @@ class Settings:
         named: the claim was asked for by name; with ``full`` its long study is run instead of read from the package.
         jobs: number of processes that share a study.
         folder: folder in which a study keeps its finished parts, so that it can resume; None keeps nothing.
-        report: function that receives a line of progress now and then.
     """
 
     full: bool = False
     named: bool = False
     jobs: int = 1
     folder: Path | None = None
-    report: Callable[[str], None] = lambda line: None
 
 
 def judge(measured: Mapping[str, float], bound: Mapping[str, float]) -> bool:

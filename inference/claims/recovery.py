@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from probattn.models.simulate import draw_data_sets
 from probattn.solve.bound import contraction_bound
 
 __all__ = ["recovery_claim"]
+
+_LOG = logging.getLogger(__name__)
 
 # Known matrices A: attraction, repulsion, a rotation, and a saddle.
 TRUTHS = (
@@ -56,7 +59,7 @@ def recovery_claim(settings: Settings, *, study: Study = STUDY, method: str = "l
         measured[f"without_law_{size}"] = float(simulated.redrawn)
         for label, name in (("with the Jacobian", method), ("without", f"{method}_without_jacobian")):
             store = None if settings.folder is None else settings.folder / f"recovery-{name}-{size}.json"
-            settings.report(f"recovery by {name}, {size} sequences")
+            _LOG.info("recovery by %s, %s sequences", name, size)
             ranks = calibrate(sized, name, simulated=simulated, jobs=settings.jobs, store=store)
             products = [entry for entry in ranks.ranks if entry.startswith("A[")]
             errors[label].append(float(np.sqrt(np.mean([ranks.errors[entry] ** 2 for entry in products]))))

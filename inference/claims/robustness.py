@@ -8,6 +8,7 @@ verdict. The rules are those of :func:`~probattn.inference.studies.robustness.su
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -34,6 +35,8 @@ from probattn.inference.studies.robustness.training import ARMS, VARIANTS, Arm, 
 from probattn.models.corpus import Corpus
 
 __all__ = ["STUDY", "quick_study", "robustness_claim", "words_of_verdict"]
+
+_LOG = logging.getLogger(__name__)
 
 STUDY = Study()
 _RESULTS = "robustness.json"
@@ -117,7 +120,7 @@ def _sentence(text: str) -> str:
 def _whole(corpus: Corpus, settings: Settings, study: Study, arms: Sequence[Arm]) -> Claim:
     device = select_device("auto")
     folder = None if settings.folder is None else settings.folder / "robustness"
-    records = run_study(arms, study, corpus, folder=folder, jobs=settings.jobs, device=device, report=settings.report)
+    records = run_study(arms, study, corpus, folder=folder, jobs=settings.jobs, device=device, report=_LOG.info)
     summary = summarise(records, arms)
     verdict = judge_study(summary)
     if settings.folder is not None:
@@ -132,7 +135,7 @@ def _whole(corpus: Corpus, settings: Settings, study: Study, arms: Sequence[Arm]
 def _quick(subject: Subject, corpus: Corpus, settings: Settings, study: Study) -> Claim:
     if len(corpus.heldout) <= 2 * study.context:
         return _claim("not_run", {}, condition="the held-out text does not fill two windows")
-    records = run_study(_QUICK_ARMS, study, corpus, jobs=settings.jobs, report=settings.report)
+    records = run_study(_QUICK_ARMS, study, corpus, jobs=settings.jobs, report=_LOG.info)
     summary = summarise(records, _QUICK_ARMS)
     verdict = judge_study(summary)
     measured = _measured(summary)

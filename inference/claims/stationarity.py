@@ -7,6 +7,7 @@ zero; in :mod:`~probattn.inference.claims.stationary_distribution` it moves.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from probattn.solve.context import Context
 from probattn.solve.token import find_token
 
 __all__ = ["Balance", "balanced_noise", "stationarity_claim"]
+
+_LOG = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
@@ -124,7 +127,7 @@ def stationarity_claim(
     curves: dict[str, list[Balance]] = {}
     scores = []
     for seed, (label, attention) in enumerate(_cases(settings.full).items()):
-        settings.report(f"stationarity: boundary, {label}")
+        _LOG.info("stationarity: boundary, %s", label)
         # In several dimensions the average runs over the coordinates as well.
         pasts = max(200, size.pasts // attention.dim)
         curves[label] = [balance(attention, n, pasts, 100 * seed + k) for k, n in enumerate(size.lengths)]

@@ -7,6 +7,7 @@ compared with this flow, with the mean free and with the mean held at zero.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from probattn.models.long_run import LongRun, long_run
 from probattn.models.scalar import scalar_attention
 
 __all__ = ["stationary_distribution_claim"]
+
+_LOG = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
@@ -59,7 +62,7 @@ def stationary_distribution_claim(settings: Settings, *, run: Callable[..., Long
         run: the simulator under test, with the signature of :func:`~probattn.models.long_run.long_run`.
     """
     size = _FULL if settings.full else _QUICK
-    settings.report("stationary distribution: long runs")
+    _LOG.info("stationary distribution: long runs")
     slopes = torch.tensor(size.slopes, dtype=torch.float64)
     runs = {
         label: run(scalar_attention(slopes), 1.0, list(size.lengths), size.sequences, symmetric=held, limit=1 / slopes)

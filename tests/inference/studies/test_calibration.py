@@ -145,20 +145,20 @@ def test_the_claims_wait_for_full():
         assert "probattn verify --full" in claim.condition
 
 
-def test_the_claim_holds_and_turns(monkeypatch, tmp_path):
+def test_the_claim_holds_and_turns(monkeypatch, tmp_path, caplog):
     from probattn.inference.claims import calibration as claim
 
     fast = {**METHODS, "nuts_without_jacobian": METHODS["laplace_without_jacobian"]}
     monkeypatch.setitem(calibration.__dict__, "METHODS", fast)
     monkeypatch.setattr(claim, "_SHORT", ("laplace", "nuts_without_jacobian"))
     study = replace(STUDY, replicates=50)
-    lines = []
-    found = calibration_claim(Settings(full=True, folder=tmp_path, report=lines.append), study=study)
+    with caplog.at_level("INFO", logger="probattn.inference"):
+        found = calibration_claim(Settings(full=True, folder=tmp_path), study=study)
     assert found.verdict == "supported"
     assert found.measured["laplace_excess"] <= 0 < found.measured["nuts_without_jacobian_excess"]
     assert "leave the band" in found.control
     assert set(found.figures) == {"calibration"}
-    assert "calibration of laplace: 50 of 50" in lines
+    assert "calibration of laplace: 50 of 50" in caplog.messages
     # A control that passed would prove that the test is blind; a method that fails turns the verdict.
     monkeypatch.setitem(calibration.__dict__, "METHODS", {**fast, "laplace": METHODS["laplace_without_jacobian"]})
     turned = calibration_claim(Settings(full=True), study=study)
