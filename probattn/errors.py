@@ -15,6 +15,7 @@ __all__ = [
     "SeveralSolutionsError",
     "SeveralSolutionsWarning",
     "require_at_least",
+    "require_axes",
     "require_choice",
     "require_finite",
     "require_positive",
@@ -68,11 +69,39 @@ def require_tensor(name: str, value: object) -> None:
     )
     article = "an" if kind[0] in "aeiou" else "a"
     size = ""
-    if isinstance(getattr(value, "shape", None), tuple):
-        size = f" of shape {value.shape}"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        size = f" of shape {shape}"
     elif isinstance(value, Sequence) and not isinstance(value, str):
         size = f" of length {len(value)}"
     raise InputError(f"{name} is {article} {kind}{size}; it must be a tensor, made by torch.as_tensor({name}).")
+
+
+def require_axes(name: str, tensor: Tensor, axes: dict[str, int]) -> None:
+    """Raise unless the last axes of a tensor have the sizes that are known from elsewhere.
+
+    Args:
+        name: name of the tensor in the message.
+        tensor: any shape.
+        axes: names and sizes of the last axes, in their order.
+
+    Raises:
+        InputError: with the first axis that differs, its size and the one expected.
+
+    Example:
+        >>> require_axes("key", torch.zeros(1, 5), {"rank": 1, "features": 4})
+        Traceback (most recent call last):
+        ...
+        probattn.errors.InputError: key has 5 in its features axis (-1) where 4 is expected; its shape is (1, 5), ...
+    """
+    if tensor.dim() < len(axes):
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}; its last axes must be {axes}.")
+    for position, (axis, size) in enumerate(axes.items(), start=-len(axes)):
+        if tensor.shape[position] != size:
+            raise InputError(
+                f"{name} has {tensor.shape[position]} in its {axis} axis ({position}) where {size} is expected; "
+                f"its shape is {tuple(tensor.shape)}, its last axes must be {axes}."
+            )
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The compiled kernels in ``probattn/moments/kernels``, called with pointers into tensors on the threads of torch.
 
-They are built on installation where there is a C compiler (checked with GCC 12 on x86-64). Without one, on other devices
-and for shapes that they do not cover, the callers compute the same with torch.
+They are built on installation where there is a C compiler (checked with GCC 12 on x86-64). Without one, on other
+devices and for shapes that they do not cover, the callers compute the same with torch.
 """
 
 from __future__ import annotations

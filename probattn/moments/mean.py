@@ -29,7 +29,7 @@ from probattn.moments.dense import attention_weights, median
 from probattn.moments.refine import CANCELLATION, Problem, Rows
 from probattn.numerics.derivatives import pushforward
 
-__all__ = ["causal_mean"]
+__all__ = ["causal_mean", "causal_weights"]
 
 _ROWS, _WEIGHTS = 128, 1 << 20  # rows of a block, and the weights that it may hold
 
@@ -56,10 +56,34 @@ def causal_mean(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return mean
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_weights(query: Tensor, key: Tensor) -> Tensor:
+    """The weights of :func:`causal_mean` themselves, dense.
+
+    Args:
+        query: c q, already scaled, (*batch, T, r).
+        key: k, (*batch, T, r).
+
+    Returns:
+        alpha, (*batch, T, T). Where rows may lose digits, they are the means of unit vectors, in time O(T^3).
+    """
     length = query.shape[-2]
-    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    return attention_weights(query, key - median(key), visible) @ value  # the median changes no weight and keeps digits
+    rows, tokens = (part.reshape(-1, 1, *part.shape[-2:]) for part in (query, key))
+    try:
+        plain = _Distant.find(rows, tokens, tokens) is None
+    except RuntimeError:  # under torch.func.vmap a tensor has no truth value
+        plain = False
+    if plain:
+        return attention_weights(query, key, _past(query))
+    unit = torch.eye(length, dtype=query.dtype, device=query.device).expand(*rows.shape[:2], length, length)
+    return causal_mean(rows, tokens, unit).view(*query.shape[:-1], length)
+
+
+def _past(query: Tensor) -> Tensor:
+    return torch.ones(query.shape[-2], query.shape[-2], dtype=torch.bool, device=query.device).tril()
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attention_weights(query, key - median(key), _past(query)) @ value  # the median keeps digits
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -109,8 +133,8 @@ class _Distant(NamedTuple):
         rows = ~kept.unsqueeze(-1)
         place = torch.arange(query.shape[2], device=query.device)
         problem = Problem(query.unsqueeze(3), key, value, torch.zeros_like(place), place + 1, None, 1.0, 0.0)
-        tokens = (part.masked_fill(~part.isfinite(), 0.0) for part in (key, value))
-        return cls(rows, problem, (query.masked_fill(rows, 0.0), *tokens))
+        key, value = (part.masked_fill(~part.isfinite(), 0.0) for part in (key, value))
+        return cls(rows, problem, (query.masked_fill(rows, 0.0), key, value))
 
 
 @torch.library.custom_op("probattn::causal_mean", mutates_args=())
@@ -126,7 +150,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 mean[some, :, rows] = weights @ plain[2][some, :, : rows.stop]
         if distant is not None:
             for part in Rows.of(distant.problem, distant.rows):
-                mean[part.index[:3]] = (part.origin + part.offset)[:, : value.shape[-1]]
+                mean[part.place[:3]] = (part.origin + part.offset)[:, : value.shape[-1]]
     return mean
 
 
@@ -146,11 +170,11 @@ def _backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tu
             results[2][some, :, : rows.stop] += weights.mT @ up[some, :, rows]
         if distant is not None:
             for part in Rows.of(distant.problem, distant.rows):
-                on_mean = torch.nn.functional.pad(gradient[part.index[:3]], (0, key.shape[-1]))
+                on_mean = torch.nn.functional.pad(gradient[part.place[:3]], (0, key.shape[-1]))
                 found = part.backward(None, on_mean, None)
-                results[0][part.index[:3]] = found[0]
+                results[0][part.place[:3]] = found[0]
                 for whole, own in zip(results[1:], found[1:], strict=True):
-                    whole[:, :, : own.shape[1]].index_put_(part.index[:2], own, accumulate=True)
+                    whole[:, :, : own.shape[1]].index_put_(part.place[:2], own, accumulate=True)
     return results[0], results[1], results[2]
 
 

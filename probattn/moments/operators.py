@@ -231,8 +231,8 @@ def _forward(
         lost = lost if more is None else lost | more
     with torch.autocast(query.device.type, enabled=False):
         for rows in Rows.of(problem, lost):
-            covariance[rows.index] = rows.covariance()
-            offset[rows.index], log_sum[rows.index], origin[rows.index] = rows.offset, rows.log_sum, rows.origin
+            covariance[rows.place] = rows.covariance()
+            offset[rows.place], log_sum[rows.place], origin[rows.place] = rows.offset, rows.log_sum, rows.origin
     return covariance, offset, log_sum, origin, lost
 
 
@@ -264,12 +264,12 @@ def _backward(
     to_query, to_key, to_value = _first_pass_backward(kept, shown)  # type: ignore[arg-type]
     with torch.autocast(query.device.type, enabled=False):
         for rows in Rows.of(problem, lost):
-            index, seen = rows.index, rows.key.shape[1]
-            mean = gradient.new_zeros(rows.offset.shape) if on_mean is None else on_mean[index]
-            found = rows.backward(gradient[index], mean, None if on_log is None else on_log[index])
-            to_query[index] = found[0]
+            place, seen = rows.place, rows.key.shape[1]
+            mean = gradient.new_zeros(rows.offset.shape) if on_mean is None else on_mean[place]
+            found = rows.backward(gradient[place], mean, None if on_log is None else on_log[place])
+            to_query[place] = found[0]
             for whole, part in zip((to_key, to_value), found[1:], strict=True):
-                whole[:, :, :seen].index_put_(index[:2], part, accumulate=True)
+                whole[:, :, :seen].index_put_(place[:2], part, accumulate=True)
     return to_query, to_key, to_value
 
 

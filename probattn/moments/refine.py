@@ -109,7 +109,7 @@ class Rows(NamedTuple):
     """Some rows of a problem with their weights, R of them, and the tokens as they are seen from them.
 
     Attributes:
-        index: (b, k, p, g) of each row, (R,) each.
+        place: (b, k, p, g) of each row, (R,) each.
         scale: c.
         query: c q, (R, r).
         value: v_s less its mean, (R, S, dv).
@@ -122,7 +122,7 @@ class Rows(NamedTuple):
         log_sum: of the exponentials of logits measured from there, (R,); -inf for a row that sees nothing.
     """
 
-    index: tuple[Tensor, ...]
+    place: tuple[Tensor, ...]
     scale: float
     query: Tensor
     value: Tensor

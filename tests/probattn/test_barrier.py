@@ -134,7 +134,7 @@ class TestMargins:
         turn, _ = torch.linalg.qr(tokens(3, 100, 2, 2))
         jordan = torch.tensor([[2.0, 1.0], [0.0, 2.0]]).double()
         corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
-        attention = CausalAttention.from_qk_matrix((turn @ jordan @ turn.mT).unsqueeze(1))
+        attention = CausalAttention.from_qk_matrix((turn @ jordan @ turn.mT).unsqueeze(1), heads=1)
         # sqrt(eps) is what rounding does to such an eigenvalue.
         assert (stability_margin(attention, corners, "spectral")[:, -1] + 1).abs().max() < 1e-6
 
@@ -198,11 +198,11 @@ class TestRegime:
         found = regime(attention, u, search=True)
         assert (str(found), found.proved) == ("folded", True)
         assert_witness(attention, u, found)
-        opposite = CausalAttention.from_qk_matrix(-attention.qk_matrix)  # expands everywhere
+        opposite = CausalAttention.from_qk_matrix(-attention.qk_matrix, heads=1)  # expands everywhere
         assert "no fold found by search" in regime(opposite, u, search=True).evidence
 
     def test_of_batches(self):
-        attention = CausalAttention.from_qk_matrix(torch.tensor([0.9, 1.1]).double()[:, None, None, None])
+        attention = CausalAttention.from_qk_matrix(torch.tensor([0.9, 1.1]).double()[:, None, None, None], heads=1)
         assert [str(found) for found in regime(attention, PAIR)] == ["certified", "folded"]
         nested = regime(attention.expand((3, 2)), PAIR)
         assert [[str(found) for found in row] for row in nested] == [["certified", "folded"]] * 3
