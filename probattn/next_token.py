@@ -151,8 +151,8 @@ class NextToken(dist.TorchDistribution):
         density: Tensor = self.noise.log_prob((value - mean).unsqueeze(-2)) + linalg.slogdet(jacobian)[1]
         if self.selection == "unique" or not self._scalar:
             return density
-        weights = [self.branches.log_weight(u) for u in value.detach().flatten().tolist()]
-        return density + torch.tensor(weights, dtype=density.dtype, device=density.device).view(density.shape)
+        weights = self.branches.log_weight(value.detach().squeeze(-1).cpu().numpy())
+        return density + torch.as_tensor(weights).to(density).expand(density.shape)
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008
@@ -185,8 +185,7 @@ class NextToken(dist.TorchDistribution):
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution function, relative to the total mass, elementwise on (*shape, 1); one dimension, exact."""
         branches = self.branches
-        values = [branches.cdf(u) / branches.mass for u in value.detach().flatten().tolist()]
-        return torch.tensor(values, dtype=value.dtype, device=value.device).view(value.shape)
+        return torch.as_tensor(branches.cdf(value.detach().cpu().numpy()) / branches.mass).to(value)
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles, elementwise on (*shape, 1); one dimension, exact to the last bits."""
@@ -256,6 +255,6 @@ def _require_resolved(noise: dist.TorchDistribution, past: Context) -> None:
     if smallest < resolved:
         raise InputError(
             f"the noise has a standard deviation of {smallest:.3g}, and after tokens of size {size:.3g} "
-            f"{past.values.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would coincide."
-            " Use a larger noise_scale, or float64."
+            f"{past.values.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would "
+            "coincide. Use a larger noise_scale, or float64."
         )

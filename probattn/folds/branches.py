@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize.elementwise import find_root
 from scipy.special import log_ndtr, ndtr
 
 from probattn.errors import InputError
@@ -28,7 +29,6 @@ __all__ = ["Branches", "Rule"]
 Rule = Literal["all", "uniform", "smallest_step", "nearest_mean"]
 Array = NDArray[np.float64]
 
-_HALVINGS = 200
 _PROBES = 257
 
 
@@ -100,37 +100,39 @@ class Branches:
     def roots(self, noise: float) -> Array:
         """Every u with e(u) = noise, in increasing order; one where nothing folds, three or more on a fold."""
         pieces = [j for j in range(len(self._ends) - 1) if self._covers(j, noise)]
-        return np.array([self._root(noise, j) for j in pieces])
+        return np.array([float(self._root(np.array([noise]), j)[0]) for j in pieces])
 
     @property
     def mass(self) -> float:
         """Total mass: one under a rule that selects, the mean number of roots under "all"."""
         return float(sum(self._probability(part.low, part.high) * part.weight for part in self._intervals))
 
-    def log_weight(self, u: float) -> float:
-        """Log of the probability that the root u is the one taken for its noise e(u); -inf where it is not."""
-        piece = int(np.searchsorted(self.turning_points, u, side="right"))
-        noise = float(self.residual(u))
-        weight = sum(part.weight for part in self._intervals if part.piece == piece and part.low <= noise < part.high)
-        return float(np.log(weight)) if weight > 0 else -np.inf
-
-    def cdf(self, u: float) -> float:
-        """Mass up to u; exact, no quadrature."""
-        piece = int(np.searchsorted(self.turning_points, u, side="right"))
-        noise = float(self.residual(u))
-        total = 0.0
+    def log_weight(self, u: Array | float) -> Array:
+        """Log of the probability that the root u is the one taken for its noise e(u), elementwise; -inf where never."""
+        points = np.asarray(u, dtype=np.float64)
+        piece, noise = np.searchsorted(self.turning_points, points, side="right"), self.residual(points)
+        weight = np.zeros_like(points)
         for part in self._intervals:
-            low, high = part.low, part.high
-            if part.piece > piece:
-                continue
-            if part.piece == piece:  # the part of the piece that lies to the left of u
-                low, high = (low, min(high, noise)) if piece % 2 == 0 else (max(low, noise), high)
-            if high > low:
-                total += part.weight * self._probability(low, high)
-        return float(total)
+            weight += part.weight * ((part.piece == piece) & (part.low <= noise) & (noise < part.high))
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(weight))
+
+    def cdf(self, u: Array | float) -> Array:
+        """Mass up to u, elementwise; exact, no quadrature."""
+        points = np.asarray(u, dtype=np.float64)
+        piece, noise = np.searchsorted(self.turning_points, points, side="right"), self.residual(points)
+        total = np.zeros_like(points)
+        for part in self._intervals:
+            # On its own piece, the part of the interval that lies to the left of u.
+            rises = part.piece % 2 == 0
+            low = np.where((piece == part.piece) & ~np.bool_(rises), np.maximum(part.low, noise), part.low)
+            high = np.where((piece == part.piece) & np.bool_(rises), np.minimum(part.high, noise), part.high)
+            reached = (part.piece <= piece) & (high > low)
+            total += np.where(reached, part.weight * self._probability(low, np.maximum(low, high)), 0.0)
+        return total
 
     def icdf(self, probability: float) -> float:
-        """The u with cdf(u) = probability * mass, by bisection to the last bit.
+        """The u with cdf(u) = probability * mass, to the last bits.
 
         Raises:
             InputError: a probability outside (0, 1).
@@ -143,31 +145,28 @@ class Branches:
             low = self._centre - 2 * (self._centre - low)
         while self.cdf(high) < target:
             high = self._centre + 2 * (high - self._centre)
-        return _bisect(lambda u: self.cdf(u) < target, low, high)
+        return float(find_root(lambda u: self.cdf(u) - target, (low, high)).x)
 
     def _covers(self, piece: int, noise: float) -> bool:
         low, high = sorted(self._ends[piece : piece + 2])
         return bool(low <= noise < high)
 
-    def _root(self, noise: float, piece: int) -> float:
-        """The root on one piece; the ends of the outer pieces are noise plus the extremes of what the past carries."""
-        reach = [noise + self._start] * 2
+    def _root(self, noise: Array, piece: int) -> Array:
+        """The roots for some noises on one piece, which covers them."""
+        least, largest = self._start, self._start
         if self._past.length:
-            low, high, _ = line_range(self._past)
-            reach = [noise + float(low), noise + float(high)]
-        low = self.turning_points[piece - 1] if piece > 0 else reach[0] - 1.0
-        high = self.turning_points[piece] if piece < len(self.turning_points) else reach[1] + 1.0
-        rises = piece % 2 == 0
-        return _bisect(lambda u: (float(self.residual(u)) < noise) == rises, float(low), float(high))
+            least, largest = (float(end) for end in line_range(self._past)[:2])
+        # The ends of the outer pieces are noise plus the least and the largest mean.
+        low = np.full_like(noise, self.turning_points[piece - 1]) if piece > 0 else noise + least - 1.0
+        last = piece == len(self.turning_points)
+        high = noise + largest + 1.0 if last else np.full_like(noise, self.turning_points[piece])
+        return np.asarray(find_root(lambda u, own: self.residual(u) - own, (low, high), args=(noise,)).x)
 
-    def _probability(self, low: float, high: float) -> float:
-        """P(low <= eps < high), from the tail that keeps its digits."""
-        a, b = low / self.noise_scale, high / self.noise_scale
-        if a > 0:
-            a, b = -b, -a
-        if b < -5:
-            return float(np.exp(log_ndtr(b)) - np.exp(log_ndtr(a)))
-        return float(ndtr(b) - ndtr(a))
+    def _probability(self, low: Array | float, high: Array | float) -> Array:
+        """P(low <= eps < high), from the tail that keeps its digits, elementwise."""
+        a, b = np.divide(low, self.noise_scale), np.divide(high, self.noise_scale)
+        a, b = np.where(a > 0, -b, a), np.where(a > 0, -a, b)
+        return np.where(b < -5, np.exp(log_ndtr(b)) - np.exp(log_ndtr(a)), ndtr(b) - ndtr(a))
 
     def _split(self) -> list[_Interval]:
         """Intervals of noise with one set of roots and one choice among them."""
@@ -186,25 +185,34 @@ class Branches:
     def _split_by_distance(self, low: float, high: float, pieces: list[int]) -> list[_Interval]:
         """Where several roots compete, the noises at which the nearest one changes; both ends are finite there."""
 
-        def nearest(noise: float) -> int:
+        def nearest(noise: Array) -> NDArray[np.int64]:
             aim = noise if self.rule == "smallest_step" else self._centre
-            return min(pieces, key=lambda piece: abs(self._root(noise, piece) - aim))
+            away = np.abs(np.stack([self._root(noise, piece) for piece in pieces]) - aim)
+            return np.asarray(np.asarray(pieces)[away.argmin(0)])
 
         probes = np.linspace(low, high, _PROBES + 2)[1:-1]
-        chosen = [nearest(float(noise)) for noise in probes]
-        edges = [low]
-        owners = [chosen[0]]
-        for k in range(len(probes) - 1):
-            if chosen[k] != chosen[k + 1]:
-                edges.append(_switch(nearest, chosen[k], float(probes[k]), float(probes[k + 1])))
-                owners.append(chosen[k + 1])
+        chosen = nearest(probes)
+        edges, owners = [low], [int(chosen[0])]
+        for k in np.flatnonzero(chosen[1:] != chosen[:-1]):
+            edges.append(_switch(nearest, int(chosen[k]), float(probes[k]), float(probes[k + 1])))
+            owners.append(int(chosen[k + 1]))
         edges.append(high)
         return [_Interval(edges[k], edges[k + 1], owner, 1.0) for k, owner in enumerate(owners)]
 
 
-def _switch(nearest: Callable[[float], int], own: int, low: float, high: float) -> float:
-    """The noise at which the nearest root leaves one piece."""
-    return _bisect(lambda noise: nearest(noise) == own, low, high)
+def _switch(nearest: Callable[[Array], NDArray[np.int64]], own: int, low: float, high: float) -> float:
+    """The noise at which the nearest root leaves one piece, by sections."""
+    while True:
+        inner = np.linspace(low, high, 34)
+        inner = inner[(inner > low) & (inner < high)]
+        if not len(inner):
+            return (low + high) / 2
+        left = nearest(inner) == own
+        count = len(inner) if left.all() else int(left.argmin())
+        low, high = (
+            (low if count == 0 else float(inner[count - 1])),
+            (high if count == len(inner) else float(inner[count])),
+        )
 
 
 def _between(low: float, high: float) -> float:
@@ -213,16 +221,3 @@ def _between(low: float, high: float) -> float:
     if np.isinf(low):
         return high - 1.0
     return low + 1.0 if np.isinf(high) else (low + high) / 2
-
-
-def _bisect(left_of: Callable[[float], bool], low: float, high: float) -> float:
-    """The point where a predicate turns from true to false, to the last bit."""
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        if left_of(middle):
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2

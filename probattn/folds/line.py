@@ -140,7 +140,8 @@ def turning_points(past: Context) -> Tensor:
         ends = left[inside].cpu().numpy(), right[inside].cpu().numpy()
         found[inside] = torch.as_tensor(find_root(excess, ends).x).to(left)
     # A crossing on the common end of two intervals is found in both.
-    return torch.unique(found)
+    points: Tensor = torch.unique(found)
+    return points
 
 
 # What M may still be beyond the reach of the search.

@@ -40,6 +40,7 @@ def contraction_bound(attention: Attention, u: Tensor) -> Tensor:
     batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
     if attention.mask == "inclusive" or not isinstance(attention, CausalAttention):
         return torch.full((*batch, u.shape[-2]), torch.inf, dtype=u.dtype, device=u.device)
+    u = u.expand(*batch, *u.shape[-2:])
     tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
     values, keys = tokens @ attention.ov_matrix.mT, tokens @ attention.qk_matrix  # o and g, (*batch, H, T, p)
     nothing = values.new_zeros(values.shape[:-2])
@@ -93,7 +94,8 @@ def running_diameters(points: Tensor, known: Tensor, seen: int) -> Tensor:
         seen: number of points whose diameter is known.
 
     Returns:
-        Before each of the positions seen, ..., n - 1 and after the last, (n - seen + 1, *batch). Time O((n - seen) n p).
+        Before each of the positions seen, ..., n - 1 and after the last, (n - seen + 1, *batch).
+        Time O((n - seen) n p).
     """
     # Differences, not the matrix-product form of cdist, whose rounding could make the bound too small.
     distance = torch.cdist(points[..., seen:, :], points, compute_mode="donot_use_mm_for_euclid_dist")

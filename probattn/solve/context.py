@@ -280,7 +280,7 @@ class Context:
         return mean.view(*batch, heads, *rows.shape[-2:])
 
     def _moments(self, rows: Tensor, *, covariance: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean value and key, (*batch, H, R, p), their covariance, (*batch, H, R, p, p), and log sum exp, (*batch, H, R)."""
+        """Mean value and key, (*batch, H, R, p), their covariance (with one more p) and log-sum-exp (without p)."""
         count, dim = rows.shape[-2:]
         logits = self._hide(rows.unsqueeze(-3) @ self.keys.mT)  # (*batch, H, R, n)
         log_sum = torch.logsumexp(logits, dim=-1)
@@ -309,7 +309,7 @@ class Context:
         return mean + first[0], mean_key + first[1], change, log_sum
 
     def _with_own(self, rows: Tensor, mean: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean with the token itself, its weight, (*batch, H, R, 1), and its value less that mean, (*batch, H, R, p)."""
+        """Mean with the token itself, its weight (with 1 for p), its value less that mean; (*batch, H, R, p)."""
         value, key = _project(self.attention, rows)  # (*batch, H, R, p)
         odds = (rows.unsqueeze(-3) * key).sum(-1) - log_sum
         weight, rest = odds.sigmoid().unsqueeze(-1), (-odds).sigmoid().unsqueeze(-1)

@@ -73,7 +73,7 @@ def line_roots(context: Context, noise: Tensor) -> Tensor:
 
 
 class Slopes(NamedTuple):
-    """The mean and its slope at the centres of intervals, and bounds on the slope over each of them, (L,) each but for the first.
+    """The mean and its slope at the centres of intervals, and bounds on the slope over each; (L,), but for the first.
 
     Attributes:
         mean: mu_h(c) of each head, (L, H).

@@ -69,7 +69,7 @@ def newton_step(jacobian: Tensor, residual: Tensor) -> Tensor:
 
 def residual_tolerance(u: Tensor, mean: Tensor) -> Tensor:
     """Residual norm at which a token, (*batch, p), counts as found, (*batch,): 1000 machine epsilons, relative."""
-    size = 1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1)
+    size: Tensor = 1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1)
     return 1e3 * torch.finfo(u.dtype).eps * size
 
 

@@ -55,7 +55,8 @@ def choose(
         if uniform is None:
             uniform = torch.rand(valid.shape[1:], dtype=noise.dtype, device=noise.device)
         rank = (uniform * valid.sum(0)).floor()  # of the valid ones, which is taken
-        return ((valid.cumsum(0) - 1 == rank) & valid).to(torch.int8).argmax(0)
+        taken: Tensor = (valid.cumsum(0) - 1 == rank) & valid
+        return taken.to(torch.int8).argmax(0)
     aim = context.values.mean(-2).sum(-2) if selection == "nearest_mean" and context.length else noise
-    distance = torch.linalg.vector_norm(roots - aim, dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(roots - aim, dim=-1)
     return distance.masked_fill(~valid, torch.inf).argmin(0)

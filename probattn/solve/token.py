@@ -136,11 +136,12 @@ def without_rival(context: Context, noise: Tensor, u: Tensor) -> Tensor:
     starts = torch.cat([torch.stack([u, _usual(context, noise)]), noise + vertices(context)])
     ends = newton(context, noise, starts)
     gap = torch.linalg.vector_norm(ends.u - u, dim=-1).masked_fill(~ends.solved, 0.0)
-    return (gap <= _same_root(ends.tolerance)).all(0) & (linalg.det(ends.jacobian[0]) >= 0)
+    alone: Tensor = (gap <= _same_root(ends.tolerance)).all(0) & (linalg.det(ends.jacobian[0]) >= 0)
+    return alone
 
 
 def find_roots(context: Context, noise: Tensor, starts: int = _MORE_STARTS) -> Tensor:
-    """Solutions of u - mu(u) = eps for one past and one noise: all of them on a line, else those found from many starts.
+    """Solutions of u - mu(u) = eps for one past and noise: all of them on a line, else those found from many starts.
 
     In several dimensions whether they are all solutions is not proved; under the strict mask the map has degree one,
     and an even number away from a fold means that one was missed.
