@@ -223,6 +223,12 @@ class TestRegime:
         assert float(norm) <= bound * (1 + 1e-9)
         assert bound == pytest.approx(float(Context.of(attention, u).contraction_bound()))
 
+    def test_the_bound_of_several_attentions_at_one_sequence(self):
+        matrices, u = tokens(0, 5, 2, 2, 2), tokens(1, 7, 2)  # five attentions of two heads, identity values
+        bounds = contraction_bound(CausalAttention.from_qk_matrix(matrices, heads=2), u)
+        alone = [contraction_bound(CausalAttention.from_qk_matrix(matrix, heads=2), u) for matrix in matrices]
+        torch.testing.assert_close(bounds, torch.stack(alone), rtol=1e-14, atol=0)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
     def test_a_fold_at_the_critical_tilt_is_never_certified(self, offset, dtype):
