@@ -29,7 +29,17 @@ from probattn.inference.runtime.environment import describe, select_device
 from probattn.models.embedding import EmbeddingModel
 from probattn.options import Device, Dtype, Range, Seed, as_plain, check_options
 
-__all__ = ["METHODS", "FitOptions", "Method", "TextOptions", "fit"]
+__all__ = [
+    "METHODS",
+    "FitOptions",
+    "LaplaceConfig",
+    "MapConfig",
+    "Method",
+    "NutsConfig",
+    "SviConfig",
+    "TextOptions",
+    "fit",
+]
 
 Method = NutsConfig | SviConfig | LaplaceConfig | MapConfig
 #: Options of the methods by name.

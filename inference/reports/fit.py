@@ -11,7 +11,7 @@ import numpy as np
 from probattn.inference.results.comparison import Compared
 from probattn.inference.results.diagnosis import Diagnosis
 from probattn.inference.results.fit_file import Fit
-from probattn.inference.runtime.files import finite_or_null, prepare_folder, write_figure, write_json, write_text
+from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
 from probattn.plotting import plot_chains, plot_comparison, plot_margin_bands, plot_posterior
 
 __all__ = ["write_comparison", "write_fit"]
@@ -31,7 +31,7 @@ def write_fit(out: Path, found: Fit, diagnosis: Diagnosis, record: Mapping[str, 
         out: output folder.
         found: fit.
         diagnosis: its diagnosis.
-        record: how it was made, for ``config.json``; numbers that are not finite become null.
+        record: how it was made, for ``config.json``.
     """
     from arviz_stats import summary
 
@@ -41,7 +41,7 @@ def write_fit(out: Path, found: Fit, diagnosis: Diagnosis, record: Mapping[str, 
     table = summary(found.to_datatree(), var_names=names, kind=kind, round_to=None)
     write_text(out / "summary.csv", table.to_csv())
     write_json(out / "diagnosis.json", {"schema": 1, **diagnosis.as_dict()})
-    write_json(out / "config.json", finite_or_null(record))
+    write_json(out / "config.json", record)
     folder = prepare_folder(out / "figures")
     for name, figure in _figures(found).items():
         write_figure(folder / f"{name}.png", figure)

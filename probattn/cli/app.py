@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError, UnusedCliTokensError
 import probattn
 from probattn.cli.progress import shown_progress
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "app", "main"]
 
 app = App(
     name="probattn",
@@ -20,16 +20,17 @@ app = App(
     version=lambda: f"probattn {probattn.__version__}",
     result_action="return_value",
 )
-# By name: the help of the whole needs none of the libraries behind the commands.
-for _name, _text in {
+#: Commands with a line of help; they are imported when they are called, so that `probattn --help` is quick.
+COMMANDS = {
     "verify": "Fit a model, measure every claim, write a report.",
     "fit": "Infer attention parameters behind hidden states.",
     "train": "Train a language model with the log-barrier.",
     "support": "Show the tokens of a text nearest to the boundary.",
     "explore": "See it in the browser; begin here.",
     "bench": "Measure costs as ratios (ten minutes).",
-}.items():
-    app.command(f"probattn.cli.{_name}:app", name=_name, help=_text)
+}
+for _place, (_name, _text) in enumerate(COMMANDS.items()):
+    app.command(f"probattn.cli.{_name}:app", name=_name, help=_text, sort_key=_place)
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 

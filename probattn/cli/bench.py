@@ -7,7 +7,7 @@ import sys
 from probattn.cli.command import command
 from probattn.inference.bench.run import BenchOptions, bench, broken_gates
 
-__all__ = ["app"]
+__all__ = ["OPTIONS", "app", "run"]
 
 
 def run(options: BenchOptions) -> int:
@@ -23,4 +23,5 @@ def run(options: BenchOptions) -> int:
     return int(bool(broken))
 
 
-app = command("bench", BenchOptions, run)
+OPTIONS = BenchOptions
+app = command("bench", OPTIONS, run)

@@ -20,7 +20,7 @@ from cyclopts.config import Dict
 from probattn.errors import InputError
 from probattn.options import Range, field_types
 
-__all__ = ["Flag", "command", "flags", "read_settings", "variants"]
+__all__ = ["Flag", "command", "flags", "in_words", "read_settings", "variants"]
 
 Options = TypeVar("Options")
 Run = Callable[[Options], int | None]
@@ -52,6 +52,16 @@ class Flag:
     def name(self) -> str:
         """The name of the flag, with its dashes."""
         return "--" + self.path[-1].replace("_", "-")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the flag, with their dashes."""
+        return (self.name, *self.metadata.get("aliases", ()))
+
+    @property
+    def limits(self) -> str:
+        """Range in words; empty where there is none."""
+        return "" if self.range in (None, Range()) else str(self.range)
 
     @property
     def key(self) -> str:
@@ -214,15 +224,15 @@ def _parameters(listed: Sequence[Flag]) -> Iterator[inspect.Parameter]:
     groups = {heading: Group(heading or "Options", sort_key=i) for i, heading in enumerate(_headings(listed))}
     for flag in listed:
         positional = flag.metadata.get("positional", False)
-        shown = None if flag.default in (None, "", (), MISSING) else flag.default
+        shown = in_words(flag.default)
         note = Parameter(
-            name=() if positional else (flag.name, *flag.metadata.get("aliases", ())),
-            help=flag.help + (f" [{flag.range}]" if flag.range not in (None, Range()) else ""),
+            name=() if positional else flag.names,
+            help=flag.help + (f" [{flag.limits}]" if flag.limits else ""),
             group=groups[flag.heading],
             negative_iterable=(),
             converter=_converter(flag.kind),
             validator=_within(flag.range),
-            show_default=False if shown is None else (lambda _, shown=shown: _as_text(shown)),
+            show_default=(lambda _, shown=shown: shown) if shown else False,
         )
         yield inspect.Parameter(
             flag.key,
@@ -243,7 +253,14 @@ def _headings(listed: Iterable[Flag]) -> list[str]:
     return list(dict.fromkeys(["", *(flag.heading for flag in listed)]))
 
 
-def _as_text(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A default as help and reference show it; empty where there is nothing to show.
+
+    Args:
+        value: default of a flag.
+    """
+    if value is None or value is MISSING:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ",".join(value) if isinstance(value, tuple) else f"{value}"

@@ -12,7 +12,7 @@ from probattn.cli.command import command
 from probattn.errors import InputError
 from probattn.options import Range, check_options
 
-__all__ = ["ExploreOptions", "app"]
+__all__ = ["OPTIONS", "ExploreOptions", "app", "run"]
 
 
 @dataclass(frozen=True)
@@ -84,4 +84,5 @@ def _open(address: str) -> None:
         print("no browser was found; open the address above in one.", flush=True)
 
 
-app = command("explore", ExploreOptions, run)
+OPTIONS = ExploreOptions
+app = command("explore", OPTIONS, run)

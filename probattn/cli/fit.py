@@ -6,7 +6,7 @@ from probattn.cli.command import command
 from probattn.inference.fit import FitOptions, fit
 from probattn.inference.runtime.distributed import launched_rank
 
-__all__ = ["app"]
+__all__ = ["OPTIONS", "app", "run"]
 
 
 def run(options: FitOptions) -> None:
@@ -23,4 +23,5 @@ def run(options: FitOptions) -> None:
         print(f"results: {', '.join(map(str, files))}")
 
 
-app = command("fit", FitOptions, run)
+OPTIONS = FitOptions
+app = command("fit", OPTIONS, run)

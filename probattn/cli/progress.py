@@ -3,62 +3,81 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-__all__ = ["shown_progress"]
+__all__ = ["Progress", "shown_progress"]
 
 
 @contextmanager
-def shown_progress(quiet: bool = False) -> Iterator[None]:
-    """Show what the package logs.
-
-    On a terminal, a record with the attributes ``done`` and ``total`` moves a bar; every other record is
-    a line.
-
-    Args:
-        quiet: show nothing below a warning, for all processes but the first.
-    """
+def shown_progress() -> Iterator[None]:
+    """Show what the package logs while the block runs; processes of ``torchrun`` but the first show warnings alone."""
     logger = logging.getLogger("probattn")
     before = logger.level, logger.propagate
-    handler = _Handler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    progress = Progress(sys.stdout)
+    logger.addHandler(progress)
+    logger.setLevel(logging.WARNING if int(os.environ.get("RANK", "0")) else logging.INFO)
     logger.propagate = False
     try:
         yield
     finally:
-        handler.close()
-        logger.removeHandler(handler)
+        progress.close()
+        logger.removeHandler(progress)
         logger.level, logger.propagate = before
 
 
-class _Handler(logging.Handler):
-    def __init__(self) -> None:
+class Progress(logging.Handler):
+    """Records as lines, and on a terminal those of :func:`probattn.inference.runtime.progress.log_step` as a bar.
+
+    Args:
+        stream: where to write.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self.bar: Any = None
+        self.stream = stream
+        self._bar: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        done, total = getattr(record, "done", None), getattr(record, "total", None)
-        if done is None or total is None or not sys.stdout.isatty():
-            self._end_bar()
-            print(record.getMessage(), flush=True)
-            return
-        if self.bar is None or self.bar.total != total or done < self.bar.n:
-            self._end_bar()
-            self.bar = tqdm(total=total, file=sys.stdout, leave=False)
-        self.bar.set_description_str(record.getMessage(), refresh=False)
-        self.bar.update(done - self.bar.n)
+        """Write a line, or move the bar.
 
-    def _end_bar(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        Args:
+            record: what was logged.
+        """
+        total, metrics = getattr(record, "total", None), getattr(record, "metrics", {})
+        if total is None or not self.stream.isatty():
+            self._end_bar()
+            print(_line(record.getMessage(), metrics), file=self.stream, flush=True)
+            return
+        step: int = getattr(record, "step", 0)
+        work = record.getMessage().partition(" ")[0]
+        if self._bar is None or (self._bar.total, self._bar.desc) != (total, f"{work}: "):
+            self._end_bar()
+            self._bar = tqdm(total=total, desc=work, file=self.stream, leave=False)
+        self._bar.set_postfix(_words(metrics), refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
+        """End the bar."""
         self._end_bar()
         super().close()
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _words(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {name.replace("_", " "): f"{value:.4g}" for name, value in metrics.items()}
+
+
+def _line(message: str, metrics: Mapping[str, float]) -> str:
+    """The message, with the metrics that it does not name."""
+    further = [f"{name} {value}" for name, value in _words(metrics).items() if name not in message]
+    return ", ".join([message, *further])

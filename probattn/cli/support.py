@@ -5,7 +5,7 @@ from __future__ import annotations
 from probattn.cli.command import command
 from probattn.inference.support import SupportOptions, support
 
-__all__ = ["app"]
+__all__ = ["OPTIONS", "app", "run"]
 
 
 def run(options: SupportOptions) -> None:
@@ -17,4 +17,5 @@ def run(options: SupportOptions) -> None:
     print(f"page: {options.out / 'support.html'}, numbers: {options.out / 'support.json'}")
 
 
-app = command("support", SupportOptions, run)
+OPTIONS = SupportOptions
+app = command("support", OPTIONS, run)

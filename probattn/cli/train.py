@@ -7,7 +7,7 @@ from probattn.inference.runtime.distributed import launched_rank
 from probattn.inference.training.options import TrainOptions
 from probattn.inference.training.run import train
 
-__all__ = ["app"]
+__all__ = ["OPTIONS", "app", "run"]
 
 
 def run(options: TrainOptions) -> None:
@@ -23,4 +23,5 @@ def run(options: TrainOptions) -> None:
         print(f"results: {', '.join(map(str, files))}")
 
 
-app = command("train", TrainOptions, run)
+OPTIONS = TrainOptions
+app = command("train", OPTIONS, run)

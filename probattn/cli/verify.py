@@ -7,7 +7,7 @@ import sys
 from probattn.cli.command import command
 from probattn.inference.verify import VerifyOptions, verify
 
-__all__ = ["app"]
+__all__ = ["OPTIONS", "app", "run"]
 
 
 def run(options: VerifyOptions) -> int:
@@ -23,4 +23,5 @@ def run(options: VerifyOptions) -> int:
     return int(bool(broken))
 
 
-app = command("verify", VerifyOptions, run)
+OPTIONS = VerifyOptions
+app = command("verify", OPTIONS, run)
