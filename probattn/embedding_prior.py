@@ -1,4 +1,4 @@
-"""The attention prior on input embeddings: a stage of its own, whose log-density or barrier regularises the table."""
+"""Attention prior on input embeddings: a stage of its own, whose log-density or barrier regularises the table."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from probattn import blocks
-from probattn.attention import CausalAttention, Mask, require_mask
+from probattn.attention import CausalAttention
 from probattn.barrier import BarrierKind, penalty_and_margin, require_penalty
-from probattn.errors import InputError, require_choice
+from probattn.errors import InputError, require_at_least, require_choice, require_positive, require_tensor
+from probattn.interface import Mask, require_mask
 from probattn.penalty import Penalty, attention_penalty
 
 __all__ = ["AttentionStage", "Prior"]
@@ -35,8 +36,8 @@ class AttentionStage(nn.Module):
         mask: "strict" or "inclusive".
         prior: "margin" (the penalty alone) or "full" (with the Gaussian term).
         noise_scale: sigma of the full prior.
-        normalise: divide the embeddings of a sequence by their root mean square first: the penalty then cannot be
-            lowered by making them larger or smaller.
+        normalise: divide the embeddings of a sequence by their root mean square first, so that scaling them does not
+            change the penalty.
 
     Example:
         >>> stage = AttentionStage(4, rank=2)
@@ -58,16 +59,15 @@ class AttentionStage(nn.Module):
         super().__init__()
         require_mask(mask)
         require_choice("prior", prior, get_args(Prior))
-        if min(dim, heads, rank) < 1 or not 0 < noise_scale < math.inf:
-            raise InputError(
-                f"dim {dim}, heads {heads}, rank {rank} and noise_scale {noise_scale} must be positive and finite."
-            )
+        for name, size in (("dim", dim), ("heads", heads), ("rank", rank)):
+            require_at_least(name, size)
+        require_positive("noise_scale", noise_scale)
         self.mask, self.prior, self.noise_scale, self.normalise = mask, prior, noise_scale, normalise
         self.query = nn.Parameter(torch.randn(heads, rank, dim) / dim**0.5)
         self.key = nn.Parameter(torch.randn(heads, rank, dim) / dim**0.5)
 
     def attention(self) -> CausalAttention:
-        """The attention as a value; not to be kept across an optimiser's step."""
+        """Return the attention as a value, which does not follow the parameters through an optimiser's step."""
         return CausalAttention(self.query, self.key, mask=self.mask, validate_args=False)
 
     def penalty(
@@ -75,23 +75,27 @@ class AttentionStage(nn.Module):
         u: Tensor,
         kind: BarrierKind = "one_sided",
         *,
-        positions: float | Tensor = 1.0,
+        positions: Tensor | None = None,
+        share: float = 1.0,
         padding: Tensor | None = None,
         sharpness: float = 10.0,
     ) -> Penalty:
-        """The penalty on embeddings.
+        """Compute the penalty of embeddings.
 
         Args:
             u: (batch, T, p).
             kind: see :func:`~probattn.barrier.log_barrier`.
-            positions: as in :func:`attention_penalty`; the inclusive mask and the full prior evaluate all of them.
+            positions: indices of the positions to evaluate, rising, (P,); None: a random share of them. The inclusive
+                mask and the full prior evaluate all positions.
+            share: part of the positions, in (0, 1], drawn anew in each call.
             padding: False on padding, (batch, T), which then is not seen either.
-            sharpness: of the ``smooth`` kind.
+            sharpness: beta of the ``smooth`` kind.
 
         Returns:
             A :class:`Penalty` of one head; its values hold the Gaussian term of the full prior.
         """
         require_penalty(kind, sharpness)
+        require_tensor("u", u)
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(torch.promote_types(u.dtype, self.query.dtype))
             if self.normalise:
@@ -112,6 +116,7 @@ class AttentionStage(nn.Module):
                 mask=None if padding is None else padding.bool()[:, None, None].expand(-1, 1, u.shape[1], -1),
                 padding=padding,
                 positions=positions,
+                share=share,
                 output=eye.repeat(1, query.shape[1]),  # (p, H p)
                 query_map=self.query.flatten(0, 1),  # (H r, p)
                 sharpness=sharpness,
@@ -133,7 +138,7 @@ class AttentionStage(nn.Module):
 
 
 def _root_mean_square(u: Tensor, padding: Tensor | None) -> Tensor:
-    """Of the tokens of each sequence, (batch, 1, 1); 1 for a sequence of padding only."""
+    """Root mean square of the tokens of each sequence, (batch, 1, 1); 1 for a sequence of padding only."""
     square = u.square().mean(-1, keepdim=True)  # (batch, T, 1)
     if padding is None:
         return square.mean(-2, keepdim=True).sqrt()

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from probattn import blocks
-from probattn.attention import Mask, require_mask
 from probattn.barrier import BarrierKind, penalty_and_margin, require_penalty
-from probattn.errors import InputError, require_share
+from probattn.errors import InputError, require_axes, require_share, require_tensor
+from probattn.interface import Mask, require_mask
 from probattn.moments.operators import past_moments
+from probattn.moments.refine import norm_bound
 
 __all__ = ["Penalty", "attention_penalty", "choose_positions"]
 
@@ -38,11 +39,11 @@ class Penalty(NamedTuple):
 
     Attributes:
         values: b, (batch, H, P); H is 1 where the heads are taken jointly.
-        margins: the margin that the kind guards, (batch, H, P).
-        positions: which, rising, (P,).
+        margins: margin that the kind guards, (batch, H, P).
+        positions: indices of the positions, rising, (P,).
         valid: False on padding, (batch, P).
-        length: T, of which the positions are a part.
-        tokens: how many of the batch's tokens are no padding, a 0-dimensional tensor.
+        length: T, the number of positions of which these are a part.
+        tokens: number of tokens of the batch that are not padding, a 0-dimensional tensor.
     """
 
     values: Tensor
@@ -53,22 +54,22 @@ class Penalty(NamedTuple):
     tokens: Tensor
 
     def total(self) -> Tensor:
-        """Sum over tokens of the mean over heads; from a random subset, an unbiased estimate of it."""
+        """Sum over tokens of the mean over heads; from a random subset of positions, an unbiased estimate of it."""
         kept = torch.where(self.valid.unsqueeze(1), self.values, torch.zeros_like(self.values))
         return kept.sum() / self.values.shape[1] * (self.length / len(self.positions))
 
     def mean(self) -> Tensor:
-        """The same for each token of the batch."""
+        """The total per token of the batch."""
         return self.total() / self.tokens
 
 
 def choose_positions(length: int, share: float, device: torch.device | None = None) -> Tensor:
-    """A random subset of the positions 0..length-1 in rising order; each position has the same chance.
+    """Random subset of the positions 0..length-1 in rising order, in which each position has the same chance.
 
     Args:
         length: T.
         share: part of the positions, in (0, 1]; at least one position is taken. 1 takes all and draws nothing.
-        device: of the result.
+        device: device of the result.
 
     Returns:
         (P,), from torch's global random state, which checkpointing replays and trainers save.
@@ -80,7 +81,7 @@ def choose_positions(length: int, share: float, device: torch.device | None = No
         >>> choose_positions(4, 1.0)
         tensor([0, 1, 2, 3])
     """
-    require_share("positions", share)
+    require_share("share", share)
     if share == 1:
         return torch.arange(length, device=device)
     return torch.randperm(length, device=device)[: max(1, round(share * length))].sort().values
@@ -98,12 +99,13 @@ def attention_penalty(
     mask: Tensor | None = None,
     padding: Tensor | None = None,
     softcap: float | None = None,
-    positions: float | Tensor = 1.0,
+    positions: Tensor | None = None,
+    share: float = 1.0,
     output: Tensor | None = None,
     query_map: Tensor | None = None,
     sharpness: float = 10.0,
 ) -> Penalty:
-    r"""The penalty of an attention at all of its positions or at a random part of them.
+    r"""Penalty of an attention at all of its positions or at a random part of them.
 
     Args:
         query: q as it enters the logits (after rotation and normalisation), (batch, H, T, r).
@@ -112,27 +114,28 @@ def attention_penalty(
         value: v, (batch, K, S, dv).
         kind: see :func:`~probattn.barrier.log_barrier`.
         scale: c; None: 1 / sqrt(r).
-        causal: a position sees itself and what is before it ("inclusive"), or only what is before it ("strict"); None:
+        causal: "inclusive" (a position sees itself and the tokens before it) or "strict" (only those before it); None:
             ``mask`` alone decides.
-        window: a position sees the last so many tokens, itself included; None: all.
-        mask: which tokens a position may see, (batch or 1, H or 1, T, S): boolean, or added to the logits.
+        window: number of the last tokens, itself included, that a position sees; None: all.
+        mask: tokens that a position may see, (batch or 1, H or 1, T, S): boolean, or added to the logits.
         padding: False on padding, (batch, T); such positions have no penalty and do not count as tokens. It does not
             hide their keys: the mask does that.
         softcap: tau where the logits are capped at tau tanh(l / tau).
-        positions: share of the positions to evaluate, drawn anew in each call, or their indices in rising order (of a
-            random subset, if the sums are to be unbiased).
+        positions: indices of the positions to evaluate, rising, (P,): a random subset, if the sums are to be unbiased;
+            None: a random share of them.
+        share: part of the positions, in (0, 1], drawn anew in each call by :func:`choose_positions`.
         output: W_O, (p, H dv), as in the weight of a linear layer, to take the heads jointly; needs ``query_map``.
         query_map: W_Q, (H r, p).
-        sharpness: of the ``smooth`` kind.
+        sharpness: beta of the ``smooth`` kind.
 
     Returns:
-        A :class:`Penalty`, as often differentiable as its kind. Float32 where the inputs have less precision. Time
-        O(P S r dv) for each head and, for each position and head, a determinant of size r (jointly, of the smaller of
-        p, H r and H dv). Memory linear in T; derivatives beyond the first take O(P S).
+        A :class:`Penalty`, differentiable to the same order as its kind; in float32 where the inputs have less
+        precision. Time O(P S r dv) per head, and a determinant of size r per position and head (jointly, one of the
+        smallest of p, H r and H dv per position). Memory linear in T; derivatives beyond the first take O(P S).
 
     Raises:
-        InputError: axes that do not fit, named; an unknown kind or mask; a batch of padding only; no square block,
-            where dv differs from r and the heads are not taken jointly.
+        InputError: axes that do not fit, named; an unknown kind or mask; positions that are not rising indices; a
+            batch of padding only; no square block, where dv differs from r and the heads are not taken jointly.
 
     Example:
         >>> k = torch.tensor([-1.0, 1.0, 0.0]).view(1, 1, 3, 1)
@@ -142,11 +145,12 @@ def attention_penalty(
     """
     require_penalty(kind, sharpness)
     _require_shapes(query, key, value, mask, padding, causal)
+    _require_positions(positions, share, query.shape[2])
     joint = output is not None or query_map is not None
     heads, length, rank = query.shape[-3:]
     groups, seen, dim = key.shape[1], key.shape[2], value.shape[-1]
     scale = rank**-0.5 if scale is None else scale
-    chosen = positions if isinstance(positions, Tensor) else choose_positions(length, positions, query.device)
+    chosen = choose_positions(length, share, query.device) if positions is None else positions
     whole = len(chosen) == length
 
     def shown(part: Tensor, axis: int) -> Tensor:
@@ -163,11 +167,25 @@ def attention_penalty(
         mask = shown(mask, 2)
     # A head's own block is c Cov, which is linear in the values: there are fewer of these to multiply.
     value = value.to(wide) if joint else scale * value.to(wide)
-    moments = past_moments(rows.to(wide), key.to(wide), value, first, limit, mask=mask, scale=scale, softcap=softcap)
+    gain = None
+    if joint:
+        output, query_map = _require_maps(output, query_map, heads * dim, heads * rank)
+        gain = scale * norm_bound(output.detach().to(wide)) * norm_bound(query_map.detach().to(wide))
+        gain = gain.expand(1, 1)
+    moments = past_moments(
+        rows.to(wide), key.to(wide), value, first, limit, mask=mask, scale=scale, softcap=softcap, gain=gain
+    )
     cov = moments.covariance.movedim(3, 2).flatten(1, 2)  # (batch, H, P, dv, r)
     with torch.autocast(query.device.type, enabled=False):
         if joint:
-            factors = _through_output(cov, output, query_map, scale)
+            assert output is not None
+            assert query_map is not None
+            factors = blocks.JacobianFactors(
+                cov,
+                scale * query_map.to(wide).unflatten(0, (heads, rank)),  # (H, r, p)
+                output.to(wide).unflatten(1, (heads, dim)).movedim(1, 0),  # (H, p, dv)
+                None,
+            )
             matrix = blocks.mean_jacobian(factors) if kind == "singular_value" else blocks.sylvester_core(factors)
             matrix, size = matrix.unsqueeze(1), factors.output.shape[-2]  # (batch, 1, P, m, m)
         elif dim != rank:
@@ -186,23 +204,33 @@ def attention_penalty(
     return Penalty(values, margins.detach(), chosen, valid, length, tokens)
 
 
-def _through_output(
-    cov: Tensor, output: Tensor | None, query_map: Tensor | None, scale: float
-) -> blocks.JacobianFactors:
-    heads, dim, rank = cov.shape[1], cov.shape[-2], cov.shape[-1]
+def _require_maps(output: Tensor | None, query_map: Tensor | None, values: int, keys: int) -> tuple[Tensor, Tensor]:
     if output is None or query_map is None:
         raise InputError("the heads are taken jointly through both output and query_map; pass the two.")
-    if output.shape != (query_map.shape[-1], heads * dim) or query_map.shape[0] != heads * rank:
+    if output.shape != (query_map.shape[-1], values) or query_map.shape[0] != keys:
         raise InputError(
             f"output has shape {tuple(output.shape)} and query_map {tuple(query_map.shape)}; they must be (p, "
-            f"{heads * dim}) and ({heads * rank}, p)."
+            f"{values}) and ({keys}, p)."
         )
-    return blocks.JacobianFactors(
-        cov,
-        scale * query_map.to(cov.dtype).unflatten(0, (heads, rank)),  # (H, r, p)
-        output.to(cov.dtype).unflatten(1, (heads, dim)).movedim(1, 0),  # (H, p, dv)
-        None,
-    )
+    return output, query_map
+
+
+def _require_positions(positions: Tensor | None, share: float, length: int) -> None:
+    if positions is None:
+        return
+    require_tensor("positions", positions)
+    if share != 1:
+        raise InputError(f"positions are given and share is {share}; pass one of the two.")
+    if positions.dim() != 1 or not len(positions) or positions.is_floating_point() or positions.dtype == torch.bool:
+        raise InputError(
+            f"positions has shape {tuple(positions.shape)} and is {positions.dtype}; it must hold indices, (P,); a "
+            "part of the positions at random is share."
+        )
+    if torch.compiler.is_compiling():
+        return
+    if not bool((positions.diff() > 0).all()) or int(positions[0]) < 0 or int(positions[-1]) >= length:
+        shown = ", ".join(map(str, positions[:8].tolist())) + (", ..." if len(positions) > 8 else "")
+        raise InputError(f"positions are {shown}; they must rise within 0..{length - 1}.")
 
 
 def _require_shapes(
@@ -210,20 +238,27 @@ def _require_shapes(
 ) -> None:
     if causal is not None:
         require_mask(causal)
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
-        raise InputError(f"{shapes}: they must be (batch, H, T, r), (batch, K, S, r) and (batch, K, S, dv).")
-    if query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1] or query.shape[2] > key.shape[2]:
-        raise InputError(f"{shapes}: batch and rank must agree, and S be at least T.")
-    if 0 in query.shape or 0 in value.shape or query.shape[1] % key.shape[1]:
-        raise InputError(f"{shapes}: no axis may be empty, and the heads of the keys must divide those of the queries.")
-    batch, heads, length, _ = query.shape
+    for name, part in (("query", query), ("key", key), ("value", value)):
+        require_tensor(name, part)
+        if part.dim() != 4 or 0 in part.shape:
+            raise InputError(f"{name} has shape {tuple(part.shape)}; it must have four axes, none of them empty.")
+    batch, heads, length, rank = query.shape
+    groups, seen = key.shape[1:3]
+    require_axes("key", key, {"batch": batch, "heads": groups, "tokens": seen, "rank": rank})
+    require_axes("value", value, {"batch": batch, "heads": groups, "tokens": seen, "features": value.shape[3]})
+    if seen < length or heads % groups:
+        raise InputError(
+            f"query has {heads} heads of {length} tokens and key {groups} of {seen}; the heads of the keys must divide "
+            "those of the queries, and no query may be without its key."
+        )
     if mask is not None:
-        wanted = (batch, heads, length, key.shape[2])
-        fits = mask.dim() == 4 and mask.shape[2:] == wanted[2:]
-        if not fits or any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True)):
+        require_tensor("mask", mask)
+        allowed = ((1, batch), (1, heads), (length,), (seen,))
+        if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
+            wanted = (batch, heads, length, seen)
             raise InputError(f"mask has shape {tuple(mask.shape)}; it must be {wanted}, with 1 for batch or heads.")
     if padding is not None:
+        require_tensor("padding", padding)
         if padding.shape != (batch, length):
             raise InputError(f"padding has shape {tuple(padding.shape)}; it must be {(batch, length)}.")
         if not torch.compiler.is_compiling() and not bool(padding.any()):

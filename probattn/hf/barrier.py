@@ -201,7 +201,7 @@ class BarrierHandle:
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         u = args[0] if args else kwargs["hidden_states"]
         padding = padding_of(given.get("attention_mask"), u.shape[-2])
-        penalty = self.stage.penalty(u, self.kind, positions=self.positions, padding=padding)
+        penalty = self.stage.penalty(u, self.kind, share=self.positions, padding=padding)
         u = self._attach(-1, penalty, u)
         return ((u, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": u})
 

@@ -63,7 +63,7 @@ def head_margins(call: LayerCall, kind: MarginKind, positions: Tensor | None = N
             window=call.window,
             mask=call.mask,
             softcap=call.softcap,
-            positions=1.0 if positions is None else positions,
+            positions=positions,
         ).margins
 
 

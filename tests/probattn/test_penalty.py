@@ -248,7 +248,7 @@ class TestRandomPositions:
         torch.manual_seed(0)
         draws = []
         for _ in range(1500):
-            found = attention_penalty(*parts, kind="logdet", padding=padding, positions=0.34)
+            found = attention_penalty(*parts, kind="logdet", padding=padding, share=0.34)
             assert found.values.shape == (BATCH, HEADS, 2)
             draws.append(found.total())
         draws = torch.stack(draws)
@@ -290,8 +290,19 @@ class TestBadInput:
             ({"kind": "log"}, "kind is 'log'; use one of 'logdet'"),
             ({"kind": "smooth", "sharpness": 0.0}, "sharpness is 0.0; it must be positive"),
             ({"causal": "future"}, "mask is 'future'; use one of 'strict', 'inclusive'"),
-            ({"positions": 0.0}, r"positions is 0.0; a share must lie in \(0, 1\]"),
-            ({"positions": 1.5}, "positions is 1.5"),
+            ({"share": 0.0}, r"share is 0.0; a share must lie in \(0, 1\]"),
+            ({"share": 1.5}, "share is 1.5"),
+            ({"positions": 0.5}, "positions is a float; it must be a tensor"),
+            ({"positions": torch.tensor([1]), "share": 0.5}, "positions are given and share is 0.5; pass one"),
+            ({"positions": torch.tensor([0.5])}, r"shape \(1,\) and is torch.float32; it must hold indices.*is share"),
+            ({"positions": torch.tensor([True])}, "is torch.bool; it must hold indices"),
+            ({"positions": torch.tensor(1)}, r"shape \(\) and is torch.int64"),
+            ({"positions": torch.tensor([], dtype=torch.long)}, r"shape \(0,\) and is torch.int64"),
+            ({"positions": torch.tensor([2, 2])}, "positions are 2, 2; they must rise within 0..5"),
+            ({"positions": torch.tensor([-1, 2])}, "must rise within 0..5"),
+            ({"positions": torch.tensor([2, 6])}, "must rise within 0..5"),
+            ({"mask": [[True]]}, "mask is a list of length 1; it must be a tensor"),
+            ({"padding": [True]}, "padding is a list of length 1; it must be a tensor"),
             ({"mask": torch.ones(2, 6, 6, dtype=torch.bool)}, r"mask has shape \(2, 6, 6\).*\(2, 4, 6, 6\)"),
             ({"mask": torch.ones(3, 1, 6, 6, dtype=torch.bool)}, r"mask has shape \(3, 1, 6, 6\)"),
             ({"padding": torch.ones(BATCH, 5)}, r"padding has shape \(2, 5\); it must be \(2, 6\)"),
@@ -308,13 +319,15 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("shapes", "message"),
         [
-            (((2, 6, 3), (2, 4, 6, 3), (2, 4, 6, 3)), r"query \(2, 6, 3\).*must be \(batch, H, T, r\)"),
-            (((2, 4, 6, 3), (2, 4, 6, 3), (2, 4, 5, 3)), r"value \(2, 4, 5, 3\)"),
-            (((2, 4, 6, 3), (1, 4, 6, 3), (1, 4, 6, 3)), "batch and rank must agree"),
-            (((2, 4, 6, 3), (2, 4, 6, 2), (2, 4, 6, 2)), "batch and rank must agree"),
-            (((2, 4, 6, 3), (2, 4, 5, 3), (2, 4, 5, 3)), "S be at least T"),
+            (((2, 6, 3), (2, 4, 6, 3), (2, 4, 6, 3)), r"query has shape \(2, 6, 3\); it must have four axes"),
+            (((2, 4, 6, 3), (2, 4, 6, 3), (2, 4, 5, 3)), r"value has 5 in its tokens axis \(-2\) where 6"),
+            (((2, 4, 6, 3), (2, 4, 6, 3), (2, 2, 6, 3)), r"value has 2 in its heads axis \(-3\) where 4"),
+            (((2, 4, 6, 3), (2, 4, 6, 3), (1, 4, 6, 3)), r"value has 1 in its batch axis \(-4\) where 2"),
+            (((2, 4, 6, 3), (1, 4, 6, 3), (1, 4, 6, 3)), r"key has 1 in its batch axis \(-4\) where 2"),
+            (((2, 4, 6, 3), (2, 4, 6, 2), (2, 4, 6, 2)), r"key has 2 in its rank axis \(-1\) where 3"),
+            (((2, 4, 6, 3), (2, 4, 5, 3), (2, 4, 5, 3)), "4 heads of 6 tokens and key 4 of 5; .* without its key"),
             (((2, 4, 6, 3), (2, 3, 6, 3), (2, 3, 6, 3)), "heads of the keys must divide"),
-            (((0, 4, 6, 3), (0, 4, 6, 3), (0, 4, 6, 3)), "no axis may be empty"),
+            (((0, 4, 6, 3), (0, 4, 6, 3), (0, 4, 6, 3)), r"query has shape \(0, 4, 6, 3\); .* none of them empty"),
             (((2, 4, 6, 3), (2, 4, 6, 3), (2, 4, 6, 2)), "value has 2 features and query 3.*pass output and query_map"),
         ],
     )
@@ -388,8 +401,8 @@ class TestStage:
         for options, message in [
             ({"prior": "half"}, "prior is 'half'; use one of 'full', 'margin'"),
             ({"mask": "none"}, "mask is 'none'"),
-            ({"heads": 0}, "heads 0"),
-            ({"noise_scale": math.inf}, "noise_scale inf"),
+            ({"heads": 0}, "heads is 0; it must be at least 1"),
+            ({"noise_scale": math.inf}, "noise_scale is inf; it must be positive"),
         ]:
             with pytest.raises(InputError, match=message):
                 AttentionStage(4, **options)

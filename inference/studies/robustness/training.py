@@ -372,9 +372,9 @@ def _penalty(arm: Arm, u: Tensor, heads: Sequence[Heads], stage: AttentionStage 
     """b, mean over tokens, heads and layers."""
     first = max(1, round(arm.windows * len(u)))
     if stage is not None:
-        return stage.penalty(u[:first], arm.kind, positions=arm.positions).mean()
+        return stage.penalty(u[:first], arm.kind, share=arm.positions).mean()
     parts = [
-        attention_penalty(*(part[:first] for part in layer), kind=arm.kind, positions=arm.positions).mean()
+        attention_penalty(*(part[:first] for part in layer), kind=arm.kind, share=arm.positions).mean()
         for layer in heads
     ]
     return torch.stack(parts).mean()
