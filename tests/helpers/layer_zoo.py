@@ -130,29 +130,45 @@ def sublayer_modules(model, number):
     return block, block.post_attention_layernorm if model.config.model_type.startswith("gemma") else last
 
 
-def own_mean(model, number, u):
-    """What the model's own code adds to the stream at a layer where the stream is u, (T, p) or (B, T, p)."""
+def own_mean(model, number, u, **options):
+    """What the model's own code adds to the stream at a layer where the stream is u, (T, p) or (B, T, p).
+
+    The options go to the model: position_ids, attention_mask.
+    """
+    shown = u if u.dim() == 3 else u.unsqueeze(0)
+    ids = torch.zeros(shown.shape[:2], dtype=torch.long)
+    _, mean = _watch(model, number, ids, shown, options)
+    return mean if u.dim() == 3 else mean.squeeze(0)
+
+
+def own_run(model, number, ids):
+    """The stream in front of a layer and what the layer adds to it, (B, T, p) each, when the model reads ids."""
+    return _watch(model, number, ids, None, {})
+
+
+def _watch(model, number, ids, replaced, options):
     block, last = sublayer_modules(model, number)
-    seen = []
+    seen = {}
 
     def enter(module, args, kwargs):
-        shown = u if u.dim() == 3 else u.unsqueeze(0)
-        return ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": shown})
+        seen["stream"] = args[0] if args else kwargs["hidden_states"]
+        if replaced is None:
+            return None
+        return ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": replaced})
 
     def leave(module, args, output):
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        seen["mean"] = output[0] if isinstance(output, tuple) else output
 
     hooks = [
         block.register_forward_pre_hook(enter, with_kwargs=True),
         last.register_forward_hook(leave),
     ]
     try:
-        ids = torch.zeros(u.shape[0] if u.dim() == 3 else 1, u.shape[-2], dtype=torch.long)
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False, **options)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen[0] if u.dim() == 3 else seen[0].squeeze(0)
+    return seen["stream"], seen["mean"]
 
 
 def own_blocks(model, number, u):

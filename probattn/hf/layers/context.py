@@ -138,7 +138,9 @@ class LayerContext:
 
 def _projected(sublayer: Sublayer, u: Tensor, positions: Tensor) -> Projected:
     """As :func:`project`, with positions (*batch, m), the last axes of tokens (*candidates, *batch, m, p)."""
-    flat = u.reshape(-1, *u.shape[-2:])
+    flat = u.reshape(u.shape[:-2].numel(), *u.shape[-2:])
+    if not u.shape[-2]:  # nothing to rotate, and some rotary embeddings ask for the largest position
+        return project(sublayer._replace(rotary=None), flat, positions)
     if positions.dim() == 1:
         return project(sublayer, flat, positions.unsqueeze(0))
     return project(sublayer, flat, positions.expand(u.shape[:-1]).reshape(-1, u.shape[-2]))
