@@ -12,6 +12,7 @@ import pytest
 import xarray
 from posteriors import sequences
 
+from probattn.cli.app import main
 from probattn.inference.results.fit_file import Fit
 
 PROBATTN = [sys.executable, "-m", "probattn", "fit"]
@@ -162,7 +163,7 @@ def test_comparison_with_the_naive_fit(folder):
 
 def test_a_text_gives_the_posterior_of_its_attention_stage(folder):
     (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 60)
-    small = ["--context", "12", "--dim", "4", "--stage-rank", "1", "--steps", "60", "--sequences", "6"]
+    small = ["--context", "12", "--dim", "4", "--stage-rank", "1", "--language-steps", "60", "--sequences", "6"]
     result = run(*("--corpus", "text.txt", *small, "--method", "nuts", *QUICK["nuts"], "--out", "text"), cwd=folder)
     assert result.returncode == 0, result.stderr
     tree = Fit.load(folder / "text" / "fit.nc").to_datatree()
@@ -174,25 +175,29 @@ def test_a_text_gives_the_posterior_of_its_attention_stage(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either --data with hidden states or --corpus with a text"),
+        ([], "give either data (hidden states) or corpus (a text)"),
         (["--data", "missing.npz"], "data missing.npz: no such file"),
         (["--data", "nan.npy"], "is not finite: nan at index (0, 1, 1)"),
         (["--data", "several.npz"], "holds 2 arrays (a, b); name one with --array"),
-        (["--data", "short.npy"], "T is 2; with fewer than 3 tokens"),
-        (["--data", "hidden.npz", "--method", "gibbs"], "--method is 'gibbs'; use one of 'nuts', 'svi', 'laplace', 'map'"),
+        (["--data", "short.npy"], "T is 2; give sequences of at least 3 tokens"),
+        (
+            ["--data", "hidden.npz", "--method", "gibbs"],
+            'Invalid value "gibbs" for --method. Choose from: "nuts", "svi"',
+        ),
         (["--data", "hidden.npz", "--chains", "9999999"], "use at most"),
-        (["--data", "hidden.npz", "--guide", "full"], "guide is 'full'"),
-        (["--data", "hidden.npz", "--mask", "causal"], "mask is 'causal'"),
+        (["--data", "hidden.npz", "--method", "svi", "--guide", "full"], 'Invalid value "full" for --guide'),
+        (["--data", "hidden.npz", "--guide", "flow"], "--guide belongs to --method svi, and the method is nuts"),
+        (["--data", "hidden.npz", "--mask", "causal"], 'Invalid value "causal" for --mask. Choose from: "strict"'),
         (["--data", "hidden.npz", "--compare", "mask"], "comparing masks needs value and output maps"),
-        (["--data", "hidden.npz", "--method", "map", "--compare", "heads"], "--compare needs draws"),
+        (["--data", "hidden.npz", "--method", "map", "--compare", "heads"], "compare needs draws"),
         (["--data", "one.npy", "--method", "laplace", "--compare", "jacobian"], "one sequence only"),
-        (["--data", "hidden.npz", "--sequences", "-1"], "--sequences is -1"),
+        (["--data", "hidden.npz", "--sequences", "-1"], 'Invalid value "-1" for --sequences'),
         (["--data", "constant.npy", "--standardise"], "all numbers are equal"),
         (["--data", "hidden.npz", "--out", "short.npy"], "--out short.npy: cannot be written"),
         (["--data", "hidden.npz", "--out", "damaged", "--resume"], "nuts.pt: cannot be read"),
     ],
 )
-def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
+def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys, arguments, message):
     states = sequences()[:3, :6].numpy().copy()
     np.savez(tmp_path / "hidden.npz", u=states)
     np.savez(tmp_path / "several.npz", a=states, b=states)
@@ -203,11 +208,14 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
     np.save(tmp_path / "nan.npy", states)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "nuts.pt").write_bytes(b"PK")
-    result = run(*arguments, cwd=tmp_path)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("probattn: ")
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2, error
+    assert error.startswith("probattn: ")
+    assert error.count("\n") == 1
+    assert message in error
     assert not list(tmp_path.rglob("fit.nc"))
 
 

@@ -153,28 +153,6 @@ def test_a_yaml_file_gives_what_the_flags_do_not(folder):
     assert (options["weight"], options["learning_rate"]) == (0.5, 0.003)  # given as flags
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("leraning_rate: 0.1\n", "'leraning_rate' does not exist; the nearest is 'learning_rate'"),
-        ("steps: many\n", "steps is 'many'; it must be of the kind int"),
-        ("compile: 1\n", "compile is 1; it must be of the kind bool"),
-        ("- steps\n", "holds list"),
-        ("steps: [1\n", "not YAML"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_yaml_file_that_cannot_be_used(tmp_path, content, message):
-    from probattn.cli.train import read_settings
-    from probattn.errors import InputError
-
-    path = tmp_path / "settings.yaml"
-    if content is not None:
-        path.write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match=message):
-        read_settings(path, {"steps": int, "learning_rate": float, "compile": bool})
-
-
 def test_what_cannot_be_used_is_one_line_and_status_two(folder):
     result = run("--corpus", "absent.txt", cwd=folder)
     assert result.returncode == 2

@@ -1,8 +1,7 @@
 import pytest
 
 from probattn.inference.claims import Subject
-from probattn.inference.methods.log_density import LogDensity
-from probattn.inference.methods.map import MapConfig, fit_map
+from probattn.inference.language import LanguageFit, fit_language
 from probattn.models import LanguageModel, load_corpus
 from probattn.models.language import LanguageConfig
 
@@ -19,10 +18,8 @@ def fitted(corpus):
         LanguageConfig(len(corpus.vocabulary), context=24, dim=8, layers=1, decoder_heads=2, stage_rank=3)
     )
     windows = corpus.windows(24)
-    config = MapConfig(steps=30, evaluate_every=10, learning_rate=1e-2)
-    target = LogDensity(model, *windows)
-    mode = fit_map(target, config, start=target.unconstrain(model.initial_values(0)))
-    return model, target.constrain(mode.z[0, 0])
+    values, _ = fit_language(model, windows, LanguageFit(steps=30, evaluate_every=10, learning_rate=1e-2))
+    return model, values
 
 
 @pytest.fixture(scope="session")

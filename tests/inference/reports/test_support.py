@@ -7,13 +7,15 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-import typer
+from cyclopts import CycloptsError
 
-from probattn.cli.support import read_source, support
+from probattn.cli.progress import shown_progress
+from probattn.cli.support import app
 from probattn.errors import InputError
 from probattn.hf.decoding import MarginMonitor, head_margins
 from probattn.hf.hooks import observe
 from probattn.inference.reports.support import support_page, text_margins
+from probattn.inference.support import read_source
 from probattn.models.causal_lm import CharacterTokeniser
 
 transformers = pytest.importorskip("transformers")
@@ -228,9 +230,11 @@ class TestRefusals:
 
 @pytest.fixture(scope="module")
 def command():
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(support)
-    return lambda *arguments: app([str(argument) for argument in arguments], standalone_mode=False)
+    def run(*arguments):
+        with shown_progress():
+            app(list(map(str, arguments)), exit_on_error=False, print_error=False, result_action="return_value")
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -312,11 +316,11 @@ class TestCommand:
             (tmp_path / "empty.txt", characters, (), "the file is empty"),
             (tmp_path / "binary", characters, (), "a binary file"),
             (tmp_path / "latin", characters, (), "not UTF-8"),
-            ("the cat", characters, ("--kind", "logdet"), "--kind is 'logdet'"),
-            ("the cat", characters, ("--dtype", "bf16"), "--dtype is 'bf16'"),
-            ("the cat", characters, ("--device", "tpu"), "--device is 'tpu'"),
+            ("the cat", characters, ("--kind", "logdet"), 'Invalid value "logdet" for --kind'),
+            ("the cat", characters, ("--dtype", "bf16"), 'Invalid value "bf16" for --dtype'),
+            ("the cat", characters, ("--device", "tpu"), 'Invalid value "tpu" for --device'),
         ):
-            with pytest.raises(InputError, match=words) as caught:
+            with pytest.raises((InputError, CycloptsError), match=words) as caught:
                 command(source, "--model", model, "--out", tmp_path / "out", *options)
             assert "\n" not in str(caught.value)
         assert not list((tmp_path / "out").glob("support*")) if (tmp_path / "out").exists() else True
