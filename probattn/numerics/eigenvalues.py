@@ -10,6 +10,10 @@ the double real eigenvalue a in two cases only:
   the real eigenvalue a (Eckart and Young). This is what rounding makes of a defective eigenvalue, which it splits by
   the square root of :math:`\epsilon_{64}`.
 
+Likewise an eigenvalue with :math:`|\lambda|^2 \le 8\,m\,\epsilon_{64}\,|K|^2` of a K that is singular to double
+precision is exactly zero: the kernel that covariances of few tokens have, and keep when they change. Its derivative is
+zero.
+
 The derivative of a simple eigenvalue is :math:`y^H dK\, x / y^H x`, with x and y its right and left eigenvectors
 (Magnus, 1985, Econometric Theory 1). For a multiple one it is that of the mean of the cluster,
 :math:`\mathrm{tr}((Y^H X)^{-1} Y^H dK\, X) / k`, where X and Y hold the k right and left null vectors of
@@ -83,7 +87,8 @@ def _rightmost(matrix: Tensor, real: bool) -> Tensor:
     imaginary = eigenvalues.imag.gather(-1, index[:, None]).squeeze(-1).where(torch.isfinite(value), 0.0)
     if real:
         value, imaginary = _count_near_pairs(whole, eigenvalues, value, torch.finfo(matrix.dtype).eps)
-    return torch.complex(value.where(finite, torch.nan), imaginary).view(matrix.shape[:-2])
+    found = _kernel_to_zero(whole, torch.complex(value, imaginary))
+    return found.where(finite, torch.nan).view(matrix.shape[:-2])
 
 
 def _count_near_pairs(matrix: Tensor, eigenvalues: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -104,6 +109,17 @@ def _count_near_pairs(matrix: Tensor, eigenvalues: Tensor, value: Tensor, eps: f
         value[rows] = centre.where(counts, value[rows])
         imaginary[rows] = half.where(counts, imaginary[rows])
         open_pairs[rows, index] = False
+
+
+def _kernel_to_zero(matrix: Tensor, eigenvalue: Tensor) -> Tensor:
+    """Eigenvalues, (N,), that are exactly zero where rounding has moved them away from it.
+
+    Covariances of few tokens have a kernel, and keep it when they are changed. Rounding moves its eigenvalue by
+    epsilon, or by the square root of that where it is defective; the smallest singular value tells.
+    """
+    rows = (eigenvalue.abs().square() <= _rounding(matrix) * _norm(matrix)).nonzero().squeeze(-1)
+    singular = torch.linalg.svdvals(matrix[rows])[:, -1] <= _rounding(matrix[rows])
+    return eigenvalue.index_put((rows,), eigenvalue[rows].where(~singular, 0.0))
 
 
 @_rightmost.register_fake
@@ -146,16 +162,13 @@ class _Rightmost(torch.autograd.Function):
 def _slope(matrix: Tensor, eigenvalue: Tensor) -> Tensor:
     """Derivative of the real part by the entries of K, (*batch, m, m)."""
     finite = torch.isfinite(eigenvalue.real)
-    rounding = _rounding(matrix)
-    # An eigenvalue at the level of rounding belongs to the kernel, which covariances of few tokens have and keep;
-    # rounding splits a defective zero by its square root.
-    kernel = (eigenvalue.real.abs() <= rounding) & (eigenvalue.imag.square() <= rounding * _norm(matrix))
-    still = kernel | torch.isneginf(eigenvalue.real)
+    # The kernel stays, and an eigenvalue that is not there has no derivative.
+    still = (eigenvalue == 0) | torch.isneginf(eigenvalue.real)
     shift = eigenvalue.where(finite & ~still, 0.0)[..., None, None]
     identity = torch.eye(matrix.shape[-1], dtype=shift.dtype, device=matrix.device)
     safe = matrix.where(torch.isfinite(matrix).all(-1).all(-1)[..., None, None], 0.0)
     left, singular, right = torch.linalg.svd(safe - shift * identity)  # = left diag(singular) right
-    null = singular <= rounding.unsqueeze(-1)
+    null = singular <= _rounding(safe).unsqueeze(-1)
     null[..., -1] = True
     chosen = torch.diag_embed(null.to(shift.dtype))
     overlap = chosen @ left.mH @ right.mH @ chosen + identity - chosen  # Y^H X on the null vectors, I elsewhere
