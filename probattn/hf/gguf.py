@@ -79,7 +79,7 @@ def load_gguf(file: str | Path | None = None, *, cache: str | Path | None = None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     return LoadedModel(model.eval(), tokenizer, folder.name.rpartition("-")[2])
 
 
@@ -133,7 +133,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except (ValueError, KeyError, NotImplementedError, OSError, IndexError) as error:
         raise InputError(
             f"{file} cannot be read by transformers: {_first_line(error)}. Use a GGUF file of a family that it knows, "

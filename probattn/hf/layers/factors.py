@@ -77,7 +77,7 @@ class LayerFactors(NamedTuple):
         change = change.unflatten(1, (-1, len(self.output))).movedim(1, 0).contiguous()  # (N, p, p)
         change = change if self.norm is None else self.norm.pullback(change)
         change = change if self.output_norm is None else self.output_norm.pushforward(change)
-        return change.unflatten(0, self.tokens)
+        return _unfolded(change, self.tokens)
 
     def sylvester_core(self) -> Tensor:
         """The smallest matrix with the determinant det(I - K) = det(I - M) and the non-zero eigenvalues of M.
@@ -90,43 +90,35 @@ class LayerFactors(NamedTuple):
 
     def head_core(self) -> Tensor:
         """K = B N' O', (*batch, P, H dv, H dv), in the heads' features side by side. Time O((H dv)^2 r) per token."""
-        output = self.output.flatten(1)  # W_O, (p, m)
-        # N' N_o' W_O = s s_o (carried - left right): carried belongs to the layer, left and right are of low rank.
-        carried, lefts, rights = output, [], []
-        scale = self.own_weight.new_ones(len(self.own_weight))
-        if self.output_norm is not None:
-            directions = self.output_norm.directions  # (N, p, f)
-            lefts.append(directions.mT if self.output_norm.gain is None else directions.mT * self.output_norm.gain)
-            rights.append(directions.mT @ output)  # (N, f, m)
-            carried = carried if self.output_norm.gain is None else self.output_norm.gain.unsqueeze(-1) * carried
-            scale = scale * self.output_norm.scale
-        if self.norm is not None:
-            directions = self.norm.directions  # (N, p, e)
-            right = directions.mT @ carried  # (N, e, m)
-            for before, after in zip(lefts, rights, strict=True):
-                right = right - (before @ directions).mT @ after
-            lefts.append(directions.mT)
-            rights.append(right)
-            scale = scale * self.norm.scale
-            if self.norm.gain is not None:
-                carried = self.norm.gain.unsqueeze(-1) * carried
-                lefts = [left * self.norm.gain for left in lefts]
-
+        scale, carried, lefts, right = self._between()
         group = self.output.shape[1] // len(self.key)
         covariance = (scale[:, None, None, None] * self.covariance).movedim(1, 0)  # (H, N, dv, r)
         core = (covariance.flatten(1, 2) @ (self.query @ carried)).unflatten(1, covariance.shape[1:3])  # (H, N, dv, m)
         weight = (scale.unsqueeze(-1) * self.own_weight).mT[..., None, None]  # (H, N, 1, 1)
         core.addcmul_(weight, (self.value @ carried).repeat_interleave(group, 0).unsqueeze(1))
-        # What is left is of rank one and of low rank, one product for both.
-        keys = self.own_key.movedim(1, 0) @ (self.key @ carried).repeat_interleave(group, 0)  # (H, N, m)
-        left, right = [(scale[:, None, None] * self.own_value).movedim(1, 0).unsqueeze(-1)], [keys.unsqueeze(-2)]
-        if lefts:
-            heads = self._apply_heads(-scale[:, None, None] * torch.cat(lefts, 1))  # (N, H, dv, e)
-            left.append(heads.movedim(1, 0))
-            right.append(torch.cat(rights, 1).expand(len(core), -1, -1, -1))  # (H, N, e, m)
-        product = torch.cat(left, -1).flatten(0, 1), torch.cat(right, -2).flatten(0, 1)
-        core.flatten(0, 1).baddbmm_(*product)
-        return core.movedim(0, 1).flatten(1, 2).unflatten(0, self.tokens)
+        # What is left, a and b W_K of rank one and the norms' share, is one product of few columns.
+        own_value = (scale[:, None, None] * self.own_value).movedim(1, 0).unsqueeze(-1)  # (H, N, dv, 1)
+        own_key = self.own_key.movedim(1, 0) @ (self.key @ carried).repeat_interleave(group, 0)  # (H, N, m)
+        left = self._apply_heads(-scale[:, None, None] * lefts).movedim(1, 0)  # (H, N, dv, e)
+        columns = torch.cat([own_value, left], -1)
+        rows = torch.cat([own_key.unsqueeze(-2), right.expand(len(core), *right.shape)], -2)  # (H, N, 1 + e, m)
+        core.view(-1, *core.shape[2:]).baddbmm_(columns.flatten(0, 1), rows.flatten(0, 1))
+        return _unfolded(core.movedim(0, 1).flatten(1, 2), self.tokens)
+
+    def _between(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """N' N_o' W_O = s (A - L^T R): s, (N,), A of the layer, (p, m), L and R of the tokens, (N, e, p), (N, e, m)."""
+        scale, carried = self.own_weight.new_ones(len(self.own_weight)), self.output.flatten(1)
+        left, right = carried.new_empty(len(scale), 0, len(carried)), carried.new_empty(len(scale), 0, self.size)
+        for norm in (self.output_norm, self.norm):  # from the right to the left
+            if norm is None:
+                continue
+            directions = norm.directions.mT  # E^T, (N, e, p)
+            away = directions @ carried - (directions @ left.mT) @ right  # E^T (A - L^T R)
+            left, right = torch.cat([left, directions], 1), torch.cat([right, away], 1)
+            scale = scale * norm.scale
+            if norm.gain is not None:
+                left, carried = left * norm.gain, norm.gain.unsqueeze(-1) * carried
+        return scale, carried, left, right
 
     def product(self, columns: Tensor) -> Tensor:
         """M A without forming M.
@@ -143,14 +135,14 @@ class LayerFactors(NamedTuple):
         """B N' A, a change of the heads' averages, (*batch, P, H dv, n), from columns A, (*batch, P, p, n)."""
         columns = columns.flatten(0, -3)
         columns = columns if self.norm is None else self.norm.pushforward(columns)
-        return self._apply_heads(columns.mT).flatten(1, 2).unflatten(0, self.tokens)
+        return _unfolded(self._apply_heads(columns.mT).flatten(1, 2), self.tokens)
 
     def to_stream(self, columns: Tensor) -> Tensor:
         """O' A, what a change of the averages does to mu, (*batch, P, p, n), from columns A, (*batch, P, H dv, n)."""
         columns = columns.flatten(0, -3)
         stream = (columns.mT @ self.output.flatten(1).mT).mT
         stream = stream if self.output_norm is None else self.output_norm.pushforward(stream)
-        return stream.unflatten(0, self.tokens)
+        return _unfolded(stream, self.tokens)
 
     def transposed_product(self, columns: Tensor) -> Tensor:
         """M^T A without forming M, shapes and time as in :meth:`product`."""
@@ -163,7 +155,7 @@ class LayerFactors(NamedTuple):
         pulled = (heads @ self.own_value.unsqueeze(-1)) * self.own_key.unsqueeze(-2)  # (N, H, n, r)
         result = result + _from_heads(shared, self.value) + _from_heads(pulled.unflatten(1, groups).sum(2), self.key)
         result = result if self.norm is None else self.norm.pullback(result)
-        return result.mT.unflatten(0, self.tokens)
+        return _unfolded(result.mT, self.tokens)
 
     def _apply_heads(self, rows: Tensor) -> Tensor:
         """B A, (N, H, dv, n), for the columns of A given as rows, (N, n, p)."""
@@ -193,7 +185,7 @@ def build_factors(
     """
     covariance, back = attended.covariance, tokens.query[:, :, rows]  # (B, P, H, dv, r) and (B, K, P, g, r)
     if tokens.rotation is not None:
-        rotation = tokens.rotation._make(part[:, rows] for part in tokens.rotation)  # (1 or B, P, d)
+        rotation = tokens.rotation.at(rows)
         covariance = rotation.unsqueeze(2, 2).transposed(covariance)
         back = rotation.unsqueeze(1, 3).transposed(back)
     if sublayer.query_norm is not None:
@@ -217,11 +209,18 @@ def build_factors(
     )
 
 
+def _unfolded(part: Tensor, tokens: torch.Size) -> Tensor:
+    """Give the axes of the tokens back."""
+    return part.reshape(*tokens, *part.shape[1:])
+
+
 def _to_heads(rows: Tensor, weight: Tensor) -> Tensor:
     """W x for each head, (N, heads, r, n), from rows x, (N, n, p), and W, (heads, r, p), in one product."""
-    return (rows @ weight.flatten(0, 1).mT).unflatten(-1, weight.shape[:2]).permute(0, 2, 3, 1)
+    heads: Tensor = (rows @ weight.flatten(0, 1).mT).unflatten(-1, weight.shape[:2]).permute(0, 2, 3, 1)
+    return heads
 
 
 def _from_heads(heads: Tensor, weight: Tensor) -> Tensor:
     """Sum over heads of x W, (N, n, p), from rows x, (N, heads, n, r)."""
-    return heads.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
+    summed: Tensor = heads.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
+    return summed

@@ -73,7 +73,7 @@ def attend(sublayer: Sublayer, tokens: Projected, rows: Tensor, mask: Tensor | N
     mean_value = means[..., : value.shape[-1]]
 
     logits = sublayer.scale * (query * key[:, :, rows].unsqueeze(3)).sum(-1)  # (B, K, P, g)
-    slope = sublayer.scale
+    slope: float | Tensor = sublayer.scale
     if sublayer.softcap is not None:
         bent = torch.tanh(logits / sublayer.softcap)
         logits, slope = sublayer.softcap * bent, sublayer.scale * (1 - bent.square()).unsqueeze(-1)

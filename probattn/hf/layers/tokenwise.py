@@ -123,7 +123,8 @@ class Projection(NamedTuple):
         """Project normalised tokens, (B, T, p), to (B, heads, T, r)."""
         heads = (x @ self.weight.flatten(0, 1).mT).unflatten(-1, self.weight.shape[:2])  # (B, T, heads, r)
         heads = heads if self.bias is None else heads + self.bias
-        return heads.movedim(-2, -3)
+        moved: Tensor = heads.movedim(-2, -3)
+        return moved
 
 
 class Rotation(NamedTuple):
@@ -155,6 +156,10 @@ class Rotation(NamedTuple):
         one, two = (turned * self.sin).chunk(2, -1)
         turned = turned * self.cos + torch.cat([two, -one], -1)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+    def at(self, rows: Tensor) -> Rotation:
+        """The rotations of some positions: cosine and sine (1 or B, T, d) of the rows (P,)."""
+        return Rotation(self.cos[:, rows], self.sin[:, rows])
 
     def unsqueeze(self, *axes: int) -> Rotation:
         """The same with further axes of size one."""

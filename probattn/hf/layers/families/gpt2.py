@@ -15,8 +15,9 @@ def describe(site: Site) -> Sublayer:
     """Read the sublayer of a GPT-2 model, whose queries, keys and values come from one map."""
     attention = site.attention
     fused = read.projection(attention, "c_attn", attention.head_dim)  # 3 H heads
-    parts = (part.chunk(3) for part in fused)
-    query, key, value = (Projection(weight, bias) for weight, bias in zip(*parts, strict=True))
+    biases = (None, None, None) if fused.bias is None else fused.bias.chunk(3)
+    parts = zip(fused.weight.chunk(3), biases, strict=True)
+    query, key, value = (Projection(weight, bias) for weight, bias in parts)
     output, output_bias = read.output_map(attention, "c_proj", attention.head_dim)
     return Sublayer(
         norm=read.layer_norm(site.block.ln_1),

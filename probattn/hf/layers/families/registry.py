@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -24,8 +24,8 @@ class Site(NamedTuple):
         number: of the layer.
     """
 
-    block: nn.Module
-    attention: nn.Module
+    block: Any
+    attention: Any
     last: nn.Module
     rotary: nn.Module | None
     number: int
