@@ -1,4 +1,4 @@
-"""What things cost, as ratios measured in one run."""
+"""Costs as ratios, measured in one run."""
 
 from probattn.inference.bench.harness import Row, race
 

@@ -1,4 +1,4 @@
-"""The log-density and its gradient against the same formulas with the weights written out, T x T."""
+"""Log-density and gradient, raced against the same formulas with T x T weights written out."""
 
 from __future__ import annotations
 
@@ -10,20 +10,36 @@ from probattn.inference.bench.harness import Row, race
 
 __all__ = ["SHAPES", "dense_log_density", "density", "log_density"]
 
-# Chains times sequences, T, p: those of many short chains in NUTS, and of longer sequences.
+#: Chains times sequences, T and p: many short chains as in NUTS, and longer sequences.
 SHAPES = ((256, 32, 2), (8, 512, 4), (4, 1024, 8))
 _TURN = 0.1  # seconds: a call takes milliseconds
 
 
 def log_density(matrix: Tensor, u: Tensor) -> Tensor:
-    """Of A and unit noise without its constant, (batch,)."""
+    """Log-density of A and unit noise without its constant, as the library computes it.
+
+    Args:
+        matrix: QK matrix A, (1, p, p).
+        u: tokens, (batch, T, p).
+
+    Returns:
+        Log-densities, (batch,).
+    """
     attention = CausalAttention(matrix, torch.eye(len(matrix[0])).to(matrix)[None], scale=1.0, validate_args=False)
     residual, logabsdet = attention.residual_and_logabsdet(u)
     return logabsdet.sum(-1) - residual.square().sum((-2, -1)) / 2
 
 
 def dense_log_density(matrix: Tensor, u: Tensor) -> Tensor:
-    """The same as one would write it in torch: all weights, one product with the u_s (x) u_s, one LAPACK call."""
+    """Log-density of A as one would write it in torch: all weights, one product with u_s u_s^T, one LAPACK call.
+
+    Args:
+        matrix: QK matrix A, (1, p, p).
+        u: tokens, (batch, T, p).
+
+    Returns:
+        Log-densities, (batch,).
+    """
     length, dim = u.shape[-2:]
     past = torch.ones(length, length, dtype=torch.bool, device=u.device).tril(-1)
     logits = (u @ matrix[0].mT) @ u.mT
@@ -37,7 +53,15 @@ def dense_log_density(matrix: Tensor, u: Tensor) -> Tensor:
 
 
 def density(device: torch.device, rounds: int) -> list[Row]:
-    """Forward and backward in float64, as inference uses it, with the gradient of the matrix A."""
+    """Race log-density and gradient in A, in float64 as inference uses them.
+
+    Args:
+        device: device to measure on.
+        rounds: rounds of each race.
+
+    Returns:
+        One row per shape of :data:`SHAPES`.
+    """
     rows = []
     for batch, length, dim in SHAPES:
         torch.manual_seed(0)

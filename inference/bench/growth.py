@@ -1,4 +1,4 @@
-"""How the cost of the exact penalty grows with the length, with the size of a head and with the number of heads."""
+"""Growth of the cost of the exact penalty with the length, the size of a head and the number of heads."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _POINTS = {
     "heads": [(heads, 256, 16) for heads in (1, 2, 4, 8, 16)],
 }
 _VARIED = {"length T": 1, "size of a head d": 2, "heads": 0}
+_ROUNDS = 3
 
 
-def growth(device: torch.device, rounds: int = 3) -> dict[str, dict[str, list[float]]]:
-    """Seconds, forward and backward, along three axes.
+def growth(device: torch.device) -> dict[str, dict[str, list[float]]]:
+    """Measure the seconds, forward and backward, as each of three sizes grows.
 
     Args:
-        device: where.
-        rounds: of every race.
+        device: device to measure on.
 
     Returns:
-        By axis: ``at``, and the seconds of ``exact`` and of the ``dense`` formula.
+        By name of the size, a mapping with ``at`` for its values and the seconds of ``exact`` and ``dense`` there.
     """
     curves: dict[str, dict[str, list[float]]] = {}
     for axis, shapes in _POINTS.items():
@@ -43,7 +43,7 @@ def growth(device: torch.device, rounds: int = 3) -> dict[str, dict[str, list[fl
             def dense(own: Any = parts) -> None:
                 torch.autograd.grad(dense_penalty(*own).sum(), own)
 
-            seconds = race({"exact": exact, "dense": dense}, rounds=rounds, turn=0.02)
+            seconds = race({"exact": exact, "dense": dense}, rounds=_ROUNDS, turn=0.02)
             curve["at"].append(float(shape[_VARIED[axis]]))
             for name in ("exact", "dense"):
                 curve[name].append(seconds[name].least)

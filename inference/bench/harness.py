@@ -1,4 +1,4 @@
-"""Timing that can be believed: competitors take turns in one process, and what is reported is a ratio."""
+"""Timing by races: competitors take turns in one process, and the result is a ratio."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Timing:
     """Seconds of one competitor.
 
     Attributes:
-        least: minimum over the calls, the figure that other work on the machine disturbs least.
-        median: of the calls.
-        calls: how many.
+        least: minimum over the calls, which other work on the machine disturbs least.
+        median: median over the calls.
+        calls: number of calls.
     """
 
     least: float
@@ -29,7 +29,7 @@ class Timing:
     calls: int
 
     def as_dict(self) -> dict[str, float]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {"min": self.least, "median": self.median, "calls": self.calls}
 
 
@@ -38,13 +38,14 @@ class Row:
     """One comparison.
 
     Attributes:
-        work: what is measured.
-        against: what it is compared with.
-        ratio: how many times; ``faster`` says of what. None: not measured, and ``notes`` says why.
-        faster: True: ratio is the other's time by ours (more is better); False: ours by the other's (less is better).
-        goal: what the ratio should reach; None where it is only reported.
-        seconds: of both, by name.
-        notes: anything else, plain JSON values.
+        work: name of the measured work.
+        against: name of the work it is compared with.
+        ratio: ratio of the times; None where nothing was measured, and ``notes`` says why.
+        faster: True if the ratio is the other's time by ours, so that more is better; False if it is ours by the
+            other's, so that less is better.
+        goal: ratio to reach; None where it is only reported.
+        seconds: timings of both, by name.
+        notes: further plain JSON values, by name.
     """
 
     work: str
@@ -57,13 +58,13 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached; None without a goal or without a measurement."""
+        """True if the goal is reached; None without a goal or without a measurement."""
         if self.goal is None or self.ratio is None:
             return None
         return self.ratio >= self.goal if self.faster else self.ratio <= self.goal
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         goal = None if self.goal is None else f"{'>=' if self.faster else '<='} {self.goal:g}"
         return {
             "work": self.work,
@@ -89,14 +90,14 @@ def race(
 
     Args:
         competitors: functions without arguments, by name.
-        rounds: how many turns each has.
-        warmup: how often each is run before.
-        turn: seconds for which a function is called again and again in its turn; right after another's work one of
-            milliseconds finds neither its memory in the caches nor its threads awake. Each call is timed.
-        budget: seconds after which no further round is begun.
+        rounds: number of turns of each function.
+        warmup: number of calls of each function before the first round.
+        turn: seconds for which a function is called again and again in its turn, each call timed. After another's
+            work, a function of milliseconds finds neither its memory in the caches nor its threads awake.
+        budget: seconds after which no further round begins.
 
     Returns:
-        A :class:`Timing` each.
+        A :class:`Timing` per function, by name.
 
     Example:
         >>> sorted(race({"a": lambda: None, "b": lambda: None}, rounds=2))

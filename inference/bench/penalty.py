@@ -1,4 +1,4 @@
-"""The exact penalty, forward and backward, against its own matrix products and against what one would use otherwise."""
+"""The exact penalty, forward and backward, raced against its own matrix products and against other ways to it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,35 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.inference.bench.harness import Row, race
 from probattn.penalty import attention_penalty
 
-__all__ = ["SHAPES", "against_autograd", "against_others", "dense_penalty", "memory", "peak"]
+__all__ = ["SHAPES", "against_attention", "against_autograd", "against_others", "dense_penalty", "memory", "peak"]
 
-# batch x heads, T, d; and how often faster than the dense formula it should be.
+#: Batch times heads, T and d, and the goal: times faster than the dense formula.
 SHAPES = ((32, 256, 8, 5.0), (32, 256, 16, 4.0), (8, 512, 32, 3.0))
-_FLOOR = 2.5  # times the three matrix products
-_AUTOGRAD = 200.0
+_FLOOR = 2.5  # goal: times the cost of the three matrix products
+_AUTOGRAD = 200.0  # goal: times faster than the Jacobian by torch.func
 _TURN = 0.1  # seconds: a call takes milliseconds
 _LENGTHS = (1024, 2048, 4096, 8192)
-_LINEAR = 2.4  # what doubling T may do to the memory: 2, and room for what does not grow evenly
+_LINEAR = 2.4  # goal: growth of the memory when T doubles; 2, and room for what does not grow evenly
 
 
 def dense_penalty(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """-log|det(I - c Cov)| by the formula as it stands: weights (T x T), one einsum, one LAPACK call a position."""
+    """Penalty -log|det(I - c Cov)| by the formula as it stands: T x T weights, one einsum, one LAPACK call.
+
+    Args:
+        query: queries, (N, T, d).
+        key: keys, (N, T, d).
+        value: values, (N, T, d).
+
+    Returns:
+        Penalties, (N, T).
+    """
     length, dim = query.shape[-2:]
     past = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     alpha = torch.softmax((dim**-0.5 * query @ key.mT).masked_fill(~past, -torch.inf), dim=-1)
@@ -38,7 +48,15 @@ def dense_penalty(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def against_others(device: torch.device, rounds: int) -> list[Row]:
-    """The penalty against its three matrix products and against the dense formula, at three sizes."""
+    """Race the penalty against its three matrix products and against the dense formula, at three sizes.
+
+    Args:
+        device: device to measure on.
+        rounds: rounds of each race.
+
+    Returns:
+        Two rows per size of :data:`SHAPES`.
+    """
     rows = []
     for batch, length, dim, faster in SHAPES:
         torch.manual_seed(0)
@@ -79,7 +97,15 @@ def against_others(device: torch.device, rounds: int) -> list[Row]:
 
 
 def against_autograd(device: torch.device, rounds: int) -> list[Row]:
-    """One sequence, T = 128, p = 8: the penalty against the whole Jacobian by ``torch.func``, forward and backward."""
+    """Race the penalty of one sequence, T = 128, p = 8, against the whole Jacobian by ``torch.func``.
+
+    Args:
+        device: device to measure on.
+        rounds: rounds of the race.
+
+    Returns:
+        One row.
+    """
     torch.manual_seed(0)
     dim, length = 8, 128
     matrix = (0.2 * torch.randn(1, dim, dim, device=device)).requires_grad_()
@@ -106,8 +132,45 @@ def against_autograd(device: torch.device, rounds: int) -> list[Row]:
     return [Row(name, "dense Jacobian by torch.func", ratio, faster=True, goal=_AUTOGRAD, seconds=seconds)]
 
 
+def against_attention(rounds: int) -> list[Row]:
+    """Race the penalty against plain attention, forward and backward, on a GPU.
+
+    Args:
+        rounds: rounds of the race.
+
+    Returns:
+        One row; without a GPU it says so.
+    """
+    if not torch.cuda.is_available():
+        notes = {"not measured": "no CUDA device here"}
+        return [Row("exact penalty on a GPU, 32 x 1024 x 64", "plain attention", None, faster=False, notes=notes)]
+    query, key, value = (torch.randn(2, 16, 1024, 64, device="cuda", requires_grad=True) for _ in range(3))
+    parts = [query, key, value]
+
+    def exact() -> None:
+        _backward(attention_penalty(*parts, kind="logdet").values.sum(), parts)
+
+    def attention() -> None:
+        _backward(F.scaled_dot_product_attention(query, key, value, is_causal=True).sum(), parts)
+
+    seconds = race({"exact": exact, "attention": attention}, rounds=rounds, warmup=3, turn=_TURN)
+    ratio = seconds["exact"].least / seconds["attention"].least
+    # Three products of 2 T^2 d^2 for each of 32 heads, half of them needed.
+    flops = 3 * 2 * 32 * 1024**2 * 64**2 / 2
+    reached = {"teraflops per second": round(flops / seconds["exact"].least / 1e12, 2)}
+    name = "exact penalty on a GPU, 32 x 1024 x 64"
+    return [Row(name, "plain attention", ratio, faster=False, seconds=seconds, notes=reached)]
+
+
 def memory(lengths: tuple[int, ...] = _LENGTHS) -> list[Row]:
-    """Peak memory of the penalty, forward and backward, one head, d = 16, as T doubles: linear growth doubles it."""
+    """Measure the peak memory of the penalty, forward and backward, one head, d = 16, as T doubles.
+
+    Args:
+        lengths: lengths T, each twice the one before.
+
+    Returns:
+        One row, with the largest growth from one length to the next: 2 if memory is linear.
+    """
     peaks = {length: _measured_peak(length) for length in lengths}
     growth = max(peaks[long] / peaks[short] for short, long in pairwise(lengths))
     notes = {f"MiB at T = {length}": round(size / 2**20, 1) for length, size in peaks.items()}
@@ -124,7 +187,14 @@ def memory(lengths: tuple[int, ...] = _LENGTHS) -> list[Row]:
 
 
 def peak(length: int) -> int:
-    """Bytes that one penalty of that length takes at its peak, beyond what this process held before (Linux only)."""
+    """Measure the bytes that one penalty takes at its peak, beyond those that the process held before (Linux only).
+
+    Args:
+        length: length T of the sequence.
+
+    Returns:
+        Bytes.
+    """
     torch.manual_seed(0)
     parts = [torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3)]
     _backward(attention_penalty(*(part[:, :, :64] for part in parts), kind="logdet").values.sum(), parts)  # libraries

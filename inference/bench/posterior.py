@@ -1,4 +1,4 @@
-"""NUTS on a 2 x 2 QK matrix and a noise scale, 8 sequences of 32 tokens: effective draws a second."""
+"""Effective draws per second of NUTS on a 2 x 2 QK matrix and a noise scale, 8 sequences of 32 tokens."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ __all__ = ["nuts"]
 Array = NDArray[np.float64]
 _A = ((0.08, 0.03), (-0.03, 0.05))
 _LENGTH, _SEQUENCES = 32, 8
+_CHAINS, _WARMUP, _DRAWS = 32, 150, 150
 
 
 class _Sampled(NamedTuple):
@@ -31,21 +32,27 @@ class _Sampled(NamedTuple):
     seconds: float
 
 
-def nuts(rounds: int, *, warmup: int = 150, draws: int = 150, chains: int = 32) -> list[Row]:
-    """Our vectorised chains against Pyro's own NUTS on the model, and against NumPyro's vectorised chains.
+def nuts(rounds: int) -> list[Row]:
+    """Race the vectorised chains against Pyro's own NUTS on the model and against NumPyro's vectorised chains.
 
-    The figure is the smallest bulk effective sample size of the parameters a second, warm-up included.
+    The measure is the smallest bulk effective sample size of the parameters per second, warm-up included.
+
+    Args:
+        rounds: rounds of the race, of which two at most are run.
+
+    Returns:
+        One row per competitor; without NumPyro its row says so.
     """
     model, u = _problem()
     target = LogDensity(model, u)
-    config = NutsConfig(chains=chains, warmup=warmup, draws=draws)
+    config = NutsConfig(chains=_CHAINS, warmup=_WARMUP, draws=_DRAWS)
     competitors: dict[str, Callable[[], _Sampled]] = {
         "vectorised": lambda: _ours(target, config),
         "stock Pyro": lambda: _ours(target, replace(config, chains=1, chain_method="sequential")),
     }
     missing = ""
     try:
-        competitors["NumPyro"] = _numpyro(u.numpy(), warmup, draws, chains)
+        competitors["NumPyro"] = _numpyro(u.numpy())
     except ImportError:
         missing = "NumPyro is not installed; install probattn[bench]."
     rates: dict[str, list[float]] = {name: [] for name in competitors}
@@ -59,7 +66,9 @@ def nuts(rounds: int, *, warmup: int = 150, draws: int = 150, chains: int = 32) 
             means[name] = [round(float(m), 4) for m in sampled.draws["qk_matrix"].reshape(-1, 4).mean(0)]
     best = {name: max(found) for name, found in rates.items()}
     seconds = {name: Timing(min(found), float(np.median(found)), len(found)) for name, found in taken.items()}
-    work = f"NUTS, smallest bulk ESS a second, {chains} vectorised chains, 2 x 2 matrix and noise scale, 8 x 32 tokens"
+    work = (
+        f"NUTS, smallest bulk ESS per second, {_CHAINS} vectorised chains, 2 x 2 matrix and noise scale, 8 x 32 tokens"
+    )
     rows = []
     for other, goal in (("stock Pyro", 4.0), ("NumPyro", 1.0)):
         known = other in best
@@ -75,7 +84,7 @@ def nuts(rounds: int, *, warmup: int = 150, draws: int = 150, chains: int = 32) 
                 goal=goal,
                 seconds={name: seconds[name] for name in named if name in seconds},
                 notes={
-                    **{f"ESS a second, {name}": round(best[name], 1) for name in named if name in best},
+                    **{f"ESS per second, {name}": round(best[name], 1) for name in named if name in best},
                     **{f"posterior mean of A, {name}": means[name] for name in named if name in means},
                     **({} if known else {"not measured": missing}),
                 },
@@ -110,8 +119,8 @@ def _smallest_ess(draws: Mapping[str, Array]) -> float:
     return min(found)
 
 
-def _numpyro(u: Array, warmup: int, draws: int, chains: int) -> Callable[[], _Sampled]:
-    """The same model in NumPyro; the first call, which compiles, is made here and not timed."""
+def _numpyro(u: Array) -> Callable[[], _Sampled]:
+    """Return a run of the same model in NumPyro; the first call, which compiles, is made here and not timed."""
     import jax
     import jax.numpy as jnp
     import numpyro
@@ -141,9 +150,9 @@ def _numpyro(u: Array, warmup: int, draws: int, chains: int) -> Callable[[], _Sa
         found = {name: np.asarray(value) for name, value in sampler.get_samples(group_by_chain=True).items()}
         return _Sampled(found, time.perf_counter() - start)
 
-    options: dict[str, Any] = {"num_chains": chains, "chain_method": "vectorized", "progress_bar": False}
+    options: dict[str, Any] = {"num_chains": _CHAINS, "chain_method": "vectorized", "progress_bar": False}
     # NumPyro's own choice, up to 2 from zero, starts beyond the folds, where |det J| holds some chains for good.
     kernel = NUTS(model, init_strategy=init_to_uniform(radius=0.1))
-    sampler = MCMC(kernel, num_warmup=warmup, num_samples=draws, **options)
+    sampler = MCMC(kernel, num_warmup=_WARMUP, num_samples=_DRAWS, **options)
     run(1)
     return run

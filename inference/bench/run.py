@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from probattn.inference.bench.density import density
 from probattn.inference.bench.growth import growth
-from probattn.inference.bench.harness import Row, race
-from probattn.inference.bench.penalty import against_autograd, against_others, memory
+from probattn.inference.bench.harness import Row
+from probattn.inference.bench.penalty import against_attention, against_autograd, against_others, memory
 from probattn.inference.bench.posterior import nuts
 from probattn.inference.bench.sampling import sequences
 from probattn.inference.bench.training import character_step, gpt2_step
@@ -22,7 +21,6 @@ from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
 from probattn.moments import cpu
 from probattn.options import Device, Range, Seed, check_options
-from probattn.penalty import attention_penalty
 from probattn.plotting import plot_cost
 
 __all__ = ["GATES", "PARTS", "BenchOptions", "Part", "as_table", "bench", "broken_gates"]
@@ -31,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 Part = Literal["penalty", "autograd", "density", "memory", "sampling", "nuts", "training", "gpu"]
 
+#: Comparisons by the name that ``--parts`` takes.
 PARTS: Mapping[Part, Callable[[torch.device, int], list[Row]]] = {
     "penalty": against_others,
     "autograd": against_autograd,
@@ -39,9 +38,9 @@ PARTS: Mapping[Part, Callable[[torch.device, int], list[Row]]] = {
     "sampling": sequences,
     "nuts": lambda device, rounds: nuts(rounds),
     "training": lambda device, rounds: [*character_step(device, rounds), *gpt2_step(device, rounds)],
-    "gpu": lambda device, rounds: _on_gpu(rounds),
+    "gpu": lambda device, rounds: against_attention(rounds),
 }
-# What a change may not undo: about half of what is reached, so that a busy machine does not fail an honest change.
+#: Ratio that a change must keep, by competitor: about half of what is reached, so that a busy machine does not fail it.
 GATES: Mapping[str, float] = {
     "its three matrix products, dense": 4.0,
     "einsum and slogdet": 1.5,
@@ -111,7 +110,15 @@ def bench(options: BenchOptions) -> list[Row]:
 
 
 def as_table(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
-    """The rows as Markdown, with what they were measured on."""
+    """Write rows as Markdown.
+
+    Args:
+        rows: rows of the benchmark.
+        environment: machine and versions, see :func:`~probattn.inference.runtime.environment.describe`.
+
+    Returns:
+        A table, the seconds and the notes.
+    """
     where = (
         f"`{environment['command']}`, {environment['date']}; {environment['processor']}, {environment['device']}, "
         f"{environment['threads']} threads of {environment['cores']} cores, kernels by {environment['kernels']}; "
@@ -139,7 +146,14 @@ def as_table(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
 
 
 def broken_gates(rows: Sequence[Row]) -> list[str]:
-    """The rows that fall behind :data:`GATES`, which are those of the compiled kernels; without them there are none."""
+    """List the rows that fall behind :data:`GATES`, which are meant for the compiled kernels.
+
+    Args:
+        rows: rows of the benchmark.
+
+    Returns:
+        One line per broken gate; none where the kernels are not compiled.
+    """
     broken: list[str] = []
     if not cpu.AVAILABLE:
         return broken
@@ -158,26 +172,3 @@ def _line(row: Row) -> str:
     reached = row.notes.get("not measured", "not measured") if row.ratio is None else _ratio(row)
     goal = f" (goal {row.as_dict()['goal']}: {'met' if row.met else 'missed'})" if row.met is not None else ""
     return f"{row.work} | {row.against}: {reached}{goal}"
-
-
-def _on_gpu(rounds: int) -> list[Row]:
-    """The penalty against plain attention, forward and backward, on a GPU."""
-    if not torch.cuda.is_available():
-        notes = {"not measured": "no CUDA device here"}
-        return [Row("exact penalty on a GPU, 32 x 1024 x 64", "plain attention", None, faster=False, notes=notes)]
-    query, key, value = (torch.randn(2, 16, 1024, 64, device="cuda", requires_grad=True) for _ in range(3))
-    parts = [query, key, value]
-
-    def exact() -> None:
-        torch.autograd.grad(attention_penalty(*parts, kind="logdet").values.sum(), parts)
-
-    def attention() -> None:
-        torch.autograd.grad(F.scaled_dot_product_attention(query, key, value, is_causal=True).sum(), parts)
-
-    seconds = race({"exact": exact, "attention": attention}, rounds=rounds, warmup=3, turn=0.1)
-    ratio = seconds["exact"].least / seconds["attention"].least
-    # Three products of 2 T^2 d^2 for each of 32 heads, half of them needed.
-    flops = 3 * 2 * 32 * 1024**2 * 64**2 / 2
-    reached = {"teraflops a second reached": round(flops / seconds["exact"].least / 1e12, 2)}
-    name = "exact penalty on a GPU, 32 x 1024 x 64"
-    return [Row(name, "plain attention", ratio, faster=False, seconds=seconds, notes=reached)]

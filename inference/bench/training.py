@@ -1,4 +1,4 @@
-"""A training step with the barrier against the same step without."""
+"""Training steps with the barrier, raced against the same steps without."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ from probattn.penalty import attention_penalty
 
 __all__ = ["character_step", "gpt2_step"]
 
-_GPT2: dict[str, Any] = {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+_GPT2: dict[str, Any] = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
 
 
-def gpt2_step(device: torch.device, rounds: int, layers: int = 12) -> list[Row]:
-    """GPT-2 (12 heads of size 64, 124 million parameters), one sequence of 1024 tokens, 5 % of the positions."""
+def gpt2_step(device: torch.device, rounds: int) -> list[Row]:
+    """Race a step of GPT-2 (124 million parameters) on one sequence of 1024 tokens, penalty at 5 % of the positions.
+
+    Args:
+        device: device to measure on.
+        rounds: rounds of the race.
+
+    Returns:
+        One row.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from probattn.hf.barrier import attach_barrier
 
     torch.manual_seed(0)
     dropout: dict[str, Any] = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
-    model: Any = GPT2LMHeadModel(GPT2Config(n_layer=layers, **_GPT2, **dropout))
+    model: Any = GPT2LMHeadModel(GPT2Config(**_GPT2, **dropout))
     model.to(device)
     tokens = torch.randint(0, _GPT2["vocab_size"], (1, _GPT2["n_positions"]), device=device)
     step = _step(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
@@ -41,7 +49,7 @@ def gpt2_step(device: torch.device, rounds: int, layers: int = 12) -> list[Row]:
     ratio = seconds["barrier"].least / seconds["plain"].least
     return [
         Row(
-            f"training step of GPT-2, {layers} layers, T = 1024, penalty at 5 % of the positions",
+            f"training step of GPT-2, {_GPT2['n_layer']} layers, T = 1024, penalty at 5 % of the positions",
             "the same without",
             ratio,
             faster=False,
@@ -52,7 +60,15 @@ def gpt2_step(device: torch.device, rounds: int, layers: int = 12) -> list[Row]:
 
 
 def character_step(device: torch.device, rounds: int) -> list[Row]:
-    """The character GPT of the study of robustness, penalty at all positions of all heads."""
+    """Race a step of the character GPT of the robustness study, penalty at all positions of all heads.
+
+    Args:
+        device: device to measure on.
+        rounds: a quarter of the rounds of the race.
+
+    Returns:
+        One row.
+    """
     model = CharacterGPT(GPTConfig(96)).to(device)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 96, (32, 65), generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""The benchmark compares things that compute the same, and says what it found, missed goals too."""
+"""The benchmark races functions that compute the same, and reports missed goals too."""
 
 import json
 import time
@@ -103,13 +103,26 @@ def test_the_table_shows_what_was_missed_and_what_was_not_measured(monkeypatch):
     assert broken_gates(rows) == []
 
 
-def test_a_run_writes_its_rows(tmp_path, caplog):
+def test_a_run_writes_the_rows_of_its_parts(tmp_path, caplog, monkeypatch):
+    def missing(device, rounds):
+        raise ImportError("no module named numpyro")
+
+    found = Row("work", "other", 3.0, faster=True, goal=2.0, seconds={"ours": Timing(1.0, 1.5, 3)})
+    parts = {"memory": lambda device, rounds: [found] * rounds, "nuts": missing, "gpu": lambda device, rounds: 1 / 0}
+    monkeypatch.setattr("probattn.inference.bench.run.PARTS", parts)
     with caplog.at_level("INFO", logger="probattn"):
-        bench(BenchOptions(out=tmp_path, device="cpu", parts=["memory"], rounds=1))
+        rows = bench(BenchOptions(out=tmp_path, device="cpu", parts=["nuts", "memory"], rounds=2))
     content = json.loads((tmp_path / "bench.json").read_text())
     assert content["schema"] == 1
-    assert content["rows"][0]["met"] is True, content["rows"]
-    assert len(caplog.messages) == 1
+    assert content["rows"] == [row.as_dict() for row in rows]
+    assert [row["met"] for row in content["rows"]] == [True, True, None]
+    assert "numpyro; install probattn[bench]" in content["rows"][2]["notes"]["not measured"]
+    assert "| work | other | 3 times faster | >= 2 | yes |" in (tmp_path / "bench.md").read_text()
+    assert caplog.messages[0] == "work | other: 3 times faster (goal >= 2: met)"
+    assert len(caplog.messages) == 3
+
+
+def test_parts_and_rounds_that_cannot_be():
     with pytest.raises(InputError, match="parts is 'speed'; use one of 'penalty'"):
         BenchOptions(parts=["speed"])
     with pytest.raises(InputError, match="at least 1"):
