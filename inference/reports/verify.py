@@ -87,9 +87,10 @@ def critical_slope(tokens: Tensor) -> float:
         1.0
     """
 
+    context = Context.of(scalar_attention(1.0), tokens.unsqueeze(-1))  # the slope of its mean is the variance
+
     def minus_variance(tilt: float) -> float:
-        weights = torch.softmax(tilt * tokens, dim=-1)
-        return -float((weights * tokens.square()).sum() - (weights * tokens).sum().square())
+        return -float(context.line_cumulants(torch.tensor([tilt], dtype=tokens.dtype))[1])
 
     spread = float(tokens.max() - tokens.min())
     grid = np.linspace(-40 / spread, 40 / spread, 801)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize.elementwise import find_root
-from scipy.special import log_ndtr, ndtr
+from scipy.special import ndtr
 
 from probattn.errors import InputError
 from probattn.folds.line import turning_points
@@ -165,8 +165,7 @@ class Branches:
     def _probability(self, low: Array | float, high: Array | float) -> Array:
         """P(low <= eps < high), from the tail that keeps its digits, elementwise."""
         a, b = np.divide(low, self.noise_scale), np.divide(high, self.noise_scale)
-        a, b = np.where(a > 0, -b, a), np.where(a > 0, -a, b)
-        return np.where(b < -5, np.exp(log_ndtr(b)) - np.exp(log_ndtr(a)), ndtr(b) - ndtr(a))
+        return np.asarray(np.where(a > 0, ndtr(-a) - ndtr(-b), ndtr(b) - ndtr(a)))
 
     def _split(self) -> list[_Interval]:
         """Intervals of noise with one set of roots and one choice among them."""

@@ -31,6 +31,7 @@ __all__ = ["Slopes", "line_range", "line_roots"]
 _HALVINGS = 60
 _INTERVALS = 1 << 18  # more at a time are not halved: a bracket is then taken for one solution
 _NARROW = 1e-12  # of the range: narrower intervals are not halved, and two solutions within one are not told apart
+_FARTHEST = 30.0  # exponent up to which a change of tilt bounds a covariance
 _NUMBERS = 1 << 22  # weights that are evaluated at a time, about
 
 
@@ -105,10 +106,13 @@ class Slopes(NamedTuple):
         slope = each.sum(-1)
         curvature = (spread[0] * spread[1] ** 3).sum(-1) / 8
         room = second.abs() * half + 0.5 * curvature * half.square()
-        factor = (half.unsqueeze(-1) * spread[1]).clamp(max=700).exp()
+        exponent = half.unsqueeze(-1) * spread[1]
+        factor = exponent.clamp(max=_FARTHEST).exp()
         grown, shrunk = each * factor, each / factor
-        upper = torch.minimum(slope + room, torch.maximum(grown, shrunk).sum(-1))
-        lower = torch.maximum(slope - room, torch.minimum(grown, shrunk).sum(-1))
+        # Farther away a covariance that has underflowed at the centre may be anything.
+        close = (exponent <= _FARTHEST).all(-1)
+        upper = torch.minimum(slope + room, torch.maximum(grown, shrunk).sum(-1).where(close, torch.inf))
+        lower = torch.maximum(slope - room, torch.minimum(grown, shrunk).sum(-1).where(close, -torch.inf))
         return cls(mean, slope, second, curvature, lower, upper)
 
 

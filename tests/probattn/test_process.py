@@ -78,6 +78,33 @@ class TestBranches:
         nearest = min(Branches(shifted, 0.5).roots(0.05), key=lambda u: abs(u - 0.5))
         assert taken(shifted, "nearest_mean") == pytest.approx(nearest, abs=1e-12)
 
+    @pytest.mark.parametrize("rule", ["smallest_step", "nearest_mean"])
+    def test_the_taken_root_changes_where_the_distances_do(self, rule, monkeypatch):
+        def disagreements():
+            count = 0
+            for seed in range(2):
+                context = past(3.0, *np.random.default_rng(seed).normal(size=6))
+                branches = Branches(context, 0.6, rule)
+                for noise in np.linspace(-2, 2, 61):
+                    roots = branches.roots(noise)
+                    aim = noise if rule == "smallest_step" else float(context.values.mean())
+                    expected = np.where(np.arange(len(roots)) == np.argmin(np.abs(roots - aim)), 0.0, -np.inf)
+                    count += not np.array_equal(branches.log_weight(roots), expected)
+            return count
+
+        assert disagreements() == 0
+        if rule == "smallest_step":  # two noises in an interval do not see where the nearest root changes
+            monkeypatch.setattr("probattn.folds.branches._PROBES", 2)
+            assert disagreements() > 0
+
+    def test_tails_keep_their_digits(self):
+        branches = Branches(past(0.0, -1.0, 1.0), 1.0)  # mean zero: the token is the noise
+        for z in (5.0, 12.0, 30.0):
+            assert float(branches.cdf(-z)) == pytest.approx(stats.norm.cdf(-z), rel=1e-12)
+            assert float(branches._probability(z, z + 1)) == pytest.approx(
+                stats.norm.sf(z) - stats.norm.sf(z + 1), rel=1e-12
+            )
+
     def test_bad_arguments(self):
         with pytest.raises(InputError, match="rule is 'first'"):
             Branches(past(1.0, 0.0), 0.5, "first")

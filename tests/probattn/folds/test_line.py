@@ -124,6 +124,15 @@ def test_regime_never_certifies_a_fold_over_ten_thousand_pasts():
     assert missed <= 0.01 * folded
 
 
+def test_regime_looks_at_the_pasts_of_its_tokens_and_no_further():
+    u = torch.tensor([[-1.0], [0.0], [1.0], [5.0], [0.0]]).double()
+    attention = scalar_attention(1.2)
+    # After three tokens the contraction bound is 1.2 and the exact supremum below one; after the fourth it folds.
+    assert str(regime(attention, u[:4])) == "certified"
+    assert str(regime(attention, u)) == "folded"
+    assert regime(attention, u).position == 4
+
+
 def test_bad_pasts():
     flat = Context.of(attention_like(0), tokens(0, 4, 3))
     with pytest.raises(InputError, match="largest_sensitivity needs one-dimensional tokens"):

@@ -248,7 +248,6 @@ def test_stretches_that_double_need_few_sweeps(monkeypatch):
     calls = []
 
     for name in ("mean", "mean_and_jacobian"):
-
         evaluate = getattr(Context, name)
 
         def counting(self, u, evaluate=evaluate):
