@@ -23,11 +23,11 @@ class LongRun(NamedTuple):
 
     Attributes:
         lengths: n, (K,).
-        mean: mean of the tokens u_1..n, (K, *batch, N, p); inf for a sequence that has escaped.
+        mean: mean of the tokens u_1..n, ``(K, *batch, N, p)``; inf for a sequence that has escaped.
         covariance: covariance of the tokens u_1..n about their mean (about zero in a symmetric run),
-            (K, *batch, N, p, p); inf for a sequence that has escaped.
+            ``(K, *batch, N, p, p)``; inf for a sequence that has escaped.
         escape: the first n at which the trace of the covariance exceeds the limit, inf where it does not,
-            (*batch, N).
+            ``(*batch, N)``.
         unsolved: share of tokens for which no solution was reached.
         several: share of tokens with more than one known solution.
     """
@@ -58,7 +58,7 @@ def long_run(
     O(H T^2 p^2) per sequence and a few Newton steps per token; memory O(H T p).
 
     Args:
-        attention: batch axes (\*batch,), strict or inclusive mask.
+        attention: batch axes ``(*batch,)``, strict or inclusive mask.
         noise_scale: sigma, a number or (p,).
         lengths: n at which to record, increasing.
         sequences: N.
@@ -67,7 +67,7 @@ def long_run(
         selection: rule where several solutions exist; "unique" takes what "smallest_step" does.
         symmetric: whether every token enters the past together with its negative, which holds the mean of the past at
             zero.
-        limit: trace of the covariance above which a sequence has escaped and is not run further, (\*batch,).
+        limit: trace of the covariance above which a sequence has escaped and is not run further, ``(*batch,)``.
 
     Raises:
         InputError: lengths that do not increase from at least 1, or no sequences.

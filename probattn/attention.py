@@ -36,7 +36,7 @@ class MeanAndFactors(NamedTuple):
     """What one pass over a sequence yields.
 
     Attributes:
-        mean: mu, (*batch, T, p).
+        mean: mu, ``(*batch, T, p)``.
         factors: M_i = I - J_i in factors.
     """
 
@@ -56,13 +56,13 @@ class CausalAttention(AttentionParameters):
     arbitrary leading batch dimensions of the parameters, of u, or of both, which broadcast.
 
     Args:
-        query: W_Q, (*batch, H, r, p).
-        key: W_K, (*batch, H, r, p).
-        value: W_V, (*batch, H, dv, p); None: the identity, dv = p.
-        output: W_O, (*batch, H, p, dv); None: the identity, which needs dv = p.
-        scale: c, a number or a tensor that broadcasts to (*batch, H); None: 1 / sqrt(r).
+        query: W_Q, ``(*batch, H, r, p)``.
+        key: W_K, ``(*batch, H, r, p)``.
+        value: W_V, ``(*batch, H, dv, p)``; None: the identity, dv = p.
+        output: W_O, ``(*batch, H, p, dv)``; None: the identity, which needs dv = p.
+        scale: c, a number or a tensor that broadcasts to ``(*batch, H)``; None: 1 / sqrt(r).
         mask: "strict" (the past of i is s < i) or "inclusive" (s <= i).
-        start: mu_1 under the strict mask, where nothing has been seen yet, (*batch, p); None: zero.
+        start: mu_1 under the strict mask, where nothing has been seen yet, ``(*batch, p)``; None: zero.
         validate_args: check that the parameters are finite; None: as torch.distributions validates at the moment.
 
     Raises:
@@ -88,7 +88,7 @@ class CausalAttention(AttentionParameters):
         """The simplest instance, l_is = u_s^T A u_i with W_V = W_O = I.
 
         Args:
-            matrix: A, (p, p) for one head or (*batch, H, p, p).
+            matrix: A, (p, p) for one head or ``(*batch, H, p, p)``.
             heads: H, needed where the matrix has three axes or more: a site in a Pyro plate has its batch axes where
                 the heads axis would be.
             mask: as in the class.
@@ -128,7 +128,7 @@ class CausalAttention(AttentionParameters):
         """Mean and the factored blocks in one pass over the sequence.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
 
         Returns:
             An :class:`MeanAndFactors`. Time O(H T^2 r dv), memory O(H T r dv) forward and backward: weights exist for a
@@ -157,7 +157,7 @@ class CausalAttention(AttentionParameters):
 
     @in_own_precision
     def weights(self, u: Tensor) -> Tensor:
-        """Attention weights alpha, (*batch, H, T, T), dense; rows sum to one, but for row 1 of a strict mask."""
+        """Attention weights alpha, ``(*batch, H, T, T)``, dense; rows sum to one, but for row 1 of a strict mask."""
         query, key, _ = self._project(u)
         if self.mask == "inclusive":
             return causal_weights(query, key)
@@ -166,13 +166,13 @@ class CausalAttention(AttentionParameters):
 
     @in_own_precision
     def mean(self, u: Tensor) -> Tensor:
-        """Attention mean mu, (*batch, T, p); u_i enters mu_i through its own query.
+        """Attention mean mu, ``(*batch, T, p)``; u_i enters mu_i through its own query.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
 
         Returns:
-            (*batch, T, p), differentiable any number of times. Time O(H T^2 (r + dv)), memory linear in T, with the
+            ``(*batch, T, p)``, differentiable any number of times. Time O(H T^2 (r + dv)), memory linear in T, with the
             first derivative too.
         """
         parts = self._project(u)
@@ -184,7 +184,7 @@ class CausalAttention(AttentionParameters):
         return self._assemble_mean(average.view(parts[2].shape))
 
     def residual(self, u: Tensor) -> Tensor:
-        """The residual map e = u - mu(u), (*batch, T, p)."""
+        """The residual map e = u - mu(u), ``(*batch, T, p)``."""
         return u - self.mean(u)
 
     @in_own_precision
@@ -197,10 +197,10 @@ class CausalAttention(AttentionParameters):
             + \alpha_{ii} (W_V + (v_i - \bar v_i)(c W_K^T q_i)^T)] .
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
 
         Returns:
-            (*batch, T, p, p). The blocks above the diagonal of de/du are zero, those below do not enter the
+            ``(*batch, T, p, p)``. The blocks above the diagonal of de/du are zero, those below do not enter the
             determinant.
         """
         return torch.eye(self.dim, dtype=u.dtype, device=u.device) - self.mean_jacobian(u)
@@ -210,10 +210,10 @@ class CausalAttention(AttentionParameters):
         """Diagonal blocks M_i = dmu_i/du_i = I - J_i.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
 
         Returns:
-            (*batch, T, p, p).
+            ``(*batch, T, p, p)``.
         """
         return blocks.mean_jacobian(self.mean_and_factors(u).factors)
 
@@ -222,36 +222,36 @@ class CausalAttention(AttentionParameters):
         """The smallest matrix K_i with det(I - K_i) = det J_i and the non-zero eigenvalues of M_i.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
 
         Returns:
-            (*batch, T, m, m); see :func:`probattn.blocks.sylvester_core` for m.
+            ``(*batch, T, m, m)``; see :func:`probattn.blocks.sylvester_core` for m.
         """
         return blocks.sylvester_core(self.mean_and_factors(u).factors)
 
     @in_own_precision
     def logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Sign and log|det J_i| by the cheapest exact route.
+        """Sign and ``log|det J_i|`` by the cheapest exact route.
 
         Square matrices of size min(p, H r, H dv), or min(p, H dv) under the inclusive mask; see
         :func:`probattn.blocks.sylvester_core`.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
 
         Returns:
-            sign and log|det J_i|, (*batch, T) each.
+            sign and ``log|det J_i|``, ``(*batch, T)`` each.
         """
         return blocks.logabsdet_one_minus(self.core(u))
 
     @in_own_precision
     def residual_and_logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual e, (*batch, T, p), and log|det J_i|, (*batch, T): all that the density needs, in one pass."""
+        """Residual e, ``(*batch, T, p)``, and ``log|det J_i|``, ``(*batch, T)``, in one pass, for the density."""
         evaluation = self.mean_and_factors(u)
         return u - evaluation.mean, blocks.logabsdet_one_minus(blocks.sylvester_core(evaluation.factors))[1]
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries times c and keys, (*batch, H, T, r), and values, (*batch, H, T, dv), with the same batch axes."""
+        """Queries times c and keys, ``(*batch, H, T, r)``, and values, ``(*batch, H, T, dv)``, of one batch shape."""
         self._require_tokens(u)
         tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
         parts = tokens @ self.scaled_query.mT, tokens @ self.key.mT, tokens @ self.value.mT

@@ -1,4 +1,4 @@
-r"""The log-barrier b_i = -log|det J_i| and its variants, four margins, and support tokens.
+r"""The log-barrier b_i = ``-log|det J_i|`` and its variants, four margins, and support tokens.
 
 The margins answer different questions and none is a synonym of another. With M_i = I - J_i,
 
@@ -60,12 +60,12 @@ def log_barrier(attention: Attention, u: Tensor, kind: BarrierKind = "logdet", *
 
     Args:
         attention: the attention, linear maps or a layer of a transformer.
-        u: tokens, (*batch, T, p).
+        u: tokens, ``(*batch, T, p)``.
         kind: one of the five names above.
         sharpness: beta of ``smooth``, which exceeds ``one_sided`` by at most log(2) / beta.
 
     Returns:
-        (*batch, T), in nats. ``logdet``, ``one_sided``, ``smooth`` are twice differentiable where det J_i != 0
+        ``(*batch, T)``, in nats. ``logdet``, ``one_sided``, ``smooth`` are twice differentiable where det J_i != 0
         (``one_sided`` away from its kink); ``spectral`` once. Cost per token: a determinant or the eigenvalues of the
         core, or a p x p singular value decomposition.
 
@@ -104,14 +104,14 @@ def penalty_and_margin(matrix: Tensor, dim: int, kind: BarrierKind, sharpness: f
     """The penalty of each block, and the margin that it guards.
 
     Args:
-        matrix: M_i, (*batch, p, p), for ``singular_value``; for the other kinds any core K_i, (*batch, m, m), with
-            det(I - K_i) = det J_i and the non-zero eigenvalues of M_i.
+        matrix: M_i, ``(*batch, p, p)``, for ``singular_value``; for the other kinds any core K_i, ``(*batch, m, m)``,
+            with det(I - K_i) = det J_i and the non-zero eigenvalues of M_i.
         dim: p, the size of M_i.
         kind: name of the penalty, see :func:`log_barrier`.
         sharpness: beta of ``smooth``.
 
     Returns:
-        penalty and margin, (*batch,) each: the margin is the determinant with its sign for the three kinds that are
+        penalty and margin, ``(*batch,)`` each: the margin is the determinant with its sign for the three kinds that are
         made of it.
 
     Example:
@@ -143,11 +143,11 @@ def stability_margin(attention: Attention, u: Tensor, kind: MarginKind = "singul
 
     Args:
         attention: the attention, linear maps or a layer of a transformer.
-        u: tokens, (*batch, T, p), finite.
+        u: tokens, ``(*batch, T, p)``, finite.
         kind: "determinant", "spectral", "complex" or "singular_value".
 
     Returns:
-        (*batch, T), dimensionless; 1 for a token whose J_i is the identity. ``determinant`` is differentiable any
+        ``(*batch, T)``, dimensionless; 1 for a token whose J_i is the identity. ``determinant`` is differentiable any
         number of times, the others once or where they are smooth.
 
     Raises:
@@ -173,8 +173,9 @@ class SupportTokens(NamedTuple):
     """The tokens nearest to the boundary.
 
     Attributes:
-        positions: indices into the sequence, (*batch, k), smallest margin first, the earlier one first among equals.
-        margins: their margins, (*batch, k).
+        positions: indices into the sequence, ``(*batch, k)``, smallest margin first, the earlier one first among
+            equals.
+        margins: their margins, ``(*batch, k)``.
     """
 
     positions: Tensor
@@ -189,7 +190,7 @@ def support_tokens(attention: Attention, u: Tensor, k: int = 5, kind: MarginKind
 
     Args:
         attention: the attention, linear maps or a layer of a transformer.
-        u: tokens, (*batch, T, p), finite.
+        u: tokens, ``(*batch, T, p)``, finite.
         k: number of positions, 1 <= k <= T.
         kind: name of the margin, see :func:`stability_margin`.
 
@@ -213,7 +214,7 @@ def support_tokens(attention: Attention, u: Tensor, k: int = 5, kind: MarginKind
 
 
 def _margin(matrix: Tensor, dim: int, kind: MarginKind) -> Tensor:
-    """The margin of each block from M_i itself (``singular_value``) or any core K_i of it (the others), (*batch,)."""
+    """Margin of each block, ``(*batch,)``, from M_i (``singular_value``) or any core K_i of it (the other kinds)."""
     if kind == "singular_value":
         return blocks.smallest_singular_value_one_minus(matrix)
     if kind == "spectral":

@@ -29,11 +29,11 @@ def noise_distribution(
     """The law N(0, S) of the noise of T tokens, an event of shape (T, p).
 
     Args:
-        noise_scale: standard deviation: a number, a 0-d tensor, or (*batch, 1) or (*batch, p) per coordinate.
+        noise_scale: standard deviation: a number, a 0-d tensor, or ``(*batch, 1)`` or ``(*batch, p)`` per coordinate.
         length: T.
         dim: p.
         like: a tensor with the dtype and device to use.
-        scale_tril: instead of noise_scale, the Cholesky factor of S, (*batch, p, p).
+        scale_tril: instead of noise_scale, the Cholesky factor of S, ``(*batch, p, p)``.
         validate_args: as in torch.
 
     Raises:
@@ -101,10 +101,10 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
 
     Args:
         attention: the attention; its batch shape broadcasts with that of the noise.
-        noise_scale: standard deviation: a number, a 0-d tensor, (*batch, 1), or (*batch, p) per coordinate; None with
-            scale_tril.
+        noise_scale: standard deviation: a number, a 0-d tensor, ``(*batch, 1)``, or ``(*batch, p)`` per coordinate;
+            None with scale_tril.
         length: T.
-        scale_tril: the Cholesky factor of S, (*batch, p, p), instead of noise_scale.
+        scale_tril: the Cholesky factor of S, ``(*batch, p, p)``, instead of noise_scale.
         selection: what sampling does with several solutions: "unique" raises; "uniform", "smallest_step" and
             "nearest_mean" choose one and warn.
         validate_args: as in torch.
@@ -176,7 +176,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
         return super().expand(shape, _instance=new)  # type: ignore[no-any-return]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log p(u), (*batch,); with noise and log-determinant from one pass."""
+        """Log p(u), ``(*batch,)``; with noise and log-determinant from one pass."""
         if self._validate_args:
             self._validate_sample(value)
         noise, ladj = self.transform.inverse_and_ladj(value)
@@ -205,7 +205,7 @@ class ResidualNoise(LatentAttention):
         return super().expand(batch_shape, _instance=new)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The Gaussian terms, (*batch,)."""
+        """The Gaussian terms, ``(*batch,)``."""
         if self._validate_args:
             self._validate_sample(value)
         log_noise: Tensor = self.base_dist.log_prob(self.transform.inv(value))

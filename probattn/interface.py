@@ -33,7 +33,7 @@ class Attention(Protocol):
     r"""A causal attention :math:`u \mapsto \mu(u)` with its diagonal Jacobian blocks.
 
     Two kinds implement it: :class:`~probattn.attention.CausalAttention`, given by linear maps, and the attention
-    sublayer of a transformer. Arrays of tokens have the shape (*batch, T, p).
+    sublayer of a transformer. Arrays of tokens have the shape ``(*batch, T, p)``.
 
     Attributes:
         mask: "strict" (the past of i is s < i) or "inclusive" (s <= i).
@@ -54,25 +54,25 @@ class Attention(Protocol):
     def like(self) -> Tensor: ...
 
     def mean(self, u: Tensor) -> Tensor:
-        """The attention mean mu, (*batch, T, p)."""
+        """The attention mean mu, ``(*batch, T, p)``."""
 
     def residual(self, u: Tensor) -> Tensor:
-        """The residual map e = u - mu(u), (*batch, T, p)."""
+        """The residual map e = u - mu(u), ``(*batch, T, p)``."""
 
     def mean_jacobian(self, u: Tensor) -> Tensor:
-        """Diagonal blocks M_i = dmu_i/du_i, (*batch, T, p, p)."""
+        """Diagonal blocks M_i = dmu_i/du_i, ``(*batch, T, p, p)``."""
 
     def jacobian(self, u: Tensor) -> Tensor:
-        """Diagonal blocks J_i = I - M_i, (*batch, T, p, p)."""
+        """Diagonal blocks J_i = I - M_i, ``(*batch, T, p, p)``."""
 
     def core(self, u: Tensor) -> Tensor:
-        """The smallest matrix K_i with det(I - K_i) = det J_i and the non-zero eigenvalues of M_i, (*batch, T, m, m)."""
+        """Smallest K_i with det(I - K_i) = det J_i and the non-zero eigenvalues of M_i, ``(*batch, T, m, m)``."""
 
     def logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Sign and log|det J_i|, (*batch, T) each."""
+        """Sign and ``log|det J_i|``, ``(*batch, T)`` each."""
 
     def residual_and_logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual, (*batch, T, p), and log|det J_i|, (*batch, T), in one pass."""
+        """The residual, ``(*batch, T, p)``, and ``log|det J_i|``, ``(*batch, T)``, in one pass."""
 
     def detach(self) -> Attention:
         """The same attention cut off from the graph of its parameters."""

@@ -131,10 +131,10 @@ class NextToken(dist.TorchDistribution):
         return self._branches
 
     def log_prob(self, value: Tensor, normalised: bool = False) -> Tensor:
-        """The log-density, (*batch,), with the log-probability of the choice under a one-dimensional selection rule.
+        """Log-density, ``(*batch,)``, with the log-probability of the choice under a selection rule in one dimension.
 
         Args:
-            value: u, (*batch, p).
+            value: u, ``(*batch, p)``.
             normalised: subtract log Z, exact or estimated as :meth:`mass` says, so that the density integrates to one
                 even where the map folds. It is then the distribution of the tokens that solve for a random noise, each
                 counted alike, and not that of any rule that picks one. A one-dimensional density with a selection rule
@@ -183,12 +183,12 @@ class NextToken(dist.TorchDistribution):
         return find_roots(self.past, eps)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Distribution function, relative to the total mass, elementwise on (*shape, 1); one dimension, exact."""
+        """Distribution function, relative to the total mass, elementwise on ``(*shape, 1)``; one dimension, exact."""
         branches = self.branches
         return torch.as_tensor(branches.cdf(value.detach().cpu().numpy()) / branches.mass).to(value)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """Quantiles, elementwise on (*shape, 1); one dimension, exact to the last bits."""
+        """Quantiles, elementwise on ``(*shape, 1)``; one dimension, exact to the last bits."""
         quantiles = [self.branches.icdf(q) for q in value.detach().flatten().tolist()]
         return torch.tensor(quantiles, dtype=value.dtype, device=value.device).view(value.shape)
 

@@ -52,7 +52,7 @@ def check_transform(transform: Transform, x: Tensor, *, causal: bool = False) ->
 
     Args:
         transform: transform to check.
-        x: points of the domain in float64, (*batch, *event) with at least one batch axis.
+        x: points of the domain in float64, ``(*batch, *event)`` with at least one batch axis.
         causal: True checks also that token i of events (T, p) depends on the tokens up to i only.
 
     Raises:

@@ -69,11 +69,11 @@ class AttentionTransform(Transform):
         return self.attention.residual(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det du/de| at the tokens y, (*batch,); the noise x is not needed."""
+        """``log|det du/de|`` at the tokens y, ``(*batch,)``; the noise x is not needed."""
         return -self.attention.logabsdet(y)[1].sum(-1)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise e = u - mu(u), (*batch, T, p), and log|det du/de|, (*batch,), from one pass over the sequence."""
+        """Noise e = u - mu(u), ``(*batch, T, p)``, and ``log|det du/de|``, ``(*batch,)``, from one pass over u."""
         residual, logabs = self.attention.residual_and_logabsdet(y)
         return residual, -logabs.sum(-1)
 

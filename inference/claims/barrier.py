@@ -25,7 +25,7 @@ def barrier_claim(subject: Subject, *, barrier: Callable[[CausalAttention, Tenso
 
     Args:
         subject: the fitted model; the density is compared on real text.
-        barrier: the function under test, (attention, u) -> (*batch, T).
+        barrier: the function under test, (attention, u) -> ``(*batch, T)``.
     """
     with torch.no_grad():
         measured = {

@@ -1,7 +1,7 @@
 """Claim: training with the barrier keeps the attention away from the boundary. It was not found to.
 
-The barrier measures volume: it is low where |det J| is large, and a large determinant can hide a small singular value.
-The distance to the boundary is that singular value, so the two can move in opposite directions.
+The barrier measures volume: it is low where ``|det J|`` is large, and a large determinant can hide a small singular
+value. The distance to the boundary is that singular value, so the two can move in opposite directions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def barrier_training_claim(
 
     Args:
         subject: the fitted model; the start of its fit are the model's initial values for its seed.
-        margin: the distance under test, (attention, u) -> (*batch, T).
+        margin: the distance under test, (attention, u) -> ``(*batch, T)``.
     """
     values = subject.model.initial_values(subject.seed)
     start = {name: value.to(torch.float64) for name, value in values.items()}

@@ -202,7 +202,7 @@ def _prefix_tests(prefixes: Prefixes, draws: int) -> dict[str, TwoSample]:
 def _raw_density_test(draws: int = 1500) -> tuple[TwoSample, TwoSample]:
     """Test pairs of a folded process against pairs from the marginal of its three-token density, Z times theirs.
 
-    They are compared in the coordinates that Z depends on, |u_1 + u_2| / 2 and |u_2 - u_1| / 2. The second test
+    They are compared in the coordinates that Z depends on, ``|u_1 + u_2|`` / 2 and ``|u_2 - u_1|`` / 2. The second test
     compares the process with itself.
     """
     generator = torch.Generator().manual_seed(5)

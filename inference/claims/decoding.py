@@ -85,11 +85,11 @@ def kl_divergence(logits: Tensor, others: Tensor) -> Tensor:
     """Compute KL(p || q) in nats.
 
     Args:
-        logits: logits of p, (*batch, V).
-        others: logits of q, (*batch, V); the two broadcast.
+        logits: logits of p, ``(*batch, V)``.
+        others: logits of q, ``(*batch, V)``; the two broadcast.
 
     Returns:
-        Divergences, at least zero, (*batch,).
+        Divergences, at least zero, ``(*batch,)``.
 
     Example:
         >>> round(float(kl_divergence(torch.zeros(2), torch.tensor([0.0, 1.0]))), 4)
@@ -180,7 +180,7 @@ def decoding_claim(
 
     - "not_run": a control fails, so that the experiment proves nothing.
     - "not_supported": the interval reaches down to 0.
-    - "supported": the interval lies above 0, and so do those of the paired differences of |ρ| to the entropy of the
+    - "supported": the interval lies above 0, and so do those of the paired differences of ``|ρ|`` to the entropy of the
       next-token distribution and to the entropy of the attention.
     - "supported_within": the interval lies above 0, but a simpler predictor does as well or better.
 
@@ -278,7 +278,7 @@ class _Study:
         return found
 
     def lead(self, first: str, second: str, target: str) -> Array:
-        """Return |rho| of the first predictor minus |rho| of the second, (1 + resamples,)."""
+        """Return ``|rho|`` of the first predictor minus ``|rho|`` of the second, (1 + resamples,)."""
         return np.abs(self.rho(first, target)) - np.abs(self.rho(second, target))
 
     def partial(self, first: str, second: str, given: tuple[str, ...]) -> Array:

@@ -255,7 +255,7 @@ def _padded(model: NextTokenModel, tokens: Tensor, generator: torch.Generator) -
 
 
 def _chain(model: NextTokenModel, prefix: Tensor) -> float:
-    """Compute |log sum_y P(prefix, y) - log P(prefix)|, both given the first token, by passes over V + 1 sequences."""
+    """Compute ``|log sum_y P(prefix, y) - log P(prefix)|`` given the first token, by passes over V + 1 sequences."""
     longer = torch.cat([prefix.expand(model.vocabulary, -1), torch.arange(model.vocabulary)[:, None]], dim=1)
     sums = _log_joint(model, longer).logsumexp(0)
     return _gap(sums, _log_joint(model, prefix[None])[0])

@@ -39,7 +39,7 @@ def margin_claim(
 
     Args:
         subject: the fitted model.
-        margin: the function under test, (attention, u, kind) -> (*batch, T).
+        margin: the function under test, (attention, u, kind) -> ``(*batch, T)``.
     """
     measured = dict.fromkeys(BOUND, 0.0)
     attention, u = subject.attention, subject.tokens(4)
@@ -120,7 +120,7 @@ def _errors(
 
 
 def _noise_gain_error(attention: CausalAttention, u: Tensor, smallest: Tensor, direction: Tensor) -> float:
-    """Largest error of sigma_min against |de_i| / |du_i| along the direction of largest gain, by differences."""
+    """Largest error of sigma_min against ``|de_i| / |du_i|`` by differences along the direction of largest gain."""
     gaps, step = [], 1e-5
     for i in range(len(u)):
         past = Context.of(attention, u[:i])

@@ -49,7 +49,7 @@ _FULL = _Size((25, 50, 100, 200, 400, 800), 100, (*_BELOW, 0.148, 0.17, 0.20))
 def stationary_distribution_claim(settings: Settings, *, run: Callable[..., LongRun] = long_run) -> Claim:
     r"""Test whether the mean of the tokens stops growing, for attraction below the boundary of the spread.
 
-    The number that decides is the growth of the median of |mean of u_1..n| from the first length to the last. In a
+    The number that decides is the growth of the median of ``|mean of u_1..n|`` from the first length to the last. In a
     stationary process it falls towards the mean of the stationary distribution, which is zero by symmetry; the claim
     does not hold if the growth at some slope is above one, by a bootstrap over the sequences with a family-wise error
     of one percent.
@@ -123,7 +123,7 @@ def stationary_distribution_claim(settings: Settings, *, run: Callable[..., Long
 
 
 def _growth(mean: Tensor, error: float) -> tuple[float, float, float]:
-    """Growth of the median |mean| from the first length to the last, with the ends of its bootstrap interval.
+    """Growth of the median ``|mean|`` from the first length to the last, with the ends of its bootstrap interval.
 
     Args:
         mean: mean of the tokens so far, (lengths, sequences); inf for a sequence that has escaped.

@@ -63,9 +63,9 @@ def assemble(
 
     Returns:
         :class:`Fit` with the groups posterior (sites, the products ``qk_matrix`` and ``ov_matrix``, and on the first
-        sequences log|det J|, margin, the regime of the draw at the sequence's own tokens, and the smallest of each),
-        sample_stats, log_likelihood per sequence, log_prior per site, prior, prior_predictive, posterior_predictive,
-        observed_data and constant_data.
+        sequences ``log|det J|``, margin, the regime of the draw at the sequence's own tokens, and the smallest of
+        each), sample_stats, log_likelihood per sequence, log_prior per site, prior, prior_predictive,
+        posterior_predictive, observed_data and constant_data.
     """
     model, u = cast(ScalarModel | EmbeddingModel, target.model), target.data[0]
     chains, count, dim = draws.z.shape

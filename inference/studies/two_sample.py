@@ -16,7 +16,7 @@ class TwoSample(NamedTuple):
     """Statistics and p-values.
 
     Attributes:
-        energy: energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'|.
+        energy: energy distance 2 ``E|X - Y|`` - ``E|X - X'|`` - ``E|Y - Y'|``.
         energy_p: p-value of the energy distance.
         mmd: squared maximum mean discrepancy under a Gaussian kernel, whose width is the median distance.
         mmd_p: p-value of the maximum mean discrepancy.

@@ -15,13 +15,13 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None)
     r"""Softmax weights :math:`\alpha_{is} \propto \exp(q_i \cdot k_s)`; zero for a row that sees no token.
 
     Args:
-        query: c q, already scaled, (*batch, Q, r).
-        key: k, (*batch, S, r).
+        query: c q, already scaled, ``(*batch, Q, r)``.
+        key: k, ``(*batch, S, r)``.
         visible: which s the row i may see, boolean (Q, S); None: all of them.
 
     Returns:
-        (*batch, Q, S). Stable for logits of any finite size: the row's maximum is subtracted before the exponential.
-        Where all logits of a row are -inf, the weights are NaN.
+        ``(*batch, Q, S)``. Stable for logits of any finite size: the row's maximum is subtracted before the
+        exponential. Where all logits of a row are -inf, the weights are NaN.
 
     Example:
         >>> attention_weights(torch.zeros(1, 1), torch.zeros(2, 1))
@@ -40,11 +40,11 @@ def scaled_product(left: Tensor, right: Tensor) -> Tensor:
     """Matrix product whose sums do not overflow: entries beyond the range of the numbers become large finite ones.
 
     Args:
-        left: (*batch, m, r).
-        right: (*batch, r, n).
+        left: ``(*batch, m, r)``.
+        right: ``(*batch, r, n)``.
 
     Returns:
-        (*batch, m, n), differentiable in both. NaN and infinity in a row or column make its entries NaN.
+        ``(*batch, m, n)``, differentiable in both. NaN and infinity in a row or column make its entries NaN.
 
     Example:
         >>> scaled_product(torch.tensor([[1e30, 1.0]]), torch.tensor([[2e30, 3.0], [1.0, 4.0]]))
@@ -55,7 +55,7 @@ def scaled_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def scaled_dot(left: Tensor, right: Tensor) -> Tensor:
-    """Scalar products of vectors, (*batch, r) each, as :func:`scaled_product` forms them, (*batch, 1)."""
+    """Scalar products of vectors, ``(*batch, r)`` each, as :func:`scaled_product` forms them, ``(*batch, 1)``."""
     sizes = _size(left, -1), _size(right, -1)
     dots = (left / sizes[0] * (right / sizes[1])).sum(-1, keepdim=True)
     return dots * _within_range(sizes[0] * sizes[1], left.shape[-1])
@@ -159,6 +159,6 @@ def dense_moments(
 
 
 def median(tokens: Tensor) -> Tensor:
-    """Median of each feature over the tokens, (*batch, 1, features), a constant; zero where there is no token."""
+    """Median of each feature over the tokens, ``(*batch, 1, features)``, a constant; zero where there is no token."""
     tokens = tokens.detach()
     return torch.nanmedian(tokens, dim=-2, keepdim=True).values if tokens.shape[-2] else tokens.sum(-2, keepdim=True)

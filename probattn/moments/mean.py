@@ -60,11 +60,11 @@ def causal_weights(query: Tensor, key: Tensor) -> Tensor:
     """The weights of :func:`causal_mean` themselves, dense.
 
     Args:
-        query: c q, already scaled, (*batch, T, r).
-        key: k, (*batch, T, r).
+        query: c q, already scaled, ``(*batch, T, r)``.
+        key: k, ``(*batch, T, r)``.
 
     Returns:
-        alpha, (*batch, T, T). Where rows may lose digits, they are the means of unit vectors, in time O(T^3).
+        alpha, ``(*batch, T, T)``. Where rows may lose digits, they are the means of unit vectors, in time O(T^3).
     """
     length = query.shape[-2]
     rows, tokens = (part.reshape(-1, 1, *part.shape[-2:]) for part in (query, key))

@@ -27,10 +27,10 @@ class WithOwn(NamedTuple):
     """Moments of a row's past and of its own token.
 
     Attributes:
-        mean: vbar_i, (*batch, T, dv).
-        covariance: C_i, (*batch, T, dv, r).
-        weight: alpha_ii, (*batch, T, 1).
-        away: alpha_ii (v_i - vbar_i), (*batch, T, dv).
+        mean: vbar_i, ``(*batch, T, dv)``.
+        covariance: C_i, ``(*batch, T, dv, r)``.
+        weight: alpha_ii, ``(*batch, T, 1)``.
+        away: alpha_ii (v_i - vbar_i), ``(*batch, T, dv)``.
     """
 
     mean: Tensor
@@ -43,11 +43,11 @@ def add_own_token(past: OriginMoments, query: Tensor, key: Tensor, value: Tensor
     """Moments of the tokens s <= i from those of the tokens s < i.
 
     Args:
-        past: moments of the tokens before, with axes covariance (*batch, T, dv, r), offset and origin
-            (*batch, T, dv + r), log_sum (*batch, T).
-        query: c q_i, already scaled, (*batch, T, r).
-        key: k_i, (*batch, T, r).
-        value: v_i, (*batch, T, dv).
+        past: moments of the tokens before, with axes covariance ``(*batch, T, dv, r)``, offset and origin
+            ``(*batch, T, dv + r)``, log_sum ``(*batch, T)``.
+        query: c q_i, already scaled, ``(*batch, T, r)``.
+        key: k_i, ``(*batch, T, r)``.
+        value: v_i, ``(*batch, T, dv)``.
 
     Returns:
         :class:`WithOwn`. Derived here.

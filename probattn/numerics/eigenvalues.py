@@ -41,11 +41,11 @@ def largest_real_eigenvalue(matrix: Tensor) -> Tensor:
     """Largest of the real eigenvalues.
 
     Args:
-        matrix: K, (*batch, m, m).
+        matrix: K, ``(*batch, m, m)``.
 
     Returns:
-        (*batch,): -inf where all eigenvalues are complex, NaN where K is not finite. Differentiable once. Cost O(m^3)
-        per matrix.
+        ``(*batch,)``: -inf where all eigenvalues are complex, NaN where K is not finite. Differentiable once. Cost
+        O(m^3) per matrix.
 
     Example:
         >>> round(float(largest_real_eigenvalue(torch.tensor([[0.0, 2.0], [2.0, 0.0]]))), 6)
@@ -61,10 +61,10 @@ def spectral_abscissa(matrix: Tensor) -> Tensor:
     """Largest real part of the eigenvalues, complex ones included.
 
     Args:
-        matrix: K, (*batch, m, m).
+        matrix: K, ``(*batch, m, m)``.
 
     Returns:
-        (*batch,): NaN where K is not finite. Differentiable once. Cost O(m^3) per matrix.
+        ``(*batch,)``: NaN where K is not finite. Differentiable once. Cost O(m^3) per matrix.
 
     Example:
         >>> turn = torch.tensor([[0.5, 2.0, 0.0], [-2.0, 0.5, 0.0], [0.0, 0.0, -1.0]])  # 0.5 + 2i, 0.5 - 2i, -1
@@ -77,7 +77,7 @@ def spectral_abscissa(matrix: Tensor) -> Tensor:
 
 @torch.library.custom_op("probattn::rightmost_eigenvalue", mutates_args=())
 def _rightmost(matrix: Tensor, real: bool) -> Tensor:
-    """The eigenvalue in question, complex128, (*batch,); -inf where there is none, NaN where K is not finite."""
+    """The eigenvalue in question, complex128, ``(*batch,)``; -inf where there is none, NaN where K is not finite."""
     whole = matrix.reshape(-1, *matrix.shape[-2:]).double()
     finite = torch.isfinite(whole).all(-1).all(-1)
     whole = whole.where(finite[:, None, None], 0.0)  # on NaN LAPACK returns nonsense, or does not return
@@ -160,7 +160,7 @@ class _Rightmost(torch.autograd.Function):
 
 
 def _slope(matrix: Tensor, eigenvalue: Tensor) -> Tensor:
-    """Derivative of the real part by the entries of K, (*batch, m, m)."""
+    """Derivative of the real part by the entries of K, ``(*batch, m, m)``."""
     finite = torch.isfinite(eigenvalue.real)
     # The kernel stays, and an eigenvalue that is not there has no derivative.
     still = (eigenvalue == 0) | torch.isneginf(eigenvalue.real)

@@ -32,10 +32,10 @@ def slogdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Sign and logarithm of the absolute value of the determinant.
 
     Args:
-        matrix: A, real, (*batch, m, m).
+        matrix: A, real, ``(*batch, m, m)``.
 
     Returns:
-        sign in {-1, 0, 1} and log|det A| (-inf where A is singular), (*batch,) each.
+        sign in {-1, 0, 1} and ``log|det A|`` (-inf where A is singular), ``(*batch,)`` each.
 
     Example:
         >>> sign, logabs = slogdet(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))  # det = -6
@@ -54,10 +54,10 @@ def det(matrix: Tensor) -> Tensor:
     """Determinant.
 
     Args:
-        matrix: A, real, (*batch, m, m).
+        matrix: A, real, ``(*batch, m, m)``.
 
     Returns:
-        det A, (*batch,). Beyond 64 rows the gradient at a singular matrix is NaN.
+        det A, ``(*batch,)``. Beyond 64 rows the gradient at a singular matrix is NaN.
 
     Example:
         >>> det(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
@@ -74,11 +74,11 @@ def inverse(matrix: Tensor, *, check: bool = True) -> Tensor:
     """Inverse matrices.
 
     Args:
-        matrix: A, (*batch, m, m).
+        matrix: A, ``(*batch, m, m)``.
         check: raise for a singular matrix; False gives NaN there instead.
 
     Returns:
-        A^{-1}, (*batch, m, m).
+        A^{-1}, ``(*batch, m, m)``.
 
     Raises:
         torch.linalg.LinAlgError: a singular matrix, if ``check``.
@@ -99,12 +99,12 @@ def solve(matrix: Tensor, right: Tensor, *, check: bool = True) -> Tensor:
     """Solutions X of A X = B.
 
     Args:
-        matrix: A, (*batch, m, m).
-        right: B, (*batch, m, k); its batch axes broadcast with those of A.
+        matrix: A, ``(*batch, m, m)``.
+        right: B, ``(*batch, m, k)``; its batch axes broadcast with those of A.
         check: raise for a singular matrix; False gives NaN there instead.
 
     Returns:
-        A^{-1} B, (*batch, m, k).
+        A^{-1} B, ``(*batch, m, k)``.
 
     Raises:
         torch.linalg.LinAlgError: a singular matrix, if ``check``.

@@ -98,8 +98,8 @@ def plot_conditional(contexts: Sequence[Mapping[str, Any]], *, axes: Sequence[Ax
     """Draw the residual map and the next-token density of each context, one column per context.
 
     Args:
-        contexts: mappings with ``title``, the grid ``u`` (G,), ``residual`` e(u), ``density`` N |det J|, ``plain`` N
-            without the determinant, their integrals ``mass`` and ``plain_mass``, and the ``turning_points`` of e.
+        contexts: mappings with ``title``, the grid ``u`` (G,), ``residual`` e(u), ``density`` N ``|det J|``, ``plain``
+            N without the determinant, their integrals ``mass`` and ``plain_mass``, and the ``turning_points`` of e.
         axes: two panels per context: the residual maps from left to right, then the densities.
 
     Returns:

@@ -106,7 +106,7 @@ def plot_margin_bands(margin: Array, log_abs_det: Array, *, axes: Sequence[Axes]
 
     Args:
         margin: smallest singular value of J_i in every draw, (S, T).
-        log_abs_det: log|det J_i| in every draw, (S, T).
+        log_abs_det: ``log|det J_i|`` in every draw, (S, T).
         axes: one panel for the margin, one for the log-determinant.
 
     Returns:

@@ -155,7 +155,7 @@ def plot_rotation(
 
     Args:
         angles: angles theta in degrees, (K,).
-        exact: noise |lambda| sigma^2 at the boundary, (K,).
+        exact: noise ``|lambda|`` sigma^2 at the boundary, (K,).
         measured_angles: angles of the measurements in degrees, (M,).
         measured: noise at the end of the stable branch, found by continuation, (M,); inf, which is not drawn, where
             the branch has no end.
