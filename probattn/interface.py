@@ -37,21 +37,21 @@ class Attention(Protocol):
 
     Attributes:
         mask: "strict" (the past of i is s < i) or "inclusive" (s <= i).
-        dim: p, the number of features of a token.
-        batch_shape: batch axes of the parameters.
-        like: a parameter, for its dtype and device.
     """
 
     mask: Mask
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Number p of features of a token."""
 
     @property
-    def batch_shape(self) -> torch.Size: ...
+    def batch_shape(self) -> torch.Size:
+        """Batch axes of the parameters."""
 
     @property
-    def like(self) -> Tensor: ...
+    def like(self) -> Tensor:
+        """A parameter, for its dtype and device."""
 
     def mean(self, u: Tensor) -> Tensor:
         """The attention mean mu, ``(*batch, T, p)``."""
