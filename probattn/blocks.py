@@ -30,10 +30,10 @@ class JacobianFactors(NamedTuple):
     r"""M_i = dmu_i/du_i in factors, :math:`M_i = \sum_h W_O^h (\mathrm{Cov}_i^h(v, k)\, c W_Q^h + \mathrm{own}_i^h)`.
 
     Attributes:
-        cov: covariance of values and keys under the attention weights, (*batch, H, T, dv, r).
-        query: c W_Q, (*batch, H, r, p).
-        output: W_O, (*batch, H, p, dv).
-        own: the inclusive mask's extra term alpha_ii (W_V + (v_i - vbar_i) (c W_K^T q_i)^T), (*batch, H, T, dv, p);
+        cov: covariance of values and keys under the attention weights, ``(*batch, H, T, dv, r)``.
+        query: c W_Q, ``(*batch, H, r, p)``.
+        output: W_O, ``(*batch, H, p, dv)``.
+        own: the inclusive mask's extra term alpha_ii (W_V + (v_i - vbar_i) (c W_K^T q_i)^T), ``(*batch, H, T, dv, p)``;
             None under the strict mask, where a token is not in its own past.
     """
 
@@ -54,7 +54,7 @@ def mean_jacobian(factors: JacobianFactors) -> Tensor:
         factors: see :class:`JacobianFactors`.
 
     Returns:
-        M, (*batch, T, p, p). Time and memory O(T p^2 H dv) and O(T p^2).
+        M, ``(*batch, T, p, p)``. Time and memory O(T p^2 H dv) and O(T p^2).
     """
     inner = factors.cov @ factors.query.unsqueeze(-3)  # (*batch, H, T, dv, p)
     if factors.own is not None:
@@ -74,7 +74,7 @@ def sylvester_core(factors: JacobianFactors) -> Tensor:
         factors: see :class:`JacobianFactors`.
 
     Returns:
-        K, (*batch, T, m, m). Derived here.
+        K, ``(*batch, T, m, m)``. Derived here.
     """
     heads, value_dim, rank = factors.cov.shape[-4], factors.cov.shape[-2], factors.cov.shape[-1]
     dim = factors.output.shape[-2]
@@ -103,11 +103,11 @@ def logabsdet_one_minus(matrix: Tensor) -> tuple[Tensor, Tensor]:
     .. math:: d \log|\det(I - K)| = -\mathrm{tr}((I - K)^{-1} dK)
 
     Args:
-        matrix: K, (*batch, m, m).
+        matrix: K, ``(*batch, m, m)``.
 
     Returns:
-        sign in {-1, 0, 1} and log|det(I - K)| (-inf where singular), (*batch,) each, differentiable any number of
-        times. Cost O(m^3) a matrix; on a processor up to m = 64 the matrices go through its vector units together.
+        sign in {-1, 0, 1} and ``log|det(I - K)|`` (-inf where singular), ``(*batch,)`` each, differentiable any number
+        of times. Cost O(m^3) a matrix; on a processor up to m = 64 the matrices go through its vector units together.
 
     Example:
         >>> sign, value = logabsdet_one_minus(torch.tensor([[3.0]]))  # det = 1 - 3
@@ -142,7 +142,7 @@ def _(info: Any, axes: tuple[int], matrix: Tensor) -> tuple[tuple[Tensor, ...], 
 
 
 class _LogAbsDet(torch.autograd.Function):
-    """Sign, log|det J| and J^-T of J = I - K; the last is an output so that derivatives can be taken again."""
+    """Sign, ``log|det J|`` and J^-T of J = I - K; the last is an output so that derivatives can be taken again."""
 
     generate_vmap_rule = True
 
@@ -181,10 +181,10 @@ def smallest_singular_value_one_minus(matrix: Tensor) -> Tensor:
     """sigma_min(I - M), the distance in spectral norm from J to the nearest singular matrix (Eckart and Young).
 
     Args:
-        matrix: M, (*batch, p, p); not a reduced matrix, whose singular values are others.
+        matrix: M, ``(*batch, p, p)``; not a reduced matrix, whose singular values are others.
 
     Returns:
-        (*batch,). Cost O(p^3) a matrix.
+        ``(*batch,)``. Cost O(p^3) a matrix.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     finite = _finite(matrix)
@@ -197,7 +197,7 @@ def smallest_singular_value_one_minus(matrix: Tensor) -> Tensor:
 
 
 def _finite(matrix: Tensor) -> Tensor:
-    """Which matrices may be handed to LAPACK, (*batch,): on NaN it returns nonsense, or does not return."""
+    """Which matrices may be handed to LAPACK, ``(*batch,)``: on NaN it returns nonsense, or does not return."""
     return torch.isfinite(matrix).all(-1).all(-1)
 
 
@@ -208,11 +208,11 @@ def largest_real_eigenvalue(matrix: Tensor, dim: int) -> Tensor:
     :mod:`probattn.numerics.eigenvalues`.
 
     Args:
-        matrix: K, (*batch, m, m), m <= dim.
+        matrix: K, ``(*batch, m, m)``, m <= dim.
         dim: p, the size of M; where m < p, M has the eigenvalue 0 besides those of K.
 
     Returns:
-        (*batch,). Differentiable once. Cost O(m^3) per matrix.
+        ``(*batch,)``. Differentiable once. Cost O(m^3) per matrix.
 
     Example:
         >>> turn = torch.tensor([[0.0, 2.0], [-2.0, 0.0]])  # both eigenvalues are imaginary
@@ -227,11 +227,11 @@ def spectral_abscissa(matrix: Tensor, dim: int) -> Tensor:
     """Largest real part of the eigenvalues of M, complex ones included, from a core K; NaN where K is not finite.
 
     Args:
-        matrix: K, (*batch, m, m), m <= dim.
+        matrix: K, ``(*batch, m, m)``, m <= dim.
         dim: p, the size of M; where m < p, M has the eigenvalue 0 besides those of K.
 
     Returns:
-        (*batch,). Differentiable once. Cost O(m^3) per matrix.
+        ``(*batch,)``. Differentiable once. Cost O(m^3) per matrix.
 
     Example:
         >>> spiral = torch.tensor([[-1.0, 2.0], [-2.0, -1.0]])  # -1 + 2i and -1 - 2i

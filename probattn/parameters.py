@@ -135,19 +135,19 @@ class AttentionParameters:
     @property
     @in_own_precision
     def qk_matrix(self) -> Tensor:
-        """A_h = c W_K^T W_Q, (*batch, H, p, p): identified by the logits, as the factors are not."""
+        """A_h = c W_K^T W_Q, ``(*batch, H, p, p)``: identified by the logits, as the factors are not."""
         return self.key.mT @ self.scaled_query
 
     @property
     @in_own_precision
     def ov_matrix(self) -> Tensor:
-        """C_h = W_O W_V, (*batch, H, p, p): identified by the mean, as the factors are not."""
+        """C_h = W_O W_V, ``(*batch, H, p, p)``: identified by the mean, as the factors are not."""
         return self.output @ self.value
 
     @property
     @in_own_precision
     def scaled_query(self) -> Tensor:
-        """The query map times the logit scale, c W_Q, (*batch, H, r, p)."""
+        """The query map times the logit scale, c W_Q, ``(*batch, H, r, p)``."""
         return self.scale[..., None, None] * self.query
 
     def expand(self, batch_shape: torch.Size | tuple[int, ...] | list[int]) -> Self:

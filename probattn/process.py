@@ -68,7 +68,7 @@ class AttentionProcess:
         )
 
     def conditional(self, past: Tensor) -> NextToken:
-        """The distribution of the next token after ``past``, (*batch, n, p)."""
+        """The distribution of the next token after ``past``, ``(*batch, n, p)``."""
         return NextToken(
             Context.of(self.attention, past), self.noise_scale, scale_tril=self.scale_tril, selection=self.selection
         )
@@ -91,7 +91,8 @@ class Path:
     """One realisation of an :class:`AttentionProcess`, lazily extended; index it like a list of tokens that never ends.
 
     ``path[0:100]`` and later ``path[0:10000]`` agree to the bit, as each token is solved for once, from noise that
-    depends on seed and position alone, the choice among several solutions included. Memory and the time of the next token grow with the furthest token asked for.
+    depends on seed and position alone, the choice among several solutions included. Memory and the time of the next
+    token grow with the furthest token asked for.
     """
 
     def __init__(self, process: AttentionProcess, seed: int) -> None:

@@ -28,7 +28,7 @@ _LINEAR = 2.4  # goal: growth of the memory when T doubles; 2, and room for what
 
 
 def dense_penalty(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Penalty -log|det(I - c Cov)| by the formula as it stands: T x T weights, one einsum, one LAPACK call.
+    """Penalty ``-log|det(I - c Cov)|`` by the formula as it stands: T x T weights, one einsum, one LAPACK call.
 
     Args:
         query: queries, (N, T, d).

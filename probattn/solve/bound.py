@@ -27,10 +27,10 @@ def contraction_bound(attention: Attention, u: Tensor) -> Tensor:
 
     Args:
         attention: the attention; under the inclusive mask the own value is unbounded and so is the bound.
-        u: tokens, (\*batch, T, p).
+        u: tokens, ``(*batch, T, p)``.
 
     Returns:
-        (\*batch, T), not decreasing along the sequence; +inf under the inclusive mask. Time O(H T^2 p).
+        ``(*batch, T)``, not decreasing along the sequence; +inf under the inclusive mask. Time O(H T^2 p).
 
     Example:
         >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
@@ -55,12 +55,12 @@ def bound_from_diameters(diameters: tuple[Tensor, Tensor], slack: tuple[Tensor, 
     """The bound from the diameters of values and keys.
 
     Args:
-        diameters: of the o_s and of the g_s, (*shape, H) each.
-        slack: see :func:`projection_slack`, (*batch, H) each.
-        largest: norm of the largest token, (*shape).
+        diameters: of the o_s and of the g_s, ``(*shape, H)`` each.
+        slack: see :func:`projection_slack`, ``(*batch, H)`` each.
+        largest: norm of the largest token, ``(*shape)``.
 
     Returns:
-        (*shape).
+        ``(*shape)``.
     """
     wide = [
         diameter + unit * largest.unsqueeze(-1)  # (*shape, H)
@@ -78,7 +78,7 @@ def projection_slack(attention: CausalAttention) -> tuple[Tensor, Tensor]:
         attention: the attention.
 
     Returns:
-        For the values W_O v_s and for the keys c W_Q^T k_s, (*batch, H) each.
+        For the values W_O v_s and for the keys c W_Q^T k_s, ``(*batch, H)`` each.
     """
     unit = 8 * (attention.dim + 1) * torch.finfo(attention.query.dtype).eps
     norms = (torch.linalg.matrix_norm(attention.ov_matrix), torch.linalg.matrix_norm(attention.qk_matrix))
@@ -89,12 +89,12 @@ def running_diameters(points: Tensor, known: Tensor, seen: int) -> Tensor:
     """Diameters of the points before each position.
 
     Args:
-        points: (*batch, n, p).
-        known: diameter of the first ``seen`` points, (*batch,).
+        points: ``(*batch, n, p)``.
+        known: diameter of the first ``seen`` points, ``(*batch,)``.
         seen: number of points whose diameter is known.
 
     Returns:
-        Before each of the positions seen, ..., n - 1 and after the last, (n - seen + 1, *batch).
+        Before each of the positions seen, ..., n - 1 and after the last, ``(n - seen + 1, *batch)``.
         Time O((n - seen) n p).
     """
     # Differences, not the matrix-product form of cdist, whose rounding could make the bound too small.

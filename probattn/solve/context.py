@@ -35,15 +35,15 @@ _PRODUCTS = 1 << 24  # numbers that the products o_s g_s^T may take
 class Context:
     """Keys and values of a past, and the next-token map that they define.
 
-    Candidates u have the shape (*candidates, *batch, p). Where ``visible`` is given, the last axis of the candidates
-    runs over tokens with pasts of their own.
+    Candidates u have the shape ``(*candidates, *batch, p)``. Where ``visible`` is given, the last axis of the
+    candidates runs over tokens with pasts of their own.
 
     Attributes:
         attention: the attention.
-        values: o_s = C u_s, (*batch, H, n, p).
-        keys: g_s = A^T u_s, (*batch, H, n, p).
-        diameters: of the values and of the keys, (*batch, H) each.
-        largest: norm of the largest token, (*batch,).
+        values: o_s = C u_s, ``(*batch, H, n, p)``.
+        keys: g_s = A^T u_s, ``(*batch, H, n, p)``.
+        diameters: of the values and of the keys, ``(*batch, H)`` each.
+        largest: norm of the largest token, ``(*batch,)``.
         visible: tokens of the past that each of m candidates sees, at least one per candidate, boolean (m, n); None:
             all of them.
 
@@ -68,7 +68,7 @@ class Context:
 
         Args:
             attention: the attention.
-            u: tokens, (*batch, n, p); n may be 0.
+            u: tokens, ``(*batch, n, p)``; n may be 0.
 
         Raises:
             InputError: if the last axis is not p.
@@ -85,12 +85,12 @@ class Context:
         return cls(attention, values, keys, diameters, largest)
 
     def join(self, u: Tensor) -> Context:
-        """The context with tokens u, (*batch, m, p), behind it; the diameters stay those of the past. O(H m p^2)."""
+        """The context with tokens u, ``(*batch, m, p)``, behind it and the diameters of the past, in O(H m p^2)."""
         values, keys = _project(self.attention, u)
         return replace(self, values=_append(self.values, values), keys=_append(self.keys, keys))
 
     def extend(self, u: Tensor) -> Context:
-        """The context with one more token u, (*batch, p). O(H n p)."""
+        """The context with one more token u, ``(*batch, p)``. O(H n p)."""
         joined = self.join(u.unsqueeze(-2))
         diameters = (
             running_diameters(joined.values, self.diameters[0], self.length)[-1],
@@ -150,7 +150,7 @@ class Context:
         return self.values.shape[-1] == 1 and self.attention.mask == "strict"
 
     def contraction_bound(self) -> Tensor:
-        """Upper bound on |dmu/du| for every u, (*batch,); +inf under the inclusive mask."""
+        """Upper bound on ``|dmu/du|`` for every u, ``(*batch,)``; +inf under the inclusive mask."""
         if self.attention.mask == "inclusive":
             return self.values.new_full(self.batch_shape, torch.inf)
         if self.length < 2:
@@ -158,7 +158,7 @@ class Context:
         return bound_from_diameters(self.diameters, projection_slack(self.attention), self.largest)
 
     def mean(self, u: Tensor) -> Tensor:
-        """The attention mean mu(u) of candidates u, (*candidates, *batch, p). Time O(H n p) per candidate."""
+        """The attention mean mu(u) of candidates u, ``(*candidates, *batch, p)``. Time O(H n p) per candidate."""
         if self._nothing_seen:
             return self.attention.start.expand(u.shape)
         rows = self._rows(u)
@@ -168,7 +168,7 @@ class Context:
         return self._from_rows(self._with_own(rows, mean, log_sum)[0].sum(-3), u)
 
     def mean_and_jacobian(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean, (*candidates, *batch, p), and J = d(u - mu)/du, (*candidates, *batch, p, p), of candidates u.
+        """Mean, ``(*candidates, *batch, p)``, and J = d(u - mu)/du, ``(*candidates, *batch, p, p)``, of candidates u.
 
         Time O(H n p^2) per candidate, memory O(H n) per candidate and O(H n p^2) once.
         """
@@ -196,11 +196,11 @@ class Context:
         With attention weights alpha it is :math:`\sum_h \alpha_s [C^T w + (o_s - \bar o) \cdot w\; A u]`.
 
         Args:
-            u: one token, (*batch, p).
-            w: (*batch, p).
+            u: one token, ``(*batch, p)``.
+            w: ``(*batch, p)``.
 
         Returns:
-            (*batch, n, p). Time O(H n p). Derived here.
+            ``(*batch, n, p)``. Time O(H n p). Derived here.
         """
         attention = self.attention
         token = u.unsqueeze(-2).unsqueeze(-2)  # (*batch, 1, 1, p)
@@ -220,11 +220,11 @@ class Context:
         """For one-dimensional tokens, the means of the heads and the first two derivatives of the mean.
 
         Args:
-            u: candidates, (*candidates, *batch, 1).
+            u: candidates, ``(*candidates, *batch, 1)``.
 
         Returns:
-            mu_h and M_h of each head, (*candidates, *batch, H), and M' = d^2 mu / du^2, (*candidates, *batch): the
-            mixed cumulants of values and keys under the tilted past.
+            mu_h and M_h of each head, ``(*candidates, *batch, H)``, and M' = d^2 mu / du^2, ``(*candidates, *batch)``:
+            the mixed cumulants of values and keys under the tilted past.
         """
         rows = self._rows(u).unsqueeze(-3)  # (*batch, 1, R, 1)
         weights = torch.softmax(self._hide(rows @ self.keys.mT), dim=-1)  # (*batch, H, R, n)
@@ -242,7 +242,7 @@ class Context:
         return self.length == 0 and self.attention.mask == "strict"
 
     def _rows(self, u: Tensor) -> Tensor:
-        """Candidates (*candidates, *batch, p) side by side, (*batch, R, p)."""
+        """Candidates ``(*candidates, *batch, p)`` side by side, ``(*batch, R, p)``."""
         axes = max(0, u.dim() - 1 - len(self.batch_shape))
         return u.reshape(math.prod(u.shape[:axes]), *u.shape[axes:]).movedim(0, -2)
 
@@ -252,7 +252,7 @@ class Context:
         return part.movedim(-1 - axes, 0).reshape(*u.shape[:count], *part.shape[: -1 - axes], *part.shape[-axes:])
 
     def _hide(self, logits: Tensor) -> Tensor:
-        """Logits, (*batch, H, R, n), with the lowest number for tokens that a row does not see."""
+        """Logits, ``(*batch, H, R, n)``, with the lowest number for tokens that a row does not see."""
         if self.visible is None:
             return logits
         visible = self.visible
@@ -261,7 +261,7 @@ class Context:
         return logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
 
     def _fused_mean(self, rows: Tensor) -> Tensor:
-        """Mean of the values under the weights of each head, (*batch, H, R, p); no weights are kept."""
+        """Mean of the values under the weights of each head, ``(*batch, H, R, p)``; no weights are kept."""
         heads, length, dim = self.values.shape[-3:]
         batch = torch.broadcast_shapes(rows.shape[:-2], self.batch_shape)
         count = math.prod(batch)
@@ -280,7 +280,7 @@ class Context:
         return mean.view(*batch, heads, *rows.shape[-2:])
 
     def _moments(self, rows: Tensor, *, covariance: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean value and key, (*batch, H, R, p), their covariance (with one more p) and log-sum-exp (without p)."""
+        """Mean value and key, ``(*batch, H, R, p)``, their covariance (with one more p) and log-sum-exp (without p)."""
         count, dim = rows.shape[-2:]
         logits = self._hide(rows.unsqueeze(-3) @ self.keys.mT)  # (*batch, H, R, n)
         log_sum = torch.logsumexp(logits, dim=-1)
@@ -309,7 +309,7 @@ class Context:
         return mean + first[0], mean_key + first[1], change, log_sum
 
     def _with_own(self, rows: Tensor, mean: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean with the token itself, its weight (with 1 for p), its value less that mean; (*batch, H, R, p)."""
+        """Mean with the token itself, its weight (with 1 for p), its value less that mean; ``(*batch, H, R, p)``."""
         value, key = _project(self.attention, rows)  # (*batch, H, R, p)
         odds = (rows.unsqueeze(-3) * key).sum(-1) - log_sum
         weight, rest = odds.sigmoid().unsqueeze(-1), (-odds).sigmoid().unsqueeze(-1)
@@ -323,7 +323,7 @@ class Context:
 
     @property
     def _products(self) -> Tensor | None:
-        """The columns o, g and o g^T, measured from the first token, (*batch, H, n, 2 p + p^2); None: too many."""
+        """The columns o, g and o g^T, measured from the first token, ``(*batch, H, n, 2 p + p^2)``; None: too many."""
         if self.values.numel() * self.values.shape[-1] > _PRODUCTS:
             return None
         if self.values.requires_grad or self.keys.requires_grad:
@@ -340,7 +340,7 @@ class Context:
 
 
 def _project(attention: CausalAttention, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Values o = C u and keys g = A^T u of tokens u, (*batch, n, p): (*batch, H, n, p) each."""
+    """Values o = C u and keys g = A^T u of tokens u, ``(*batch, n, p)``: ``(*batch, H, n, p)`` each."""
     tokens = u.unsqueeze(-3)  # (*batch, 1, n, p)
     return tokens @ attention.ov_matrix.mT, tokens @ attention.qk_matrix
 

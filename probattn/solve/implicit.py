@@ -27,7 +27,7 @@ def with_gradient(attention: CausalAttention, e: Tensor, solution: Tensor) -> Te
 
     Args:
         attention: the attention, with the graph of its parameters.
-        e: noise, (*batch, T, p), with its graph.
+        e: noise, ``(*batch, T, p)``, with its graph.
         solution: u with u - mu(u) = e, without a graph.
 
     Returns:
@@ -58,7 +58,7 @@ class _ImplicitSolution(torch.autograd.Function):
 
 
 def _back_substitute(context: Context, u: Tensor, gradient: Tensor) -> Tensor:
-    """Solve (de/du)^T w = g for w, (*batch, T, p), last token first."""
+    """Solve (de/du)^T w = g for w, ``(*batch, T, p)``, last token first."""
     remaining = gradient.clone()
     result = torch.empty_like(remaining)
     for i in reversed(range(u.shape[-2])):

@@ -39,13 +39,13 @@ def line_roots(context: Context, noise: Tensor) -> Tensor:
     """Every solution, in increasing order.
 
     Args:
-        context: p = 1, strict mask; batch axes (*batch,), and a past of its own for each of m candidates if ``visible``
-            is set. At least one token.
-        noise: eps, (*sample, *batch, 1), or (m, *batch, 1).
+        context: p = 1, strict mask; batch axes ``(*batch,)``, and a past of its own for each of m candidates if
+            ``visible`` is set. At least one token.
+        noise: eps, ``(*sample, *batch, 1)``, or ``(m, *batch, 1)``.
 
     Returns:
-        (K, *sample, *batch, 1), K the largest number of solutions; NaN where an element has fewer. Their number is odd
-        but where two coincide. Computed in float64; time O(H n) per interval, some tens of intervals per element.
+        ``(K, *sample, *batch, 1)``, K the largest number of solutions; NaN where an element has fewer. Their number is
+        odd but where two coincide. Computed in float64; time O(H n) per interval, some tens of intervals per element.
 
     Raises:
         InputError: tokens of several dimensions, or an inclusive mask.
@@ -80,7 +80,7 @@ class Slopes(NamedTuple):
         mean: mu_h(c) of each head, (L, H).
         slope: M(c).
         second: M'(c).
-        curvature: L, a bound on |M''| everywhere, (L,) or (1,).
+        curvature: L, a bound on ``|M''|`` everywhere, (L,) or (1,).
         lower: lower bound of M on the interval.
         upper: upper bound of M on the interval.
     """
@@ -181,7 +181,7 @@ def _refine(context: Context, eps: Tensor, owner: Tensor, left: Tensor, right: T
 
 
 def line_range(context: Context) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Least and largest mean, (*batch,) each, and diameters of values and keys, (*batch, H) each, on a line."""
+    """Least and largest mean, ``(*batch,)`` each, and diameters of values and keys, ``(*batch, H)`` each, on a line."""
     ends = []
     for part in (context.values, context.keys):
         points = part.squeeze(-1)  # (B, H, n)

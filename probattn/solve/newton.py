@@ -26,11 +26,11 @@ class Iterate(NamedTuple):
     """Where Newton's method ended, from each start.
 
     Attributes:
-        u: (starts, *batch, p).
-        mean: mu(u), (starts, *batch, p).
-        jacobian: J(u), (starts, *batch, p, p).
-        distance: residual norm, (starts, *batch).
-        tolerance: residual norm at which u counts as a solution, (starts, *batch).
+        u: ``(starts, *batch, p)``.
+        mean: mu(u), ``(starts, *batch, p)``.
+        jacobian: J(u), ``(starts, *batch, p, p)``.
+        distance: residual norm, ``(starts, *batch)``.
+        tolerance: residual norm at which u counts as a solution, ``(starts, *batch)``.
     """
 
     u: Tensor
@@ -41,7 +41,7 @@ class Iterate(NamedTuple):
 
     @property
     def solved(self) -> Tensor:
-        """Whether the tolerance was reached, (starts, *batch)."""
+        """Whether the tolerance was reached, ``(starts, *batch)``."""
         return self.distance <= self.tolerance
 
 
@@ -49,9 +49,9 @@ def newton(context: Context, noise: Tensor, starts: Tensor) -> Iterate:
     """Iterate from each start until it is within tolerance or no step helps it.
 
     Args:
-        context: the next-token map, batch axes (*batch,).
-        noise: eps, (*sample, *batch, p).
-        starts: (starts, *sample, *batch, p).
+        context: the next-token map, batch axes ``(*batch,)``.
+        noise: eps, ``(*sample, *batch, p)``.
+        starts: ``(starts, *sample, *batch, p)``.
 
     Returns:
         An :class:`Iterate`, which may not have reached the tolerance: see ``solved``.
@@ -62,13 +62,13 @@ def newton(context: Context, noise: Tensor, starts: Tensor) -> Iterate:
 
 
 def newton_step(jacobian: Tensor, residual: Tensor) -> Tensor:
-    """J^{-1} r, (*batch, p); on a fold, where the block is singular, the plain fixed-point step r."""
+    """J^{-1} r, ``(*batch, p)``; on a fold, where the block is singular, the plain fixed-point step r."""
     step = linalg.solve(jacobian, residual.unsqueeze(-1), check=False).squeeze(-1)
     return torch.where(torch.isfinite(step).all(-1, keepdim=True), step, residual)
 
 
 def residual_tolerance(u: Tensor, mean: Tensor) -> Tensor:
-    """Residual norm at which a token, (*batch, p), counts as found, (*batch,): 1000 machine epsilons, relative."""
+    """Residual norm at which a token, ``(*batch, p)``, counts as found, ``(*batch,)``: relative, 1000 epsilons."""
     size: Tensor = 1 + torch.linalg.vector_norm(u, dim=-1) + torch.linalg.vector_norm(mean, dim=-1)
     return 1e3 * torch.finfo(u.dtype).eps * size
 
@@ -78,8 +78,8 @@ def polish(context: Context, noise: Tensor, u: Tensor) -> Tensor:
 
     Args:
         context: the next-token map.
-        noise: eps, (*batch, p).
-        u: solutions, (*batch, p).
+        noise: eps, ``(*batch, p)``.
+        u: solutions, ``(*batch, p)``.
     """
     mean, jacobian = context.mean_and_jacobian(u)
     residual = u - mean - noise

@@ -66,12 +66,12 @@ def unique_prefix(context: Context, e: Tensor) -> tuple[Context, Tensor]:
     Args:
         context: the empty past, with all batch axes of the attention; under the inclusive mask, where no bound exists,
             nothing is swept.
-        e: noise, (*batch, T, p), with all batch axes of the attention.
+        e: noise, ``(*batch, T, p)``, with all batch axes of the attention.
 
     Returns:
-        The context of u_1..m, and these tokens, (*batch, m, p), 0 <= m <= T. Shorter than it could be where sweeps do
-        not converge, and where the batch is so large that a search token by token fills the processor as well. Some ten
-        sweeps of O(H T^2 p); memory linear in T.
+        The context of u_1..m, and these tokens, ``(*batch, m, p)``, 0 <= m <= T. Shorter than it could be where sweeps
+        do not converge, and where the batch is so large that a search token by token fills the processor as well. Some
+        ten sweeps of O(H T^2 p); memory linear in T.
 
     Example:
         >>> from probattn import CausalAttention
@@ -109,14 +109,14 @@ def _stretch(context: Context, certified: bool) -> int:
 
 
 def _with_stretch(context: Context, u: Tensor) -> Context:
-    """The past and a stretch u, (m, *batch, p), each token of which sees what comes before it."""
+    """The past and a stretch u, ``(m, *batch, p)``, each token of which sees what comes before it."""
     n, m = context.length, len(u)
     visible = torch.ones(m, n + m, dtype=torch.bool, device=u.device).tril(n - 1)
     return replace(context.join(u.movedim(0, -2)), visible=visible)
 
 
 def _sweep(context: Context, noise: Tensor) -> Tensor | None:
-    """The tokens after a past for noise (m, *batch, p), each to its tolerance; None where sweeps do not get there."""
+    """The tokens after a past for noise ``(m, *batch, p)``, each to its tolerance; None where sweeps fail."""
     u = noise + context.mean(noise)
     before, slow = math.inf, False
     for _ in range(_SWEEPS):
@@ -136,7 +136,7 @@ def _sweep(context: Context, noise: Tensor) -> Tensor | None:
 
 
 def _certified(context: Context, u: Tensor) -> tuple[Context, int]:
-    """The context with those of the tokens u, (m, *batch, p), that are certified, and their number."""
+    """The context with those of the tokens u, ``(m, *batch, p)``, that are certified, and their number."""
     joined, n = context.join(u.movedim(0, -2)), context.length
     # Before each token of the stretch and after the last, (m + 1, *batch, H) and (m + 1, *batch).
     first = running_diameters(joined.values, context.diameters[0], n)
@@ -157,11 +157,11 @@ def _searched(context: Context, noise: Tensor, u: Tensor) -> tuple[Context, int]
 
 
 def _everywhere(holds: Tensor) -> Tensor:
-    """Whether it holds in all of the batch, (m,), from (m, *batch)."""
+    """Whether it holds in all of the batch, (m,), from ``(m, *batch)``."""
     return holds.unsqueeze(-1).flatten(1).all(1)
 
 
 def _running_norms(context: Context, u: Tensor) -> Tensor:
-    """The largest norm before each token of the stretch and after the last, (m + 1, *batch)."""
+    """The largest norm before each token of the stretch and after the last, ``(m + 1, *batch)``."""
     norms = torch.linalg.vector_norm(u, dim=-1)
     return torch.cat([context.largest.expand(norms.shape[1:]).unsqueeze(0), norms]).cummax(0).values

@@ -42,14 +42,14 @@ def choose(
 
     Args:
         context: the past.
-        noise: eps, (*sample, *batch, p).
-        roots: solutions, (K, *sample, *batch, p).
-        valid: which of them are solutions, each counted once, (K, *sample, *batch).
+        noise: eps, ``(*sample, *batch, p)``.
+        roots: solutions, ``(K, *sample, *batch, p)``.
+        valid: which of them are solutions, each counted once, ``(K, *sample, *batch)``.
         selection: the rule; "unique" takes what "smallest_step" does.
-        uniform: uniform random numbers in [0, 1) for the rule "uniform", (*sample, *batch).
+        uniform: uniform random numbers in [0, 1) for the rule "uniform", ``(*sample, *batch)``.
 
     Returns:
-        (*sample, *batch); 0 where nothing is valid.
+        ``(*sample, *batch)``; 0 where nothing is valid.
     """
     if selection == "uniform":
         if uniform is None:

@@ -33,7 +33,7 @@ def solve_sequence(
 
     Args:
         attention: the attention.
-        e: noise, (\*batch, T, p).
+        e: noise, ``(*batch, T, p)``.
         selection: the rule where several solutions exist, see :mod:`probattn.solve.selection`: "unique" raises, the
             others choose and warn with the number of draws and the positions. On a line all solutions are known. In
             several dimensions they are those that a search from a score of places finds, which can miss one; where a
@@ -78,12 +78,12 @@ def find_sequence(
 
     Args:
         attention: the attention.
-        e: noise, (*batch, T, p).
+        e: noise, ``(*batch, T, p)``.
         selection: see :func:`solve_sequence`.
         method: see :func:`solve_sequence`.
 
     Returns:
-        u, the broadcast of the batch axes with (T, p), and the positions with more than one solution, (*batch, T).
+        u, the broadcast of the batch axes with (T, p), and the positions with more than one solution, ``(*batch, T)``.
 
     Raises:
         InputError, NoSolutionError, SeveralSolutionsError: see :func:`solve_sequence`.

@@ -22,7 +22,7 @@ def vertices(context: Context) -> Tensor:
         context: the past; where each of m candidates has a past of its own, for each.
 
     Returns:
-        (starts, *batch, p), or (starts, m, *batch, p) with pasts of their own; the same at every call.
+        ``(starts, *batch, p)``, or ``(starts, m, *batch, p)`` with pasts of their own; the same at every call.
     """
     rows = 1 if context.visible is None else len(context.visible)
     if context.length == 0:
@@ -43,14 +43,14 @@ def hull_points(context: Context, count: int) -> Tensor:
         count: number of points.
 
     Returns:
-        (count, *batch, p), the same at every call.
+        ``(count, *batch, p)``, the same at every call.
     """
     weights = _hull_shares(count, *context.values.shape[-3:-1]).to(context.values)
     return (weights @ context.values).sum(-3).movedim(-2, 0)
 
 
 def _grid(context: Context, visible: Tensor) -> Tensor:
-    """From the least to the largest mean in equal steps, (starts, m, *batch, 1)."""
+    """From the least to the largest mean in equal steps, ``(starts, m, *batch, 1)``."""
     line = context.values.mT  # (*batch, H, 1, n)
     low = line.masked_fill(~visible, torch.inf).amin(-1).sum(-2)  # (*batch, m)
     high = line.masked_fill(~visible, -torch.inf).amax(-1).sum(-2)
@@ -59,7 +59,7 @@ def _grid(context: Context, visible: Tensor) -> Tensor:
 
 
 def _corners(context: Context, visible: Tensor) -> Tensor:
-    """Tokens far from each other, each the farthest from those before it, and points inside, (starts, m, *batch, p)."""
+    """Tokens far apart, each the farthest from those before it, and points inside, ``(starts, m, *batch, p)``."""
     values = context.values.sum(-3)  # all heads on one token, (*batch, n, p)
     corner = (visible / visible.sum(-1, keepdim=True)).to(values) @ values  # first the centre, (*batch, m, p)
     chosen, distance = [], values.new_empty(0)

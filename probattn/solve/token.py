@@ -30,12 +30,12 @@ class Token(NamedTuple):
     """The token that a rule takes.
 
     Attributes:
-        u: (*sample, *batch, p).
-        solved: whether it solves its equation, (*sample, *batch).
-        several: whether another solution is known, (*sample, *batch).
-        roots: all solutions that are known, and other ends of the search, (K, *sample, *batch, p).
-        valid: which of them are solutions, each counted once, (K, *sample, *batch).
-        distance: the smallest residual norm that was reached, (*sample, *batch).
+        u: ``(*sample, *batch, p)``.
+        solved: whether it solves its equation, ``(*sample, *batch)``.
+        several: whether another solution is known, ``(*sample, *batch)``.
+        roots: all solutions that are known, and other ends of the search, ``(K, *sample, *batch, p)``.
+        valid: which of them are solutions, each counted once, ``(K, *sample, *batch)``.
+        distance: the smallest residual norm that was reached, ``(*sample, *batch)``.
     """
 
     u: Tensor
@@ -52,14 +52,14 @@ def solve_token(
     """Solve for one token; fail where there is no solution, or more than one and no rule.
 
     Args:
-        context: the past, batch axes (*batch,).
-        noise: eps, (*sample, *batch, p).
+        context: the past, batch axes ``(*batch,)``.
+        noise: eps, ``(*sample, *batch, p)``.
         selection: the rule, see :mod:`probattn.solve.selection`.
         position: position of the token, for messages.
         uniform: see :func:`find_token`.
 
     Returns:
-        The token, (*sample, *batch, p), and where more than one solution is known, (*sample, *batch).
+        The token, ``(*sample, *batch, p)``, and where more than one solution is known, ``(*sample, *batch)``.
 
     Raises:
         NoSolutionError: no solution was found.
@@ -92,10 +92,10 @@ def find_token(context: Context, noise: Tensor, selection: Selection, uniform: T
     """Find the solutions for one token and take one of them by a rule; failures are reported, not raised.
 
     Args:
-        context: the past, batch axes (*batch,).
-        noise: eps, (*sample, *batch, p).
+        context: the past, batch axes ``(*batch,)``.
+        noise: eps, ``(*sample, *batch, p)``.
         selection: the rule, see :mod:`probattn.solve.selection`.
-        uniform: uniform random numbers for the rule "uniform", (*sample, *batch); None: drawn from torch's global
+        uniform: uniform random numbers for the rule "uniform", ``(*sample, *batch)``; None: drawn from torch's global
             generator.
     """
     if bool((context.contraction_bound() < 1).all()):
@@ -125,11 +125,11 @@ def without_rival(context: Context, noise: Tensor, u: Tensor) -> Tensor:
 
     Args:
         context: the past and a stretch of m tokens, each of which sees what comes before it (``visible``).
-        noise: of the stretch, (m, *batch, p).
-        u: a solution for each, (m, *batch, p).
+        noise: of the stretch, ``(m, *batch, p)``.
+        u: a solution for each, ``(m, *batch, p)``.
 
     Returns:
-        (m, *batch).
+        ``(m, *batch)``.
     """
     if context.on_a_line:
         return (~line_roots(context, noise).isnan()).sum(0).squeeze(-1) == 1
@@ -222,5 +222,5 @@ def _first(mask: Tensor) -> tuple[int, ...]:
 
 
 def _spread_out(values: Tensor, noise: Tensor) -> Tensor:
-    """Give (starts, *batch, p) an axis of size one for each sample axis of the noise, (*sample, *batch, p)."""
+    """Give ``(starts, *batch, p)`` an axis of size one for each sample axis of the noise, ``(*sample, *batch, p)``."""
     return values.view(len(values), *[1] * (noise.dim() + 1 - values.dim()), *values.shape[1:])
