@@ -14,7 +14,7 @@ from probattn.errors import InputError
 from probattn.hf.layers.context import LayerContext
 from probattn.hf.layers.factors import LayerFactors, build_factors
 from probattn.hf.layers.past import attend, average
-from probattn.hf.layers.sublayer import Sublayer, averages_to_mean, mapped, project
+from probattn.hf.layers.sublayer import Sublayer, averages_to_mean, mapped, project, same_parts
 from probattn.moments.dense import SUPPORTED
 from probattn.numerics import linalg
 
@@ -126,6 +126,13 @@ class AttentionLayer:
     def expand(self, batch_shape: Any) -> AttentionLayer:
         """The same layer with batch axes, for processes that have some; the parameters broadcast."""
         return replace(self, batch_shape=torch.Size(batch_shape))
+
+    def equals(self, other: object) -> bool:
+        """Whether another layer has the same parameters, rotation, precision, positions and mask."""
+        if not isinstance(other, AttentionLayer):
+            return False
+        mine, theirs = ((self.dtype, self.positions, self.visible), (other.dtype, other.positions, other.visible))
+        return self is other or (same_parts(mine, theirs) and same_parts(self.sublayer, other.sublayer))
 
     def mean(self, u: Tensor) -> Tensor:
         """The attention mean mu, what the sublayer adds to the stream, (*batch, T, p)."""

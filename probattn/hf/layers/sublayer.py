@@ -10,13 +10,14 @@ with the norms that an architecture has, and the identity for those that it has 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from probattn.hf.layers.tokenwise import Norm, Projection, Rotation
 
-__all__ = ["Projected", "Sublayer", "averages_to_mean", "mapped", "project"]
+__all__ = ["Projected", "Sublayer", "averages_to_mean", "mapped", "project", "same_parts"]
 
 _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
 
@@ -83,6 +84,17 @@ def mapped(function: Callable[[Tensor], Tensor], parts: _Tuple) -> _Tuple:
         for part in parts
     ]
     return type(parts)(*found)
+
+
+def same_parts(one: Any, other: Any) -> bool:
+    """Whether nested tuples hold equal tensors, rotary embeddings of the same module, and else equal things."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return (one.shape, one.device) == (other.shape, other.device) and bool((one == other).all())
+    if isinstance(one, partial) and isinstance(other, partial):
+        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(same_parts, one, other))
+    return bool(one == other)
 
 
 class Projected(NamedTuple):

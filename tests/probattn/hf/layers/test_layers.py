@@ -11,6 +11,7 @@ from layer_zoo import FAMILIES, WORDS, Exact, own_blocks, own_mean, own_run, str
 from probattn import log_barrier, stability_margin, support_tokens
 from probattn.hf.layers import attention_layer
 from probattn.hf.layers import layer as layer_module
+from probattn.solve.token import find_token
 
 
 @pytest.fixture(params=FAMILIES)
@@ -204,12 +205,37 @@ class TestContext:
             torch.testing.assert_close(mean[i], layer.mean(joined)[:, -1])
             torch.testing.assert_close(jacobian[i], layer.jacobian(joined)[:, -1])
 
-    def test_positions_go_on(self):
+    @pytest.mark.parametrize("known", [4, 5, 6])
+    def test_positions_go_on(self, known):
         model = tiny("llama")
         layer, u = attention_layer(model, 0), stream(model, 6)
-        positions = torch.tensor([3, 5, 6, 9, 11, 12])
-        context = layer.at(positions[:-1]).context(u[:-1])
-        torch.testing.assert_close(context.mean(u[-1]), layer.at(positions).mean(u)[-1])
+        positions = torch.tensor([3, 5, 6, 9, 10, 11])
+        expected = layer.at(positions).mean(u)
+        context = layer.at(positions[:known]).context(u[:4])
+        torch.testing.assert_close(context.mean(u[4]), expected[4])
+        torch.testing.assert_close(context.extend(u[4]).mean(u[5]), expected[5])
+        batched = layer.at(positions.expand(2, -1)[:, :known]).context(u[:4].expand(2, -1, -1))
+        torch.testing.assert_close(batched.mean(u[4].expand(2, -1)), expected[4].expand(2, -1))
+        chosen = batched.select((torch.tensor([1, 1, 0]),), torch.Size((2,)))
+        torch.testing.assert_close(chosen.mean(u[4].expand(3, -1)), expected[4].expand(3, -1))
+
+    def test_gradients_by_the_past(self, family):
+        model = tiny(family)
+        layer, u = attention_layer(model, 1), stream(model, 5)
+        w = stream(model, 1, seed=3)[0]
+        (expected,) = torch.autograd.grad(layer.mean(leaf := u.clone().requires_grad_())[-1], leaf, w)
+        torch.testing.assert_close(layer.context(u).first(4).pull_back(u[-1], w), expected[:-1])
+
+    def test_the_solver_takes_it(self, family):
+        """u - mu(past, u) = noise, by the package's own solver."""
+        model = tiny(family)
+        layer, u = attention_layer(model, 1).detach(), stream(model, 4, batch=(2,))
+        noise = layer.residual(u)[:, -1]
+        with torch.no_grad():
+            found = find_token(layer.context(u[:, :-1]), noise, "smallest_step")
+            assert bool(found.solved.all())
+            joined = torch.cat([u[:, :-1], found.u.unsqueeze(1)], 1)
+            torch.testing.assert_close(layer.residual(joined)[:, -1], noise)
 
 
 class TestGradients:

@@ -126,8 +126,6 @@ class TestArguments:
     def test_positions_of_another_length(self, layer, u):
         with pytest.raises(InputError, match=r"positions has shape \(3,\)"):
             layer.at(torch.arange(3)).mean(u)
-        with pytest.raises(InputError, match="3 positions for 4 tokens"):
-            layer.at(torch.arange(3)).context(u)
 
     def test_masks(self, layer, u):
         with pytest.raises(InputError, match=r"visible is torch.float32"):
