@@ -23,20 +23,29 @@ backward; the shares take r / 128 of the memory of G.
 
 Sums are in float32 whatever the input. float32 inputs are multiplied as float32 unless
 :func:`torch.set_float32_matmul_precision` allows TF32, 16-bit inputs as TF32, which is finer than they are.
-Derived here. Checked in Triton's interpreter on a CPU and compiled for compute capabilities 8.0 to 10.0; **not yet run,
-let alone timed, on a GPU**.
+Derived here.
+
+The kernels pass their tests in Triton's interpreter on a CPU and compile for compute capabilities 8.0 to 10.0. They have
+not run on a GPU, so they are used only where the environment variable ``PROBATTN_TRITON=1`` is set: without it, moments
+on CUDA are computed by torch (:mod:`probattn.moments.blocked`). Before relying on them, run the file
+``tests/probattn/moments/test_cuda.py`` on the machine with the GPU.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from probattn.moments.kernels import programs as kernels
+from probattn.moments.kernels import triton_kernels as kernels
 
-__all__ = ["LARGEST", "backward", "forward", "supports"]
+__all__ = ["ENABLED", "LARGEST", "backward", "forward", "supports"]
+
+ENABLED = os.environ.get("PROBATTN_TRITON") == "1"
+"""Whether the kernels may be used; off unless the environment variable ``PROBATTN_TRITON=1`` was set on import."""
+
 
 LARGEST = 64  # r and dv
 _OWN, _COLUMNS = 64, 128  # rows or tokens of a program, and columns of a tile
@@ -63,8 +72,8 @@ class _Statistics(NamedTuple):
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softcap: float | None) -> bool:
     """Whether the kernels cover moments of the past; where they do not, compute it with torch.
 
-    They want Triton, an NVIDIA GPU with compute capability 8.0 or more, one dtype among float32, bfloat16 and float16,
-    r and dv up to LARGEST, no mask beside first and limit, and no cap on the logits.
+    They need to be enabled, and they need Triton, an NVIDIA GPU with compute capability 8.0 or more, one dtype among
+    float32, bfloat16 and float16, r and dv up to LARGEST, no mask beside first and limit, and no cap on the logits.
 
     Args:
         query: q, (B, K, P, g, r).
@@ -78,7 +87,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sof
         >>> supports(q, k, k, None, None)  # on the CPU
         False
     """
-    if not kernels.AVAILABLE or query.device.type != "cuda" or torch.version.hip is not None:
+    if not ENABLED or not kernels.AVAILABLE or query.device.type != "cuda" or torch.version.hip is not None:
         return False
     plain = mask is None and not softcap and query.dtype in _REAL and key.dtype == value.dtype == query.dtype
     small = query.shape[-1] <= LARGEST and value.shape[-1] <= LARGEST
@@ -109,7 +118,9 @@ def forward(
     covariance = query.new_empty(*query.shape[:-1], value.shape[-1], query.shape[-1])
     statistics = problem.statistics()
     problem.launch(kernels.covariance, problem.tiles, *statistics, covariance)
-    log_sum = torch.where(problem.some().squeeze(-1), statistics.log_sum, -torch.inf)
+    # The maximum of a row passes over NaN: a query with NaN in it must not look like one that sees nothing.
+    missing = torch.where(problem.query.isnan().any(-1), torch.nan, 0.0)
+    log_sum = torch.where(problem.some().squeeze(-1), statistics.log_sum + missing, -torch.inf)
     shape, width = query.shape[:-1], statistics.mean.shape[-1]
     return covariance, statistics.mean.view(*shape, width).to(query.dtype), log_sum.view(shape).to(query.dtype)
 

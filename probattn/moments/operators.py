@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from probattn.errors import InputError
-from probattn.moments import blocked, cpu
+from probattn.moments import passes
 from probattn.moments.dense import dense_moments
-from probattn.moments.refine import Problem, Rows, lost_rows
+from probattn.moments.refine import Problem
 from probattn.numerics.derivatives import pushforward
 
 __all__ = ["OriginMoments", "PastMoments", "origin_moments", "past_moments"]
@@ -178,35 +178,6 @@ def _require_fit(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit
         )
 
 
-def _first_pass(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance, offset and log-sum of all rows, measured from the first token."""
-    query, key, value, first, limit, mask, scale, softcap = problem
-    if cpu.takes_moments(query, value, mask, softcap):
-        return cpu.moments(query, key, value, first, limit, scale)
-    if query.is_cuda:
-        from probattn.moments import cuda  # it imports Triton, which only a GPU needs
-
-        if cuda.supports(query, key, value, mask, softcap):
-            return cuda.forward(query, key, value, first, limit, scale)
-    with torch.autocast(query.device.type, enabled=False):
-        return blocked.forward(*problem)
-
-
-def _first_pass_backward(
-    gradients: tuple[Tensor, Tensor | None, Tensor | None], problem: Problem
-) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, first, limit, mask, scale, softcap = problem
-    if cpu.takes_moments(query, value, mask, softcap):
-        return cpu.moments_backward(gradients, query, key, value, first, limit, scale)
-    if query.is_cuda:
-        from probattn.moments import cuda
-
-        if cuda.supports(query, key, value, mask, softcap):
-            return cuda.backward(gradients, query, key, value, first, limit, scale)
-    with torch.autocast(query.device.type, enabled=False):
-        return blocked.backward(gradients, *problem)
-
-
 @torch.library.custom_op("probattn::past_moments", mutates_args=())
 def _forward(
     query: Tensor,
@@ -219,21 +190,8 @@ def _forward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(query, key, value, first, limit, mask, scale, softcap)
-    shown, reached = problem.until_overflow()
-    covariance, offset, log_sum = _first_pass(shown)
-    origin = torch.zeros_like(offset)
-    if key.shape[2]:
-        keys = torch.zeros_like(key[:, :, :1, None]) if softcap else shown.key[:, :, :1, None]
-        origin += torch.cat([shown.value[:, :, :1, None], keys], -1).where(~log_sum.isneginf().unsqueeze(-1), 0.0)
-    lost = torch.zeros(log_sum.shape, dtype=torch.bool, device=query.device)
-    for more in (reached, lost_rows(shown, covariance, offset, log_sum, gain)):
-        lost = lost if more is None else lost | more
     with torch.autocast(query.device.type, enabled=False):
-        for rows in Rows.of(problem, lost):
-            covariance[rows.place] = rows.covariance()
-            offset[rows.place], log_sum[rows.place], origin[rows.place] = rows.offset, rows.log_sum, rows.origin
-    return covariance, offset, log_sum, origin, lost
+        return passes.forward(Problem(query, key, value, first, limit, mask, scale, softcap), gain)
 
 
 @torch.library.custom_op("probattn::past_moments_backward", mutates_args=())
@@ -247,30 +205,14 @@ def _backward(
     first: Tensor,
     limit: Tensor,
     mask: Tensor | None,
-    lost: Tensor,
+    origin: Tensor,
+    way: Tensor,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(query, key, value, first, limit, mask, scale, softcap)
-    gradients = gradient, on_mean, on_log
-    if not bool(lost.any()):
-        return _first_pass_backward(gradients, problem)
-    # What the first pass lost takes no part in it, not even as NaN.
-    kept = tuple(
-        None if part is None else part.masked_fill(lost.view(*lost.shape, *[1] * (part.dim() - 4)), 0.0)
-        for part in gradients
-    )
-    shown = problem.until_overflow()[0]._replace(query=query.masked_fill(lost.unsqueeze(-1), 0.0))
-    to_query, to_key, to_value = _first_pass_backward(kept, shown)  # type: ignore[arg-type]
     with torch.autocast(query.device.type, enabled=False):
-        for rows in Rows.of(problem, lost):
-            place, seen = rows.place, rows.key.shape[1]
-            mean = gradient.new_zeros(rows.offset.shape) if on_mean is None else on_mean[place]
-            found = rows.backward(gradient[place], mean, None if on_log is None else on_log[place])
-            to_query[place] = found[0]
-            for whole, part in zip((to_key, to_value), found[1:], strict=True):
-                whole[:, :, :seen].index_put_(place[:2], part, accumulate=True)
-    return to_query, to_key, to_value
+        return passes.backward((gradient, on_mean, on_log), problem, origin, way)
 
 
 @_forward.register_fake
@@ -278,7 +220,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     size, rank = value.shape[-1], query.shape[-1]
     shapes = ((size, rank), (size + rank,), (), (size + rank,))
     found = (query.new_empty(*query.shape[:-1], *last) for last in shapes)
-    return (*found, query.new_empty(query.shape[:-1], dtype=torch.bool))  # type: ignore[return-value]
+    return (*found, query.new_empty(query.shape[:-1], dtype=torch.int8))  # type: ignore[return-value]
 
 
 @_backward.register_fake
@@ -312,10 +254,10 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, _, ctx.scale, ctx.softcap = inputs
-        origin, lost = output[3:]
-        ctx.mark_non_differentiable(origin, lost)
-        ctx.save_for_backward(*tensors, lost, origin)
-        ctx.save_for_forward(*tensors, lost, origin)
+        constants = output[3:]  # origin and pass
+        ctx.mark_non_differentiable(*constants)
+        ctx.save_for_backward(*tensors, *constants)
+        ctx.save_for_forward(*tensors, *constants)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -334,7 +276,7 @@ class _MomentsForward(_Moments):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        query, key, value, first, limit, mask, _, origin = ctx.saved_tensors
+        query, key, value, first, limit, mask, origin, _ = ctx.saved_tensors
 
         def moments(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
             return dense_moments(query, key, value, first, limit, mask, ctx.scale, ctx.softcap, origin)
@@ -358,13 +300,13 @@ class _Gradients(torch.autograd.Function):
         first: Tensor,
         limit: Tensor,
         mask: Tensor | None,
-        lost: Tensor,
         origin: Tensor,
+        way: Tensor,
         scale: float,
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # spelled out, as above
         gradients: tuple[Tensor, Tensor, Tensor] = _backward(
-            gradient, on_mean, on_log, query, key, value, first, limit, mask, lost, scale, softcap
+            gradient, on_mean, on_log, query, key, value, first, limit, mask, origin, way, scale, softcap
         )
         return gradients
 
@@ -392,7 +334,7 @@ class _GradientsForward(_Gradients):
 
 def _dense_gradients(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], dict[int, Tensor]]:
     """The backward operator, written out, as a function of those of its six differentiable arguments that are there."""
-    *tensors, first, limit, mask, _, origin = ctx.saved_tensors
+    *tensors, first, limit, mask, origin, _ = ctx.saved_tensors
     given = {place: part for place, part in enumerate(tensors) if part is not None}
     wanted = [place for place in given if place < 3]
 

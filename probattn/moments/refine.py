@@ -64,6 +64,27 @@ class Problem(NamedTuple):
         shown = self._replace(key=key.masked_fill(hidden, 0.0), value=value.masked_fill(hidden, 0.0))
         return shown, reached.unsqueeze(-1).expand(self.query.shape[:-1])
 
+    def since(self, begin: int) -> Problem:
+        """The problem of the positions from an index on."""
+        mask = None if self.mask is None else self.mask[:, :, begin:]
+        query, first, limit = self.query[:, :, begin:], self.first[begin:], self.limit[begin:]
+        return self._replace(query=query, first=first, limit=limit, mask=mask)
+
+    def measured_from(self, point: Tensor) -> Problem:
+        """The problem with a token in front that no row sees, from which the first pass then measures.
+
+        Args:
+            point: its value and key, (B, K, dv + r).
+        """
+        value, key = point.unsqueeze(2).split([self.value.shape[-1], self.key.shape[-1]], -1)
+        mask = self.mask
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (1, 0))
+        return self._replace(
+            key=torch.cat([key, self.key], 2), value=torch.cat([value, self.value], 2),
+            first=self.first + 1, limit=self.limit + 1, mask=mask,
+        )  # fmt: skip
+
 
 def norm_bound(matrix: Tensor) -> Tensor:
     """Upper bound on the spectral norm, sqrt(norm_1 norm_inf); one for the identity, and cheap."""

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from probattn.moments.operators import past_moments
+from probattn.moments.operators import origin_moments
 
 triton = pytest.importorskip("triton", reason="needs Triton, which has no wheels for this system")
 
 from probattn.moments import cuda as kernels  # noqa: E402
-from probattn.moments.kernels import programs  # noqa: E402
+from probattn.moments.kernels import triton_kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported: hence the process
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -61,10 +61,10 @@ def problem(batch, heads, positions, group, rank, dim, tokens=None, *, window=No
 
 
 def reference(ups, *arguments):
-    """C, [vbar | kbar], Lambda and, from gradients of them, the three of the inputs, in float64 on the CPU."""
+    """Moments from the first token and, from gradients of them, the three of the inputs, in float64 on the CPU."""
     query, key, value, first, limit, scale = arguments
     parts = [part.detach().cpu().double().requires_grad_() for part in (query, key, value)]
-    moments = past_moments(*parts, first.cpu(), limit.cpu(), scale=scale)
+    moments = origin_moments(*parts, first.cpu(), limit.cpu(), scale=scale)[:3]
     given = [(part, up.cpu().double()) for part, up in zip(moments, ups, strict=True) if up is not None]
     outputs, coming = zip(*given, strict=True)
     return *(part.detach() for part in moments), *torch.autograd.grad(outputs, parts, coming)
@@ -144,6 +144,7 @@ class TestSinglePrecision:
         query, key, value, first, limit, scale = problem(2, 1, 5, 2, 3, 4, strict=False)
         _, mean, log_sum = kernels.forward(query, key, value, first, limit, scale)
         tokens = torch.cat([value, key], -1)
+        tokens = tokens - tokens[:, :, :1]
         for position in range(5):
             seen = tokens[:, :, : position + 1]
             logits = scale * query[:, :, position] @ seen[..., 4:].mT
@@ -160,7 +161,8 @@ class TestSinglePrecision:
         assert all((part[:, :, :2] == 0).all() for part in (covariance, mean, to_query))  # see no token
         assert log_sum[:, :, :2].isneginf().all()
         assert covariance[:, :, 2].abs().max() < 1e-6  # sees the last token alone
-        last = torch.cat([value, key], -1)[:, :, 3:]
+        tokens = torch.cat([value, key], -1)
+        last = tokens[:, :, 3:] - tokens[:, :, :1]
         torch.testing.assert_close(mean[:, :, 2], last.expand(-1, -1, 2, -1))
         torch.testing.assert_close(log_sum[:, :, 2], scale * (query[:, :, 2] * last[..., 3:]).sum(-1))
         assert covariance[:, :, 3].abs().amax((-1, -2)).min() > 1e-3
@@ -282,7 +284,7 @@ class TestHalfPrecision:
         arguments = query, sign[None, None], sign[None, None], first, limit, 1.0
         covariance, mean, log_sum = kernels.forward(*arguments)
         assert covariance.item() == 1.0
-        assert (mean == 0).all()
+        assert (mean == 1).all()  # from the first token, -1
         assert log_sum.item() == torch.tensor(math.log(count), dtype=torch.bfloat16).item()
         # dC/dv_s = (k_s - kbar) / 600: the same here for every token but for its sign.
         _, _, to_value = kernels.backward((torch.ones_like(covariance), None, None), *arguments)
@@ -298,6 +300,16 @@ class TestWhatTheKernelsCover:
     @pytest.fixture(autouse=True)
     def _new_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        monkeypatch.setattr(kernels, "ENABLED", True)
+
+    def test_nothing_unless_they_are_enabled(self, monkeypatch):
+        part = stub()
+        monkeypatch.setattr(kernels, "ENABLED", False)
+        assert not kernels.supports(part, part, part, None, None)
+        code = "from probattn.moments import cuda; raise SystemExit(int(cuda.ENABLED))"
+        for value, status in (("1", 1), ("0", 0), ("", 0)):
+            environment = os.environ | {"PROBATTN_TRITON": value}
+            assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == status
 
     def test_the_usual(self):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -321,7 +333,7 @@ class TestWhatTheKernelsCover:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert not kernels.supports(part, part, part, None, None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-        monkeypatch.setattr(programs, "AVAILABLE", False)
+        monkeypatch.setattr(triton_kernels, "AVAILABLE", False)
         assert not kernels.supports(part, part, part, None, None)
 
 
@@ -356,7 +368,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("precision", ["ieee", "tf32"])
     def test_the_forward_pass(self, precision):
-        result = self.compiled(programs.covariance, 16, precision, plain=False)
+        result = self.compiled(triton_kernels.covariance, 16, precision, plain=False)
         assert "cubin" in result.asm
         assert ("wgmma" in result.asm["ptx"]) == (precision == "tf32")
 
@@ -367,10 +379,10 @@ class TestCompiled:
         sizes = [
             self.compiled(kernel, kernels.LARGEST, precision, plain, capability).metadata.shared
             for kernel, shapes in (
-                (programs.summary, [True]),
-                (programs.covariance, [False]),
-                (programs.to_rows, [False, True]),
-                (programs.to_tokens, [False, True]),
+                (triton_kernels.summary, [True]),
+                (triton_kernels.covariance, [False]),
+                (triton_kernels.to_rows, [False, True]),
+                (triton_kernels.to_tokens, [False, True]),
             )
             for plain in shapes
         ]

@@ -400,8 +400,8 @@ class TestTransforms:
         for given in (parts, turned):
             arguments = (*given, *where, mask_like("boolean"), None, 0.7, 2.0)
             torch.library.opcheck(torch.ops.probattn.past_moments, arguments, test_utils=checks)
-            lost = torch.ops.probattn.past_moments(*arguments)[4]
-            arguments = (*arguments[:6], lost, 0.7, 2.0)
+            constants = torch.ops.probattn.past_moments(*arguments)[3:]
+            arguments = (*arguments[:6], *constants, 0.7, 2.0)
             for others in ((None, None), (normal(*up.shape[:4], DIM + RANK), normal(*up.shape[:4]))):
                 torch.library.opcheck(
                     torch.ops.probattn.past_moments_backward, (up, *others, *arguments), test_utils=checks
