@@ -1,4 +1,4 @@
-"""What ``fit`` infers from: sequences from a file, or the attention stage of a language model fitted to a text."""
+"""The data and the model of a fit: sequences from a file, or the attention stage of a language model fitted to text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WINDOWS = 32  # of a text; their likelihood is raised to the power that makes t
 
 
 class Problem(NamedTuple):
-    """What is inferred from what.
+    """Model, data and facts about the data.
 
     Attributes:
         model: model of the sequences.

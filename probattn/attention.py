@@ -33,7 +33,7 @@ __all__ = ["CausalAttention", "Mask", "MeanAndFactors", "require_mask"]
 
 
 class MeanAndFactors(NamedTuple):
-    """What one pass over a sequence yields.
+    """Results of one pass over a sequence.
 
     Attributes:
         mean: mu, ``(*batch, T, p)``.

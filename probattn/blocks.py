@@ -197,7 +197,7 @@ def smallest_singular_value_one_minus(matrix: Tensor) -> Tensor:
 
 
 def _finite(matrix: Tensor) -> Tensor:
-    """Which matrices may be handed to LAPACK, ``(*batch,)``: on NaN it returns nonsense, or does not return."""
+    """True for matrices that LAPACK accepts, ``(*batch,)``: on NaN it returns nonsense, or does not return."""
     return torch.isfinite(matrix).all(-1).all(-1)
 
 

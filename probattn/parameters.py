@@ -181,7 +181,7 @@ class AttentionParameters:
         return type(self)(**cut, mask=self.mask, validate_args=False)
 
     def equals(self, other: AttentionParameters) -> bool:
-        """Whether mask and every parameter agree exactly."""
+        """True if mask and every parameter agree exactly."""
         mine, theirs = self._parameters(), other._parameters()
         return self is other or (
             self.mask == other.mask and all(torch.equal(mine[name], theirs[name]) for name in mine)

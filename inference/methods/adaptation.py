@@ -1,4 +1,4 @@
-r"""What NUTS learns while it warms up: a step size and an inverse mass matrix for each chain, in Stan's windows.
+r"""Adaptation of NUTS in its warm-up: a step size and an inverse mass matrix for each chain, in Stan's windows.
 
 A first stretch adapts the step size alone, windows that double in length estimate the covariance, and a last stretch
 adapts the step size to the last estimate (Stan reference manual, "HMC algorithm parameters"; here the first takes 15 %

@@ -233,7 +233,7 @@ def leapfrog(
 
 
 def _turned(metric: Metric, marks: dict[int, tuple[Tensor, Tensor]], leaf: int, r: Tensor, total: Tensor) -> Tensor:
-    """Whether one of the subtrees that a leaf completes turns back.
+    """True if one of the subtrees that a leaf completes turns back.
 
     A leaf with an even number begins subtrees: its momentum and the sum of momenta up to it are noted, one note for
     each 1 among the bits of its number but the last. A leaf with an odd number completes as many subtrees as its number

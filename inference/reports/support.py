@@ -1,4 +1,4 @@
-"""Which tokens of a text a language model holds nearest to the boundary: one HTML page and its numbers as JSON.
+"""Support tokens of a text, those that a language model holds nearest to the boundary: one HTML page, numbers as JSON.
 
 The margins are those of the heads, J_i = I - c Cov_i(v, k), in one pass without a cache. A text longer than the model's
 context is cut into windows, each of which starts without a past.

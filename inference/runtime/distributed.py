@@ -20,7 +20,7 @@ __all__ = ["launched_rank", "my_shards", "process_group", "rank", "shard", "sum_
 
 
 def world_size() -> int:
-    """How many processes share the work."""
+    """Number of processes that share the work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -1,4 +1,4 @@
-"""What a result must carry to be believed later: command, versions, hardware, date; and the choice of the device."""
+"""Provenance of a result: command, versions, hardware, date; and the choice of the device."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ _FREE = {"out", "steps", "save_every", "evaluate_every", "log_every", "keep", "r
 
 
 def _identity(options: TrainOptions) -> dict[str, Any]:
-    """What must agree with a checkpoint to go on from it: the length of the run too, as the cosine depends on it."""
+    """Options that must agree with a checkpoint to resume from it, the length of the run included, for the cosine."""
     given = as_plain(options)
     return {field.name: given[field.name] for field in fields(options) if field.name not in _FREE - {"steps"}}
 

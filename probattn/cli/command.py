@@ -125,7 +125,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """What the section ``Attributes`` says of each field; base classes count."""
+    """Descriptions of the fields in the section ``Attributes``, those of base classes included."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         for entry in docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")).params:

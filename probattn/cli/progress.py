@@ -1,4 +1,4 @@
-"""What a command says while it works: plain lines, and on a terminal a bar for work that counts its steps."""
+"""Progress of a command: plain lines, and on a terminal a bar for work that counts its steps."""
 
 from __future__ import annotations
 

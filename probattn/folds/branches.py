@@ -182,7 +182,7 @@ class Branches:
         return intervals
 
     def _split_by_distance(self, low: float, high: float, pieces: list[int]) -> list[_Interval]:
-        """Where several roots compete, the noises at which the nearest one changes; both ends are finite there."""
+        """Noises at which the nearest of several roots changes; both ends are finite there."""
 
         def nearest(noise: Array) -> NDArray[np.int64]:
             aim = noise if self.rule == "smallest_step" else self._centre

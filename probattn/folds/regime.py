@@ -1,4 +1,4 @@
-"""Whether the density of a sequence is a density: certified, regular or folded, with the evidence."""
+"""Regime of a sequence, with the evidence: certified, regular or folded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Regime", "regime"]
 
 @dataclass(frozen=True)
 class Regime:
-    """Whether the density of a sequence is a density.
+    """Regime of a sequence: is its density a density?
 
     Attributes:
         name: "certified" (u_i -> e_i is one-to-one at every position, for every u_i: the density is exact), "regular"

@@ -29,7 +29,7 @@ _STAGE = "attention_stage"
 
 
 class LayerStatistics(NamedTuple):
-    """What the barrier saw in one layer, in the last forward pass of training.
+    """Statistics of the barrier in one layer, from the last forward pass of training.
 
     Attributes:
         layer: its number; -1 for the stage on the embeddings.
@@ -98,7 +98,7 @@ class BarrierHandle:
         return math.nan if self._last is None else float(self._last)
 
     def statistics(self, support: int = 1) -> list[LayerStatistics]:
-        """What was seen in the last forward pass of training, a layer each; empty before the first.
+        """Statistics of the last forward pass of training, one entry per layer; empty before the first pass.
 
         Args:
             support: how many support positions a head.

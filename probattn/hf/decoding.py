@@ -68,7 +68,7 @@ def head_margins(call: LayerCall, kind: MarginKind, positions: Tensor | None = N
 
 
 def visible(call: LayerCall) -> Tensor:
-    """Which queries see any token, (batch, T); padding on the left sees none."""
+    """True for queries that see any token, (batch, T); padding on the left sees none."""
     if call.mask is None:
         return torch.ones(call.query.shape[0], call.query.shape[2], dtype=torch.bool, device=call.query.device)
     mask = call.mask
@@ -107,7 +107,7 @@ class DecodedMargins:
     kind: MarginKind
 
     def flags(self, threshold: float) -> list[Flag]:
-        """Where a generated token's margin is below the threshold (or NaN), by sequence and step."""
+        """Generated tokens whose margin is below the threshold (or NaN), by sequence and step."""
         low = ~(self.steps >= threshold) & self.steps_valid[:, None]  # (L, N, H, S)
         found = low.permute(1, 3, 0, 2).nonzero().tolist()
         return [
@@ -117,7 +117,7 @@ class DecodedMargins:
 
 
 class _Step(NamedTuple):
-    """What happened between two choices of a token.
+    """Observations between two choices of a token.
 
     Attributes:
         margins: at the new positions, (L, R, H, P) for R rows.
@@ -311,7 +311,7 @@ class _Boundary:
 
 
 def _parents(ids: Tensor, before: Tensor) -> Tensor:
-    """Which row of the step before each row continues, (R,)."""
+    """Row of the step before that each row continues, (R,)."""
     known = ids[:, :-1]
     if torch.equal(known, before):
         return torch.arange(len(ids), device=ids.device)

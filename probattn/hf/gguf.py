@@ -56,7 +56,7 @@ def smollm2_file() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``probattn/gguf`` in XDG_CACHE_HOME, or in ~/.cache."""
+    """Folder of converted models: ``probattn/gguf`` in XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probattn" / "gguf"
 
 

@@ -61,7 +61,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Shared(ctypes.Structure):
-    """What kernels.c knows by the same name, and the part of a structure that the kernels' threads share."""
+    """Structure of the same name in kernels.c, with the part that the kernels' threads share."""
 
     _fields_: ClassVar[Sequence[tuple[str, Any]]] = (("next", ctypes.c_long), ("failed", ctypes.c_long))
     next: int
@@ -165,12 +165,12 @@ def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def takes_matrices(matrix: Tensor) -> bool:
-    """Whether :func:`determinants` covers them; a single number a matrix needs no elimination."""
+    """True if :func:`determinants` covers the matrices; those of one number need no elimination."""
     return AVAILABLE and 1 < matrix.shape[-1] <= LARGEST and matrix.device.type == "cpu" and matrix.dtype in _REAL
 
 
 def takes_moments(query: Tensor, value: Tensor, mask: Tensor | None, softcap: float) -> bool:
-    """Whether the kernels cover moments of the past: on the CPU, without mask and cap, r and dv up to WIDEST."""
+    """True if the kernels cover moments of the past: on the CPU, without mask and cap, r and dv up to WIDEST."""
     small = max(query.shape[-1], value.shape[-1]) <= WIDEST and query.numel() * value.numel() > 0
     plain = mask is None and not softcap and query.device.type == "cpu" and query.dtype in _REAL
     return plain and small and AVAILABLE

@@ -259,7 +259,7 @@ def _rough_logits(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _visible(problem: Problem, index: tuple[Tensor, ...], seen: int) -> tuple[Tensor, Tensor | None]:
-    """Which of the first tokens each row sees, (R, S), and what a mask adds to its logits, (R, S)."""
+    """Mask of the first tokens that each row sees, (R, S), and the addition of a mask to its logits, (R, S)."""
     batch, head, position, member = index
     token = torch.arange(seen, device=position.device)
     visible = (token >= problem.first[position, None]) & (token < problem.limit[position, None])

@@ -1,4 +1,4 @@
-"""What autograd does not offer by itself: forward mode from two reverse passes, refusals of a second derivative."""
+"""Derivatives that autograd does not offer: forward mode from two reverse passes, refusals of a second derivative."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _FEW = 8  # one in so many starts still at work: Newton goes on with these alone
 
 
 class Iterate(NamedTuple):
-    """Where Newton's method ended, from each start.
+    """End of Newton's method from each start.
 
     Attributes:
         u: ``(starts, *batch, p)``.
@@ -41,7 +41,7 @@ class Iterate(NamedTuple):
 
     @property
     def solved(self) -> Tensor:
-        """Whether the tolerance was reached, ``(starts, *batch)``."""
+        """True where the tolerance was reached, ``(starts, *batch)``."""
         return self.distance <= self.tolerance
 
 

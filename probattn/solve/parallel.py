@@ -157,7 +157,7 @@ def _searched(context: Context, noise: Tensor, u: Tensor) -> tuple[Context, int]
 
 
 def _everywhere(holds: Tensor) -> Tensor:
-    """Whether it holds in all of the batch, (m,), from ``(m, *batch)``."""
+    """True where a condition holds in all of the batch, ``(m,)``, from ``(m, *batch)``."""
     return holds.unsqueeze(-1).flatten(1).all(1)
 
 

@@ -121,7 +121,7 @@ def find_token(context: Context, noise: Tensor, selection: Selection, uniform: T
 
 
 def without_rival(context: Context, noise: Tensor, u: Tensor) -> Tensor:
-    """Where :func:`find_token` would find no solution beside a known one.
+    """True where :func:`find_token` would find no solution beside a known one.
 
     Args:
         context: the past and a stretch of m tokens, each of which sees what comes before it (``visible``).

@@ -128,7 +128,7 @@ class AttentionLayer:
         return replace(self, batch_shape=torch.Size(batch_shape))
 
     def equals(self, other: object) -> bool:
-        """Whether another layer has the same parameters, rotation, precision, positions and mask."""
+        """True if another layer has the same parameters, rotation, precision, positions and mask."""
         if not isinstance(other, AttentionLayer):
             return False
         mine, theirs = ((self.dtype, self.positions, self.visible), (other.dtype, other.positions, other.visible))
@@ -212,7 +212,7 @@ class AttentionLayer:
         return u - torch.cat(means, -2), torch.cat(values, -1)
 
     def head_attribution(self, u: Tensor, rows: Tensor | None = None) -> Tensor:
-        r"""How much each head moves the block's volume: -tr(J_i^-1 M_i^h), with M_i = sum_h M_i^h.
+        r"""Contribution of each head to the block's volume: -tr(J_i^-1 M_i^h), with M_i = sum_h M_i^h.
 
         .. math::
             -\mathrm{tr}(J^{-1} M^h) = r_v - \mathrm{tr}_h (I - K)^{-1}
@@ -300,7 +300,7 @@ class AttentionLayer:
 
 
 def _fitted(name: str, given: Tensor, u: Tensor, batch: torch.Size, axes: int) -> Tensor:
-    """What is given by token, or by pairs of tokens, with one batch axis."""
+    """Inputs per token, or per pair of tokens, with one batch axis."""
     shape = given.shape[-axes:]
     try:
         fits = shape == u.shape[1:2] * axes and torch.broadcast_shapes(given.shape[:-axes], batch) == batch

@@ -1,4 +1,4 @@
-r"""What a token of a layer sees: averages of the values, their covariance with the keys, and its own weight.
+r"""The past of a token in a layer: averages of the values, their covariance with the keys, and its own weight.
 
 A token sees itself (the inclusive mask), the tokens before it, the last w of them in a window, or whatever a mask of
 the caller's says. With logits :math:`l_{is} = c\, q_i \cdot k_s`, capped to :math:`\tau \tanh(l / \tau)` where the

@@ -87,7 +87,7 @@ def mapped(function: Callable[[Tensor], Tensor], parts: _Tuple) -> _Tuple:
 
 
 def same_parts(one: Any, other: Any) -> bool:
-    """Whether nested tuples hold equal tensors, rotary embeddings of the same module, and else equal things."""
+    """True if nested tuples hold equal tensors, rotary embeddings of the same module, and otherwise equal values."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return (one.shape, one.device) == (other.shape, other.device) and bool((one == other).all())
     if isinstance(one, partial) and isinstance(other, partial):

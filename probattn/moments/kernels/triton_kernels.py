@@ -50,7 +50,7 @@ def _wide(source, last, index, here, tile, DV: constexpr, R: constexpr, WIDTH: c
 
 @_kernel
 def _columns(tile, DV: constexpr, R: constexpr, RANK: constexpr, WIDTH: constexpr):
-    """Where the columns of a tile stand in a row of dv times r numbers, and whether they do."""
+    """Columns of a tile within a row of dv times r numbers, and a mask of those that exist."""
     d, a = tile * (WIDTH // RANK) + tl.arange(0, WIDTH) // RANK, tl.arange(0, WIDTH) % RANK
     return d * R + a, (d < DV) & (a < R)
 
@@ -71,7 +71,7 @@ def _upstream(
 
 @_kernel
 def _view(first, limit, row, rows, group):
-    """Which rows exist, and what they see; one that does not exist sees nothing."""
+    """Mask of the rows that exist, and the tokens they see; a row that does not exist sees none."""
     here = row < rows
     begin = tl.load(first + row // group, mask=here, other=2147483647)
     return here, begin, tl.load(limit + row // group, mask=here, other=0)

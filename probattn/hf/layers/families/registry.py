@@ -14,7 +14,7 @@ __all__ = ["Describe", "Family", "Site", "covered", "family_of", "register"]
 
 
 class Site(NamedTuple):
-    """Where an attention sublayer sits in its model.
+    """Place of an attention sublayer in its model.
 
     Attributes:
         block: the decoder layer, whose first argument is the residual stream.
@@ -35,7 +35,7 @@ Describe = Callable[[Site], Sublayer]
 
 
 class Family(NamedTuple):
-    """How the models of a family keep their layers.
+    """Layout of the layers in the models of a family.
 
     Attributes:
         describe: reads the parameters of a site.
