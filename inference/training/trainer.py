@@ -154,7 +154,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def _fault(path: Path) -> str | None:
-    """What a checkpoint lacks; None where it lacks nothing."""
+    """Name of the part that a checkpoint lacks; None if it is complete."""
     try:
         json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         weights = [path / SAFE_WEIGHTS_NAME]

@@ -64,7 +64,7 @@ class Observer(Protocol):
 
 @dataclass
 class _Site:
-    """What an attention layer carries while it is observed."""
+    """State of an attention layer while it is observed."""
 
     observers: list[Observer] = field(default_factory=list)
     eager: Callable[..., Any] | None = None
@@ -150,7 +150,7 @@ def observe(model: Any, observer: Observer) -> Callable[[], None]:
 
 
 def padding_of(mask: Tensor | None, length: int) -> Tensor | None:
-    """Which tokens are no padding, (batch, T), read off the mask: no position may see the key of a padding token.
+    """True for tokens that are not padding, (batch, T), read off the mask: no position sees the key of padding.
 
     Args:
         mask: (batch, 1, T, S), boolean or additive, or (batch, S) with zeros on padding; None: no padding.

@@ -153,7 +153,7 @@ class _Block(NamedTuple):
         return cls(batch, rows, limits, shape, problem.scale, query, key, value, alpha, log_sum, slope, pull)  # type: ignore[arg-type]
 
     def weights(self) -> Tensor:
-        """What a key is weighed by, (b, K, R, S)."""
+        """Weight of each key, (b, K, R, S)."""
         return self.alpha if self.slope is None else self.alpha * self.slope
 
     def products(self) -> Iterator[tuple[slice, slice, Tensor]]:

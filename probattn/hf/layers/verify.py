@@ -23,7 +23,7 @@ class _StopError(Exception):
 
 
 def own_mean(model: nn.Module, site: Site, u: Tensor) -> Tensor:
-    """What the model's own code adds to the stream at one layer, if the stream there is u.
+    """Update of the stream by the model's own code at one layer, if the stream there is u.
 
     Args:
         model: the whole model, whose own masks and rotations are used; dropout should be off.
