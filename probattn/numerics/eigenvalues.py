@@ -10,9 +10,11 @@ the double real eigenvalue a in two cases only:
   the real eigenvalue a (Eckart and Young). This is what rounding makes of a defective eigenvalue, which it splits by
   the square root of :math:`\epsilon_{64}`.
 
-Likewise an eigenvalue with :math:`|\lambda|^2 \le 8\,m\,\epsilon_{64}\,|K|^2` of a K that is singular to double
-precision is exactly zero: the kernel that covariances of few tokens have, and keep when they change. Its derivative is
-zero.
+Covariances of few tokens have a kernel, and keep it when they change: an eigenvalue that rounding may have moved away
+from zero is exactly zero, and so is its derivative. Rounding moves an eigenvalue by up to
+:math:`|K| / |y^H x|` times :math:`\epsilon` (of K's entries) or :math:`m\,\epsilon_{64}` (of the computation), with
+unit eigenvectors x and y, so the condition is
+:math:`|\lambda|\,|y^H x| \le 8 \max(\epsilon, m\,\epsilon_{64})\,|K|`.
 
 The derivative of a simple eigenvalue is :math:`y^H dK\, x / y^H x`, with x and y its right and left eigenvectors
 (Magnus, 1985, Econometric Theory 1). For a multiple one it is that of the mean of the cluster,
@@ -87,7 +89,7 @@ def _rightmost(matrix: Tensor, real: bool) -> Tensor:
     imaginary = eigenvalues.imag.gather(-1, index[:, None]).squeeze(-1).where(torch.isfinite(value), 0.0)
     if real:
         value, imaginary = _count_near_pairs(whole, eigenvalues, value, torch.finfo(matrix.dtype).eps)
-    found = _kernel_to_zero(whole, torch.complex(value, imaginary))
+    found = _kernel_to_zero(whole, torch.complex(value, imaginary), torch.finfo(matrix.dtype).eps)
     return found.where(finite, torch.nan).view(matrix.shape[:-2])
 
 
@@ -111,15 +113,17 @@ def _count_near_pairs(matrix: Tensor, eigenvalues: Tensor, value: Tensor, eps: f
         open_pairs[rows, index] = False
 
 
-def _kernel_to_zero(matrix: Tensor, eigenvalue: Tensor) -> Tensor:
-    """Eigenvalues, (N,), that are exactly zero where rounding has moved them away from it.
-
-    Covariances of few tokens have a kernel, and keep it when they are changed. Rounding moves its eigenvalue by
-    epsilon, or by the square root of that where it is defective; the smallest singular value tells.
-    """
-    rows = (eigenvalue.abs().square() <= _rounding(matrix) * _norm(matrix)).nonzero().squeeze(-1)
-    singular = torch.linalg.svdvals(matrix[rows])[:, -1] <= _rounding(matrix[rows])
-    return eigenvalue.index_put((rows,), eigenvalue[rows].where(~singular, 0.0))
+def _kernel_to_zero(matrix: Tensor, eigenvalue: Tensor, eps: float) -> Tensor:
+    """Eigenvalues, (N,), that are exactly zero where rounding may have moved them away from it."""
+    size, norm = matrix.shape[-1], _norm(matrix)
+    moved = _ROUNDINGS * max(eps, size * torch.finfo(torch.float64).eps) * norm
+    # The overlap of a defective zero is of the size of the eigenvalue itself: beyond the square root there is none.
+    rows = (eigenvalue.abs().square() <= moved * norm).nonzero().squeeze(-1)
+    identity = torch.eye(size, dtype=eigenvalue.dtype, device=matrix.device)
+    left, _, right = torch.linalg.svd(matrix[rows] - eigenvalue[rows, None, None] * identity)
+    overlap = torch.linalg.vecdot(left[..., -1], right[..., -1, :].conj()).abs()  # |y^H x|
+    kernel = eigenvalue[rows].abs() * overlap <= moved[rows]
+    return eigenvalue.index_put((rows,), eigenvalue[rows].where(~kernel, 0.0))
 
 
 @_rightmost.register_fake

@@ -180,6 +180,29 @@ class TestGradients:
             assert value.detach() == 0
             assert (matrix.grad == 0).all()
 
+    @pytest.mark.parametrize("function", BOTH)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_limit_of_the_kernel_is_as_stated(self, function, dtype):
+        limit = 8 * max(torch.finfo(dtype).eps, 2 * torch.finfo(torch.float64).eps)
+        for size, kernel in ((0.9 * limit, True), (1.1 * limit, False)):
+            matrix = torch.diag(torch.tensor([size, -1.0], dtype=dtype)).requires_grad_()
+            value = function(matrix)
+            value.backward()
+            assert (value.detach() == 0) == kernel
+            assert (matrix.grad[0, 0] == 0) == kernel
+        # An eigenvalue of large condition is moved farther: here |K| = 30 and |y^H x| = 1 / 30.
+        for size, kernel in ((0.9 * 900 * limit, True), (1.1 * 900 * limit, False)):
+            matrix = torch.tensor([[size, 30.0], [0.0, -1.0]], dtype=dtype)
+            assert (function(matrix) == 0) == kernel
+
+    def test_a_defective_kernel_in_oblique_coordinates(self):
+        nilpotent = torch.block_diag(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), -torch.ones(1, 1)).double()
+        matrices = skewed(nilpotent, 200)
+        assert (torch.linalg.eigvals(matrices).real.amax(-1) > 1e-9).any()
+        assert (largest_real_eigenvalue(matrices) == 0).all()
+        assert (spectral_abscissa(matrices) == 0).all()
+        assert (spectral_abscissa(matrices.float()) == 0).all()
+
     def test_a_pair_on_the_imaginary_axis_is_no_kernel(self):
         matrix = pair(0.0, 2.0, -1.0).requires_grad_()
         spectral_abscissa(matrix).backward()
