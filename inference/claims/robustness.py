@@ -8,7 +8,6 @@ verdict. The rules are those of :func:`~probattn.inference.studies.robustness.su
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -19,7 +18,9 @@ import torch
 from probattn.inference.claims.claim import Claim, Settings, Subject
 from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import write_json
-from probattn.inference.studies.robustness.study import CLEAN, FAMILIES, Record, label, run_study
+from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Arm, Study
+from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
+from probattn.inference.studies.robustness.study import Record, run_study
 from probattn.inference.studies.robustness.summary import (
     LITERAL,
     PLAIN,
@@ -31,12 +32,9 @@ from probattn.inference.studies.robustness.summary import (
     summarise,
 )
 from probattn.inference.studies.robustness.table import draw_study, write_results
-from probattn.inference.studies.robustness.training import ARMS, VARIANTS, Arm, Study
 from probattn.models.corpus import Corpus
 
 __all__ = ["STUDY", "quick_study", "robustness_claim", "words_of_verdict"]
-
-_LOG = logging.getLogger(__name__)
 
 STUDY = Study()
 _RESULTS = "robustness.json"
@@ -120,7 +118,7 @@ def _sentence(text: str) -> str:
 def _whole(corpus: Corpus, settings: Settings, study: Study, arms: Sequence[Arm]) -> Claim:
     device = select_device("auto")
     folder = None if settings.folder is None else settings.folder / "robustness"
-    records = run_study(arms, study, corpus, folder=folder, jobs=settings.jobs, device=device, report=_LOG.info)
+    records = run_study(arms, study, corpus, folder=folder, jobs=settings.jobs, device=device)
     summary = summarise(records, arms)
     verdict = judge_study(summary)
     if settings.folder is not None:
@@ -135,7 +133,7 @@ def _whole(corpus: Corpus, settings: Settings, study: Study, arms: Sequence[Arm]
 def _quick(subject: Subject, corpus: Corpus, settings: Settings, study: Study) -> Claim:
     if len(corpus.heldout) <= 2 * study.context:
         return _claim("not_run", {}, condition="the held-out text does not fill two windows")
-    records = run_study(_QUICK_ARMS, study, corpus, jobs=settings.jobs, report=_LOG.info)
+    records = run_study(_QUICK_ARMS, study, corpus, jobs=settings.jobs)
     summary = summarise(records, _QUICK_ARMS)
     verdict = judge_study(summary)
     measured = _measured(summary)

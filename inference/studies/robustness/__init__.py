@@ -1,1 +1,1 @@
-"""The robustness study: training arms, corruptions, summaries and tables."""
+"""Robustness study: arms, training, corruptions, runs, their summary and its table."""

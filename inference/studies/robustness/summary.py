@@ -1,7 +1,7 @@
-r"""From runs to differences with intervals, and from these to verdicts by rules fixed before anything was trained.
+r"""Summary of the study: paired differences with intervals, and verdicts by rules fixed before anything was trained.
 
-The differences are paired: of the losses of an arm and of the arm it is compared with, at the same seed and window. The
-seeds and the windows are two crossed samples, and the bootstrap draws anew from both.
+A difference is that of the losses of an arm and of its reference at the same seed and window. Seeds and windows are two
+crossed samples, and the bootstrap draws anew from both.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from probattn.inference.studies.robustness.study import CLEAN, FAMILIES, Array, Record, label
-from probattn.inference.studies.robustness.training import Arm
+from probattn.inference.studies.robustness.arms import Arm
+from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, Array, label
+from probattn.inference.studies.robustness.study import Record
 
 __all__ = [
     "STATEMENTS",
@@ -31,12 +32,13 @@ __all__ = [
 
 RESAMPLES = 2000
 LEVEL = 0.95
-TOLERATED = 0.01  # of the clean loss: what still counts as no loss of accuracy
-# Of what the corruption costs plain training: a smaller gain is none, however sure. An arm whose penalty has next to no
-# effect differs from plain training by a ten-thousandth of a bit, and that consistently.
+_POINTS = 61  # of a path that is kept
+TOLERATED = 0.01  # share of the clean loss that still counts as no loss of accuracy
+# Share of what the corruption costs plain training: a smaller gain is none, however certain. An arm whose penalty has
+# next to no effect differs from plain training by a ten-thousandth of a bit, consistently.
 RELEVANT = 0.01
 
-# What an arm must show, by the upper end of its interval; the barrier's claim is made of these.
+#: Statements that an arm shows, or not, by the upper end of its interval; the claim of the barrier consists of them.
 STATEMENTS: Mapping[str, str] = MappingProxyType(
     {
         "accuracy": "no loss of held-out accuracy (less than 1 % of the clean loss)",
@@ -54,9 +56,9 @@ class Difference(NamedTuple):
     """A mean of paired differences.
 
     Attributes:
-        mean: in bits per character; negative where the arm is better.
-        error: its standard error.
-        seeds: how many it rests on.
+        mean: mean in bits per character; negative where the arm is better.
+        error: standard error of the mean.
+        seeds: number of seeds behind it.
     """
 
     mean: float
@@ -64,27 +66,35 @@ class Difference(NamedTuple):
     seeds: int
 
     def interval(self, count: int = 1) -> tuple[float, float]:
-        """A 95 % interval; of several at once, each wide enough that all hold together (Bonferroni).
+        """Return a 95 % interval by Student's t with one degree of freedom fewer than seeds.
 
-        By Student's t with one degree of freedom less than there are seeds: percentiles of a bootstrap of five seeds
-        would hold the truth in about 85 % of the cases.
+        Percentiles of a bootstrap of five seeds would contain the truth in about 85 % of the cases.
+
+        Args:
+            count: number of intervals that are to hold at once (Bonferroni).
+
+        Returns:
+            Lower and upper end.
         """
         reach = float(stats.t.ppf(1 - (1 - LEVEL) / (2 * count), self.seeds - 1)) * self.error
         return self.mean - reach, self.mean + reach
 
 
 def paired_difference(values: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
-    r"""Mean of differences by seed and window, with the error that both samples leave in it.
+    r"""Average differences over seeds and windows, with the standard error that both samples leave.
 
-    .. math:: \hat\sigma^2 = \frac{S}{S - 1} \mathrm{Var}^* \sum_{sw} a_s b_w d_{sw}
+    .. math:: \hat\sigma^2 = \frac{S}{S - 1} \mathrm{Var}^* \sum_{sw} a_s b_w d_{sw},
 
-    where a and b are the shares with which a resample of the S seeds and one of the windows take each. All seeds share
-    the resample of the windows, as they share the windows. The factor makes up for what resampling few seeds loses.
+    where a and b are the shares of each seed and of each window in a resample. All seeds share the resample of the
+    windows, as they share the windows. The factor corrects the variance that resampling S seeds loses (derived here).
 
     Args:
-        values: d, (S, W), S and W at least 2.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        values: differences d, (S, W), with S and W at least 2.
+        resamples: number of resamples of the bootstrap.
+        seed: random seed of the bootstrap.
+
+    Returns:
+        Mean, standard error and number of seeds.
 
     Example:
         >>> paired_difference(np.full((3, 4), 0.5))
@@ -102,18 +112,18 @@ def paired_difference(values: Array, *, resamples: int = RESAMPLES, seed: int = 
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """What all runs of an arm say together.
+    """Results of all runs of an arm.
 
     Attributes:
-        arm: its name.
-        reference: the arm that it was compared with.
-        barrier: whether its result speaks for the barrier.
-        diverged: seed and step of the runs that did not come through.
-        losses: bits per character, mean over seeds and windows, by corruption.
-        differences: to the reference, by "clean", corruption, and family (the mean over its levels); empty where fewer
-            than two seeds came through in both.
-        facts: mean over seeds of the records' facts, and "seconds".
-        path: root mean square of the embeddings in training, mean over seeds, at evenly spread steps.
+        arm: name of the arm.
+        reference: name of the arm that it is compared with.
+        barrier: True if its result speaks for the barrier.
+        diverged: step at which a run diverged, by seed.
+        losses: bits per character by corruption, averaged over seeds and windows.
+        differences: differences to the reference by "clean", corruption, and family (averaged over its levels); empty
+            if fewer than two seeds finished in both arms.
+        facts: facts of the records and "seconds", averaged over seeds.
+        path: root mean square of the embeddings in training at evenly spread steps, averaged over seeds.
     """
 
     arm: str
@@ -126,14 +136,14 @@ class ArmSummary:
     path: Sequence[float]
 
     def holds(self, statement: str, plain: Mapping[str, float], count: int = 1) -> bool:
-        """Whether the arm shows one of :data:`STATEMENTS`, with an interval that holds for ``count`` arms at once.
+        """Return True if the arm shows a statement, with an interval that holds for ``count`` arms at once.
 
-        An arm of which a run diverged shows nothing.
+        An arm with a diverged run shows nothing.
 
         Args:
-            statement: which.
+            statement: key of :data:`STATEMENTS`.
             plain: losses of plain training, by "clean" and corruption.
-            count: barrier arms that are looked at together.
+            count: number of barrier arms that are judged together.
         """
         if self.diverged or not self.differences:
             return False
@@ -146,11 +156,11 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a study found.
+    """Results of a study.
 
     Attributes:
-        arms: by name, in the order of the study.
-        seeds: of the study.
+        arms: summaries of the arms by name, in the order of the study.
+        seeds: random seeds of the study.
     """
 
     arms: Mapping[str, ArmSummary]
@@ -158,11 +168,11 @@ class Summary:
 
     @property
     def barriers(self) -> list[ArmSummary]:
-        """The arms that speak for the barrier."""
+        """Arms that speak for the barrier."""
         return [arm for arm in self.arms.values() if arm.barrier]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         arms = []
         for arm in self.arms.values():
             arms.append(
@@ -176,7 +186,11 @@ class Summary:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Summary:
-        """The inverse of :meth:`as_dict`."""
+        """Read a summary that :meth:`as_dict` wrote.
+
+        Args:
+            content: plain JSON values.
+        """
         arms = {}
         for fields in content["arms"]:
             diverged = {int(seed): step for seed, step in fields["diverged"].items()}
@@ -189,9 +203,12 @@ def summarise(records: Sequence[Record], arms: Sequence[Arm], *, resamples: int 
     """Compare every arm with its reference.
 
     Args:
-        records: of the study, one a run.
-        arms: of the study, the references among them.
-        resamples: of the bootstrap.
+        records: records of the study, one per run.
+        arms: arms of the study, the references among them.
+        resamples: number of resamples of the bootstrap.
+
+    Returns:
+        A summary per arm.
     """
     by_arm = {arm.name: {record.seed: record for record in records if record.arm == arm.name} for arm in arms}
     seeds = tuple(sorted({record.seed for record in records}))
@@ -227,12 +244,12 @@ def summarise(records: Sequence[Record], arms: Sequence[Arm], *, resamples: int 
 
 
 class Verdict(NamedTuple):
-    """What follows.
+    """Verdict of a study.
 
     Attributes:
         overall: "supported", "supported_within" (under absolute noise only), "not_supported" or "not_run".
-        condition: where it holds, or why nothing can be said.
-        words: one line each for the statements, for the question of scale and for the controls.
+        condition: condition under which the claim holds, or the reason why nothing can be said; None without either.
+        words: one line for each statement, for the question of scale and for the controls, by name.
     """
 
     overall: Literal["supported", "supported_within", "not_supported", "not_run"]
@@ -241,14 +258,17 @@ class Verdict(NamedTuple):
 
 
 def judge_study(summary: Summary) -> Verdict:
-    """The rules, in this order.
+    """Judge a study by these rules, in this order.
 
-    - "not_run": plain training diverged, or fewer than two seeds came through; or noise training, known to help against
+    - "not_run": plain training diverged, or there are fewer than two seeds; or noise training, known to help against
       noise, was not found to help (where the study has that arm): the study could not have seen an effect.
     - "supported": some barrier arm loses no accuracy and is more robust to *relative* noise, with intervals adjusted
       for the number of barrier arms, by at least 1 % of what the noise costs plain training.
     - "supported_within": some barrier arm loses no accuracy and is more robust to absolute noise, but none to relative.
     - "not_supported": anything else.
+
+    Args:
+        summary: summary of the study.
     """
     plain = summary.arms[PLAIN]
     if plain.diverged or len(summary.seeds) < 2:
@@ -284,7 +304,7 @@ def judge_study(summary: Summary) -> Verdict:
 
 
 def _who(statement: str, meaning: str, barriers: Sequence[ArmSummary], losses: Mapping[str, float]) -> str:
-    """Which barrier arms show a statement."""
+    """Say which barrier arms show a statement."""
     alone = [arm.arm for arm in barriers if arm.holds(statement, losses)]
     sure = [arm.arm for arm in barriers if arm.holds(statement, losses, len(barriers))]
     head = f"{meaning}: {len(sure)} of {len(barriers)} barrier arms, adjusted for their number"
@@ -292,7 +312,7 @@ def _who(statement: str, meaning: str, barriers: Sequence[ArmSummary], losses: M
 
 
 def _scale(summary: Summary, losses: Mapping[str, float]) -> str:
-    """Whether the gain under absolute noise is left when the embeddings keep the scale of plain training."""
+    """Say whether the gain under absolute noise remains when the embeddings keep the scale of plain training."""
     literal, fixed = summary.arms.get(LITERAL), summary.arms.get(LITERAL_AT_PLAIN_SCALE)
     if literal is None or fixed is None or not fixed.differences or not literal.differences:
         return "That the gain is not a matter of scale was not tested here."
@@ -326,9 +346,13 @@ def _controls(summary: Summary, losses: Mapping[str, float]) -> dict[str, str]:
     return words
 
 
-def in_words(found: Difference, count: int = 1) -> str:
-    """A difference with its interval."""
-    low, high = found.interval(count)
+def in_words(found: Difference) -> str:
+    """Write a difference with its interval.
+
+    Args:
+        found: a difference.
+    """
+    low, high = found.interval()
     return f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
@@ -336,9 +360,9 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
 
-def _mean_path(paths: Sequence[Sequence[float]], points: int = 61) -> list[float]:
+def _mean_path(paths: Sequence[Sequence[float]]) -> list[float]:
     if not paths:
         return []
-    where = np.linspace(0, len(paths[0]) - 1, min(points, len(paths[0]))).round().astype(int)
+    where = np.linspace(0, len(paths[0]) - 1, min(_POINTS, len(paths[0]))).round().astype(int)
     mean: list[float] = np.mean([np.asarray(path)[where] for path in paths], axis=0).round(6).tolist()
     return mean

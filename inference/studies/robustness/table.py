@@ -1,4 +1,4 @@
-"""What a finished study of robustness found, as a table in Markdown and as figures."""
+"""Table and figures of a finished study."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from probattn import plotting
 from probattn.inference.runtime.environment import describe
 from probattn.inference.runtime.files import write_figure, write_text
-from probattn.inference.studies.robustness.study import CLEAN, FAMILIES, QUANTILES, Record, label
+from probattn.inference.studies.robustness.arms import Arm, Study
+from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
+from probattn.inference.studies.robustness.study import QUANTILES, Record
 from probattn.inference.studies.robustness.summary import (
     LITERAL,
     LITERAL_AT_PLAIN_SCALE,
@@ -27,7 +29,6 @@ from probattn.inference.studies.robustness.summary import (
     Verdict,
     in_words,
 )
-from probattn.inference.studies.robustness.training import Arm, Study
 
 __all__ = ["draw_study", "render_table", "write_results"]
 
@@ -55,17 +56,17 @@ def write_results(
     """Write ``robustness.md`` and its figures.
 
     Args:
-        folder: where to.
-        summary: what was found.
-        verdict: what follows.
-        records: the runs.
-        arms: how they were trained.
-        study: their sizes.
+        folder: output folder.
+        summary: summary of the study.
+        verdict: its verdict.
+        records: records of the runs.
+        arms: arms of the study.
+        study: sizes of the study.
         corpus: name of the text.
-        device: where it was run; None: the CPU.
+        device: device on which it ran; None for the CPU.
 
     Returns:
-        The path of the table.
+        Path of the table.
     """
     environment = describe(device or torch.device("cpu"), torch.float32, study.seeds[0])
     figures = draw_study(summary)
@@ -86,7 +87,21 @@ def render_table(
     environment: Mapping[str, Any],
     figures: Sequence[str] = (),
 ) -> str:
-    """The whole result as Markdown; text that is not of this package is escaped."""
+    """Write the whole result as Markdown; text from outside the package is escaped.
+
+    Args:
+        summary: summary of the study.
+        verdict: its verdict.
+        records: records of the runs.
+        arms: arms of the study.
+        study: sizes of the study.
+        corpus: name of the text.
+        environment: machine and versions, see :func:`~probattn.inference.runtime.environment.describe`.
+        figures: names of the figures to link, without suffix.
+
+    Returns:
+        Markdown.
+    """
     count = len(summary.barriers)
     lines = ["# Is training with the log-barrier more robust?", "", f"**Verdict: {_OVERALL[verdict.overall]}.**"]
     if verdict.condition:
@@ -156,7 +171,14 @@ def render_table(
 
 
 def draw_study(summary: Summary) -> dict[str, Figure]:
-    """The figures by file name, without suffix: differences, losses against noise, norms and margins."""
+    """Draw the figures of a study.
+
+    Args:
+        summary: summary of the study.
+
+    Returns:
+        Differences, losses against noise, and norms with margins, by file name without suffix.
+    """
     clean = summary.arms[PLAIN].losses[CLEAN] if summary.arms[PLAIN].losses else 0.0
     compared = [arm for arm in summary.arms.values() if arm.differences]
     figures = {}
@@ -193,7 +215,11 @@ def draw_study(summary: Summary) -> dict[str, Figure]:
 
 
 def escape(text: str) -> str:
-    """Text as Markdown shows it, within a table too."""
+    """Escape text so that Markdown shows it as it is, within a table too.
+
+    Args:
+        text: any text.
+    """
     for sign in "\\`*_[]<>|#":
         text = text.replace(sign, f"\\{sign}")
     return text.replace("\n", " ")

@@ -11,18 +11,18 @@ import torch
 from probattn.errors import InputError
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.robustness import quick_study, robustness_claim
+from probattn.inference.runtime.progress import listening
 from probattn.inference.studies.robustness import study as runs
-from probattn.inference.studies.robustness.study import (
+from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Arm, Study
+from probattn.inference.studies.robustness.corruptions import (
     CLEAN,
     FAMILIES,
-    QUANTILES,
-    Record,
     evaluate,
     label,
-    run_study,
     substitute_characters,
     swap_characters,
 )
+from probattn.inference.studies.robustness.study import QUANTILES, Record, run_study
 from probattn.inference.studies.robustness.summary import (
     LITERAL,
     LITERAL_AT_PLAIN_SCALE,
@@ -34,7 +34,7 @@ from probattn.inference.studies.robustness.summary import (
     summarise,
 )
 from probattn.inference.studies.robustness.table import draw_study, escape, render_table
-from probattn.inference.studies.robustness.training import ARMS, VARIANTS, Arm, Study, batches, train
+from probattn.inference.studies.robustness.training import batches, train
 from probattn.models.corpus import UNKNOWN, Corpus, Windows
 from probattn.models.gpt import CharacterGPT
 
@@ -246,7 +246,8 @@ class TestStudy:
             runs, "_measure", lambda arm, seed, *rest: calls.append((arm.name, seed)) or real(arm, seed, *rest)
         )
         lines = []
-        found = run_study(self.arms, TINY, text, folder=tmp_path, report=lines.append)
+        with listening(lambda record: lines.append(record.getMessage())):
+            found = run_study(self.arms, TINY, text, folder=tmp_path)
         assert sorted(first + calls) == sorted((arm.name, seed) for arm in self.arms for seed in TINY.seeds)
         assert len(lines) == 6
         assert sum("read in" in line for line in lines) == 3
@@ -290,7 +291,8 @@ class TestStudy:
     def test_a_diverged_run_is_reported_and_so_is_its_follower(self, text):
         wild = replace(BARRIER, weight=1e38)
         study, lines = replace(TINY, steps=40), []
-        records = run_study((PLAIN, wild, self.arms[2]), study, text, report=lines.append)
+        with listening(lambda record: lines.append(record.getMessage())):
+            records = run_study((PLAIN, wild, self.arms[2]), study, text)
         assert [record.diverged is None for record in records] == [True] * 2 + [False] * 4
         assert sum("diverged at step" in line for line in lines) == 4
         summary = summarise(records, (PLAIN, wild, self.arms[2]), resamples=50)
@@ -501,8 +503,15 @@ class TestResults:
     def test_figures(self, records):
         figures = draw_study(summarise(records, JUDGED, resamples=50))
         assert list(figures) == ["robustness-differences", "robustness-noise", "robustness-norms"]
+        differences, noise, norms = figures.values()
+        assert [axis.get_title() for axis in differences.axes] == [CLEAN, *FAMILIES]
+        assert [label.get_text() for label in differences.axes[0].get_yticklabels()] == [
+            arm.name.replace("_", " ") for arm in JUDGED[1:]
+        ]
+        assert PLAIN.name in [line.get_label() for line in noise.axes[0].lines]
+        assert len(norms.axes[0].lines) == len(JUDGED)
         for figure in figures.values():
-            figure.savefig("/dev/null", format="png")
+            figure.draw_without_rendering()
 
 
 class TestClaim:
