@@ -19,6 +19,7 @@ __all__ = ["RELIABLE", "draw_corrected"]
 
 RELIABLE = 0.7  # largest k-hat at which importance weights are of use (Vehtari et al., 2024, arXiv 1507.02646)
 _PROPOSALS = 4  # proposals per draw kept
+_LEAST = 100  # proposals; a tail of fewer has no shape
 
 
 def draw_corrected(
@@ -64,14 +65,14 @@ def draw_corrected(
         InputError: the density is finite at no draw.
     """
     with isolated(target.data[0].device, seed=seed), torch.no_grad():
-        z = guide.sample((_PROPOSALS * draws if correct else draws,))
+        z = guide.sample((max(_LEAST, _PROPOSALS * draws if correct else draws),))
         log_q, lp = guide.log_prob(z), target.evaluate(z)["lp"]
         if not bool(torch.isfinite(lp).any()):
             raise InputError(f"{method}: the density is finite at no draw of the approximation; use --method nuts.")
         info = {**info, "khat_guide": _smoothed(lp - log_q)[1], "corrected": 0}
         plain = {"lp": lp[None, :draws], "log_q": log_q[None, :draws]}
         if not correct:
-            return Draws(method, z.unsqueeze(0), plain, info)
+            return Draws(method, z[None, :draws], plain, info)
         proposals, mixed = z, log_q
         if tails:
             half = len(z) // 2
@@ -83,7 +84,7 @@ def draw_corrected(
             lp = torch.cat([lp[:half], target.evaluate(far)["lp"]])
         weights, khat = _smoothed(lp - mixed)
         info["khat"] = khat
-        if khat > RELIABLE:
+        if not khat <= RELIABLE:
             return Draws(method, z[None, :draws], plain, info)
         chosen = torch.multinomial(weights, draws, replacement=True)
         worth = 1 / (float(weights.square().sum() / weights.sum() ** 2) + 1 / draws)

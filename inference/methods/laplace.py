@@ -35,7 +35,7 @@ __all__ = ["LaplaceConfig", "LaplaceState", "find_mode", "finish", "fit_laplace"
 _log = logging.getLogger(__name__)
 _SEARCH = 10  # iterations of L-BFGS in one step of the state
 _POLISH = 3  # Newton's steps at most
-_STATIONARY = 1e-8  # largest entry of the gradient at a mode, relative to the number of observations
+_STATIONARY = 1e-8  # largest entry of the gradient at a mode, per number in the data
 _FLAT = 1e-7  # curvature, relative to the largest, below which a direction is flat
 
 
@@ -246,8 +246,9 @@ def find_mode(state: LaplaceState, target: LogDensity) -> Tensor:
         if not float(after.norm()) < float(gradient.norm()):
             break
         mode, gradient = trial, after
-    largest, observations = float(gradient.abs().max()), target.data[0].numel()
-    if not largest <= max(_STATIONARY * observations, 1e-5):
+    largest = float(gradient.abs().max())
+    rounding = max(_STATIONARY, torch.finfo(mode.dtype).eps) * target.data[0].numel()
+    if not largest <= max(rounding, 1e-5):
         raise InputError(
             f"no mode found from this start: the gradient is still {largest:.3g} after {state.step} steps; "
             "the posterior may run away (give it a tighter prior) or fold (see regime)."

@@ -106,17 +106,17 @@ class LogDensity:
         Measured: what the graph of one sequence holds, times the number of sequences, times a factor for what exists
         only in passing.
         """
-        held: dict[int, int] = {}
+        held: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no two have one address
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            held[storage.data_ptr()] = storage
             return tensor
 
-        single = LogDensity(self.model, *self._first_sequence)
+        single = LogDensity(self.model, *(part.clone() for part in self._first_sequence))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             single.value_and_gradient(self.origin.unsqueeze(0))
-        return int(_PEAK_OVER_SAVED * self.sequences * sum(held.values()))
+        return int(_PEAK_OVER_SAVED * self.sequences * sum(storage.nbytes() for storage in held.values()))
 
     @property
     def group_size(self) -> int:

@@ -100,7 +100,8 @@ class MapState:
 
     def values(self) -> dict[str, Tensor]:
         """Values of the latent sites, detached, by name."""
-        return {name: value.detach().clone() for name, value in self.guide.median().items()}
+        with isolated():
+            return {name: value.detach().clone() for name, value in self.guide.median().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -134,10 +135,11 @@ def init(target: LogDensity, config: MapConfig, start: Tensor) -> MapState:
     my_shards(min(config.shards, size))  # refuses a number of processes that cannot share them
     # Copies: AutoDelta makes parameters of the very tensors it is given, which the optimiser then changes in place.
     values = {name: value.detach().clone() for name, value in target.constrain(start).items()}
-    guide = AutoDelta(target.model, init_loc_fn=init_to_value(values=values))
-    elbo = Trace_ELBO()(target.model, guide)
-    # The guide's parameters exist only after a first call.
-    elbo(*minibatch(target.data, size, 0, config.seed), total=target.sequences)
+    with isolated(target.data[0].device):
+        guide = AutoDelta(target.model, init_loc_fn=init_to_value(values=values))
+        elbo = Trace_ELBO()(target.model, guide)
+        # The guide's parameters exist only after a first call.
+        elbo(*minibatch(target.data, size, 0, config.seed), total=target.sequences)
     return MapState(elbo, guide, torch.optim.Adam(elbo.parameters(), lr=config.learning_rate))
 
 
@@ -164,7 +166,8 @@ def update(state: MapState, target: LogDensity, config: MapConfig, evaluate: Eva
 
     batch = minibatch(target.data, size, state.step, config.seed)
     seed = derived_seed(config.seed, state.step)
-    objective = sharded_gradient(backward, parameters, batch, min(config.shards, size), seed)
+    with isolated(target.data[0].device):
+        objective = sharded_gradient(backward, parameters, batch, min(config.shards, size), seed)
     if not math.isfinite(objective):
         raise ArithmeticError(
             f"step {state.step}: the objective is {objective}; lower the learning rate, start elsewhere, or "
@@ -236,18 +239,17 @@ def fit_map(
     """
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
-    with isolated(target.data[0].device):
-        state = init(target, config, start)
-        iterate(
-            state,
-            partial(update, target=target, config=config, evaluate=evaluate),
-            lambda state: state.step >= config.steps or 0 < config.patience <= state.stale,
-            save_every=config.checkpoint_every,
-            checkpoint=checkpoint,
-            resume=resume,
-            identity={"method": "map", **asdict(config), **identify(target.model, target.data), **(identity or {})},
-        )
-        return finish(state, target, config)
+    state = init(target, config, start)
+    iterate(
+        state,
+        partial(update, target=target, config=config, evaluate=evaluate),
+        lambda state: state.step >= config.steps or 0 < config.patience <= state.stale,
+        save_every=config.checkpoint_every,
+        checkpoint=checkpoint,
+        resume=resume,
+        identity={"method": "map", **asdict(config), **identify(target.model, target.data), **(identity or {})},
+    )
+    return finish(state, target, config)
 
 
 def _evaluate(state: MapState, config: MapConfig, metrics: dict[str, float]) -> None:

@@ -152,10 +152,11 @@ def init(target: LogDensity, config: SviConfig, start: Tensor) -> SviState:
         raise InputError("a flow needs at least two parameters; use --guide full_rank.")
     size, shards = _sizes(target, config)
     my_shards(shards)  # refuses a number of processes that cannot share them
-    guide = _build_guide(target, config, start)
-    # The parameters exist only after a first call, and a flow's are single precision.
-    guide(*shard(minibatch(target.data, size, 0, config.seed), 0, shards), total=target.sequences)
-    guide.to(start)
+    with isolated(start.device, seed=config.seed):
+        guide = _build_guide(target, config, start)
+        # The parameters exist only after a first call, and a flow's are single precision.
+        guide(*shard(minibatch(target.data, size, 0, config.seed), 0, shards), total=target.sequences)
+        guide.to(start)
     parameters = list(guide.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99))
     return SviState(guide, optimizer, [torch.zeros_like(parameter) for parameter in parameters])
@@ -180,7 +181,8 @@ def update(state: SviState, target: LogDensity, config: SviConfig) -> None:
         return float(bound.loss_and_grads(target.model, state.guide, *part, total=target.sequences))
 
     batch = minibatch(target.data, size, state.step, config.seed)
-    objective = sharded_gradient(backward, parameters, batch, shards, derived_seed(config.seed, state.step))
+    with isolated(target.data[0].device):
+        objective = sharded_gradient(backward, parameters, batch, shards, derived_seed(config.seed, state.step))
     finite = all(bool(torch.isfinite(parameter.grad).all()) for parameter in parameters if parameter.grad is not None)
     if not math.isfinite(objective) or not finite:
         raise ArithmeticError(
@@ -206,7 +208,7 @@ def finish(state: SviState, target: LogDensity, config: SviConfig) -> Draws:
         target: log-density.
         config: options.
     """
-    with torch.no_grad():
+    with isolated(), torch.no_grad():
         for average, parameter in zip(state.averages, state.guide.parameters(), strict=True):
             parameter.copy_(average)
         guide = state.guide.get_posterior()
@@ -267,18 +269,17 @@ def fit_svi(
     """
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
-    with isolated(target.data[0].device, seed=config.seed):
-        state = init(target, config, start)
-        iterate(
-            state,
-            partial(update, target=target, config=config),
-            lambda state: state.step >= config.steps or state.stage >= config.stages,
-            save_every=config.window,
-            checkpoint=checkpoint,
-            resume=resume,
-            identity={"method": "svi", **asdict(config), **identify(target.model, target.data), **(identity or {})},
-        )
-        return finish(state, target, config)
+    state = init(target, config, start)
+    iterate(
+        state,
+        partial(update, target=target, config=config),
+        lambda state: state.step >= config.steps or state.stage >= config.stages,
+        save_every=config.window,
+        checkpoint=checkpoint,
+        resume=resume,
+        identity={"method": "svi", **asdict(config), **identify(target.model, target.data), **(identity or {})},
+    )
+    return finish(state, target, config)
 
 
 def _sizes(target: LogDensity, config: SviConfig) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from posteriors import Linear, bilinear_model, short_sequences
 from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule
 
+from probattn import CausalAttention, LatentAttention
 from probattn.errors import InputError
 from probattn.inference.methods.log_density import LogDensity
 from probattn.models import EmbeddingModel, ScalarModel
@@ -46,12 +47,15 @@ def test_gradient_and_hessian(name):
     assert torch.autograd.gradcheck(target.log_density, z.clone().requires_grad_())
     value, gradient = target.value_and_gradient(z)
     torch.testing.assert_close(value, target.log_density(z))
-    step = 1e-5
-    for k in range(target.dim):
-        shift = step * torch.eye(target.dim, dtype=torch.float64)[k]
-        up, down = target.value_and_gradient(z + shift)[1], target.value_and_gradient(z - shift)[1]
-        torch.testing.assert_close(target.hessian(z)[:, k], (up - down) / (2 * step), rtol=1e-4, atol=1e-4)
+    (expected,) = torch.autograd.grad(target.log_density(point := z.clone().requires_grad_()).sum(), point)
+    torch.testing.assert_close(gradient, expected)
+    exact = torch.stack([torch.autograd.functional.hessian(lambda x: target.log_density(x[None])[0], x) for x in z])
+    found = target.hessian(z)
+    torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-7 * float(exact.abs().max()))
+    assert torch.equal(found, found.mT)
     assert not gradient.requires_grad
+    assert not found.requires_grad
+    assert not value.requires_grad
 
 
 def test_constrain_and_unconstrain_are_inverse():
@@ -86,6 +90,67 @@ def test_terms_are_the_likelihood_a_sequence_and_the_prior_a_site():
     prior = dist.Normal(0.0, 0.5 / 2**0.5).log_prob(values["qk_matrix"]).sum((-3, -2, -1))
     torch.testing.assert_close(terms["qk_matrix"], prior)
     torch.testing.assert_close(terms["lp"], target.log_density(z))
+
+
+def test_a_power_tempers_the_likelihood_alone():
+    """Against densities that Pyro has no part in: torch's own normal and log-normal, and the attention's."""
+    tempered = LogDensity(bilinear_model(U, power=0.3), U)
+    z = 0.1 * torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix, scale = z[:, :4].view(5, 1, 1, 2, 2), z[:, 4:].exp().unsqueeze(1)
+    attention = CausalAttention.from_qk_matrix(matrix)
+    likelihood = LatentAttention(attention, scale, 8).log_prob(U)
+    terms = tempered.evaluate(z)
+    torch.testing.assert_close(terms["u"], 0.3 * likelihood)
+    prior = torch.distributions.Normal(0.0, 0.5 / 2**0.5).log_prob(z[:, :4]).sum(-1)
+    prior = prior + torch.distributions.LogNormal(0.0, 0.5).log_prob(z[:, 4:].exp()).sum(-1)
+    torch.testing.assert_close(tempered.log_density(z), 0.3 * likelihood.sum(-1) + prior + z[:, 4:].sum(-1))
+
+
+def test_groups_are_as_large_as_the_memory_allows(monkeypatch):
+    target = LogDensity(bilinear_model(U), U)
+    # Between what the graph of a sequence must hold, its blocks and weights, and ten times as much.
+    tokens = 3 * 8
+    assert 8 * tokens * 4 < target.bytes_per_point < 8 * tokens * 4 * 100
+    assert target.group_size == 2**27 // target.bytes_per_point
+    double, many = LogDensity(bilinear_model(U), torch.cat([U, U])), LogDensity(bilinear_model(U), U[:1])
+    assert double.bytes_per_point == pytest.approx(2 * target.bytes_per_point, abs=2)
+    assert target.bytes_per_point == pytest.approx(3 * many.bytes_per_point, abs=3)
+    several = LogDensity(bilinear_model(U), torch.stack([U, U]))
+    assert several.bytes_per_point == target.bytes_per_point  # each point has one of the data sets
+    z = 0.1 * torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, sizes = target.evaluate(z), []
+    monkeypatch.setattr(LogDensity, "group_size", 3)
+    terms = target.log_terms
+    monkeypatch.setattr(target, "log_terms", lambda values: sizes.append(len(values["qk_matrix"])) or terms(values))
+    grouped = target.evaluate(z)
+    assert sizes == [3, 3, 1]
+    for name, values in whole.items():
+        torch.testing.assert_close(grouped[name], values)
+
+
+def test_the_memory_of_a_point_grows_with_the_tokens_and_not_with_their_square():
+    long, longer = (
+        LogDensity(EmbeddingModel(length, 2, parameters="qk_matrix"), torch.zeros(2, length, 2, dtype=torch.float64))
+        for length in (512, 1024)
+    )
+    assert longer.bytes_per_point / long.bytes_per_point == pytest.approx(2, rel=0.1)
+    wide = LogDensity(EmbeddingModel(512, 8, parameters="qk_matrix"), torch.zeros(2, 512, 8, dtype=torch.float64))
+    assert wide.bytes_per_point > 4 * long.bytes_per_point  # blocks of p x p
+    giant = torch.zeros(1, 64, 2, dtype=torch.float64).expand(2**24, 64, 2)
+    assert LogDensity(EmbeddingModel(64, 2, parameters="qk_matrix"), giant).group_size == 1
+
+
+def test_sizes():
+    target = LogDensity(bilinear_model(U), U)
+    assert (target.dim, target.sequences, target.data_sets) == (6, 3, None)
+    assert (target.observed, list(target.sites)) == (["u"], ["qk_matrix", "noise_scale"])
+    several = LogDensity(bilinear_model(U), torch.stack([U] * 4))
+    assert (several.sequences, several.data_sets) == (3, 4)
+    single = LogDensity(bilinear_model(U).to(torch.float32), U.float())
+    assert single.origin.dtype == torch.float32
+    assert torch.equal(single.origin, torch.zeros(6))
+    with pytest.raises(InputError, match="there are no sequences to fit"):
+        LogDensity(bilinear_model(U), U[:0])
 
 
 def test_far_out_it_is_not_a_number_and_no_error():

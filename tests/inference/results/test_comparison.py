@@ -8,16 +8,16 @@ import torch
 from posteriors import bilinear_model, sequences, short_sequences
 
 from probattn.errors import InputError
-from probattn.inference.methods.laplace import fit_laplace
+from probattn.inference.methods.laplace import LaplaceConfig, fit_laplace
 from probattn.inference.methods.log_density import LogDensity
-from probattn.inference.results.comparison import AS_ASKED, compare, leave_one_out, variants
+from probattn.inference.results.comparison import AS_ASKED, compare, leave_one_out, standard_error, variants
 from probattn.models import EmbeddingModel
 
 U = sequences()[:6, :16]
 
 
 def laplace(name, target):
-    return fit_laplace(target, draws=1000)
+    return fit_laplace(target, LaplaceConfig(draws=1000))
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,43 @@ def compared():
 def test_weights_agree_with_refitting_without_the_sequence():
     model = bilinear_model(U)
     target = LogDensity(model, U)
-    flat = fit_laplace(target, draws=4000).z
+    flat = fit_laplace(target, LaplaceConfig(draws=4000)).z
     elpd, khat = leave_one_out(target.evaluate(flat[0])["u"].numpy()[None])
     for n in range(3):
         rest = torch.cat([U[:n], U[n + 1 :]])
-        without = fit_laplace(LogDensity(model, rest), draws=4000).z[0]
+        without = fit_laplace(LogDensity(model, rest), LaplaceConfig(draws=4000)).z[0]
         exact = LogDensity(model, U[n : n + 1]).evaluate(without)["u"].squeeze(-1)
         expected = float(torch.logsumexp(exact, 0)) - math.log(4000)
         # Both are Monte Carlo estimates of the log of a mean over a few thousand draws.
         assert abs(elpd[n] - expected) < 0.1 + 0.2 * (khat[n] > 0.5)
+
+
+def test_standard_errors_are_those_of_a_sum():
+    """By a table and by repetition: a sum of N numbers varies sqrt(N) times as much as one of them."""
+    assert standard_error(np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx((4 * 5 / 3) ** 0.5)
+    generator = np.random.default_rng(0)
+    sums = generator.normal(scale=2.0, size=(20_000, 30)).sum(1)
+    estimates = [standard_error(row) for row in generator.normal(scale=2.0, size=(2000, 30))]
+    assert np.mean(estimates) == pytest.approx(sums.std(), rel=0.03)
+
+
+def test_both_errors_of_a_comparison_are_standard_errors_of_sums():
+    u = short_sequences()
+    models = {"tight": bilinear_model(u, prior_scale=0.1), "loose": bilinear_model(u, prior_scale=1.0)}
+    drawn = {name: fit_laplace(LogDensity(model, u), LaplaceConfig(draws=100)) for name, model in models.items()}
+    found = {entry.name: entry for entry in compare(models, u, lambda name, target: drawn[name])}
+    pointwise = {}
+    for name, model in models.items():
+        terms = LogDensity(model, u).evaluate(drawn[name].z[0])["u"]
+        pointwise[name] = leave_one_out(terms.numpy()[None])[0]
+        assert found[name].elpd == pytest.approx(pointwise[name].sum())
+        assert found[name].elpd_se == pytest.approx((3 * pointwise[name].var(ddof=1)) ** 0.5)
+    best, other = sorted(found.values(), key=lambda entry: -entry.elpd)
+    gap = pointwise[other.name] - pointwise[best.name]
+    assert (best.difference, best.difference_se) == (0.0, 0.0)
+    assert other.difference == pytest.approx(gap.sum())
+    assert other.difference_se == pytest.approx((3 * gap.var(ddof=1)) ** 0.5)
+    assert list(found) == [best.name, other.name]
 
 
 def test_predictive_weights_are_normalised():
@@ -59,7 +87,7 @@ def test_the_likelihood_that_was_fitted_makes_the_weights_and_the_density_judges
     """Judged by its own formula the naive fit would look better than it is: its formula is no density."""
     naive = bilinear_model(U, jacobian=False)
     target = LogDensity(naive, U)
-    flat = fit_laplace(target, draws=1000).z[0]
+    flat = fit_laplace(target, LaplaceConfig(draws=1000)).z[0]
     own = target.evaluate(flat)["u"].numpy()[None]
     proper = LogDensity(naive.altered(jacobian=True), U).evaluate(flat)["u"].numpy()[None]
     assert leave_one_out(own)[0].sum() > leave_one_out(own, proper)[0].sum() + 10
@@ -84,7 +112,7 @@ def test_strict_against_inclusive_and_heads():
     model = EmbeddingModel(8, 2, value_dim=2, prior_scale=0.3)
 
     def quick(name, target):
-        return fit_laplace(target, draws=200, correct=False)
+        return fit_laplace(target, LaplaceConfig(draws=200, correct=False))
 
     found = compare(variants(model, ("mask",)), u, quick)
     assert {entry.name for entry in found} == {AS_ASKED, "inclusive mask"}

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from arviz_stats.base import array_stats
 
 from probattn.inference.results.diagnosis import diagnose
 from probattn.inference.results.fit_file import Fit
@@ -70,6 +71,75 @@ def test_chains_that_disagree():
     assert "qk_matrix[0" in found.words
     assert "run longer" in found.words
     assert diagnosis.verdict == "not reliable"
+
+
+class TestThresholds:
+    """The boundaries of the verdicts, from both sides; the sources stand beside the numbers in the code."""
+
+    @pytest.mark.parametrize(
+        ("rhat", "level"),
+        [(1.009, "good"), (1.011, "warning"), (1.049, "warning"), (1.051, "problem"), (np.nan, "problem")],
+    )
+    def test_rhat(self, monkeypatch, rhat, level):
+        monkeypatch.setattr(array_stats, "rhat", lambda ary, **_: rhat)
+        diagnosis = diagnose(healthy())
+        assert finding(diagnosis, "R-hat").level == level
+        assert diagnosis.numbers["rhat"] == pytest.approx(rhat, nan_ok=True)
+
+    @pytest.mark.parametrize(("size", "level"), [(401.0, "good"), (400.0, "good"), (399.0, "warning")])
+    @pytest.mark.parametrize("kind", ["bulk", "tail"])
+    def test_effective_draws_per_chain(self, monkeypatch, kind, size, level):
+        monkeypatch.setattr(array_stats, "ess", lambda ary, method, **_: size if method == kind else 800.0)
+        found = finding(diagnose(healthy()), f"{kind} ESS")
+        assert found.level == level
+        # 200 draws a chain gave 399: 100 a chain and a fifth more to be safe takes 240.
+        assert ("fewer than 100 per chain: raise --draws to about 240" in found.words) == (level == "warning")
+
+    @pytest.mark.parametrize(("count", "level"), [(0, "good"), (1, "warning"), (8, "warning"), (9, "problem")])
+    def test_a_hundredth_of_divergences(self, count, level):
+        fit = healthy()
+        fit.groups["sample_stats"]["diverging"].ravel()[:count] = True
+        assert fit.groups["sample_stats"]["diverging"].size == 800
+        assert finding(diagnose(fit), "divergences").level == level
+
+    @pytest.mark.parametrize(("near", "place"), [(6, "at the fold boundary"), (5, "away from the boundary")])
+    @pytest.mark.parametrize(("gap", "counts"), [(0.049, True), (0.051, False)])
+    def test_half_of_the_divergences_near_the_boundary(self, near, place, gap, counts):
+        fit = healthy()
+        fit.groups["sample_stats"]["diverging"].ravel()[:11] = True
+        fit.groups["posterior"]["smallest_abs_det"].ravel()[:near] = gap
+        assert (place if counts else "away from the boundary") in finding(diagnose(fit), "divergences").words
+
+    @pytest.mark.parametrize(("fraction", "level"), [(0.31, "good"), (0.3, "good"), (0.29, "warning")])
+    def test_energies(self, monkeypatch, fraction, level):
+        monkeypatch.setattr(array_stats, "bfmi", lambda energy: np.array([0.9, fraction, 1.1]))
+        diagnosis = diagnose(healthy())
+        assert finding(diagnosis, "E-BFMI").level == level
+        assert diagnosis.numbers["ebfmi"] == fraction
+
+    @pytest.mark.parametrize(("count", "seen"), [(8, False), (9, True)])
+    def test_a_hundredth_of_saturated_trees(self, count, seen):
+        fit = healthy(max_depth=7)
+        fit.groups["sample_stats"]["tree_depth"].ravel()[:count] = 7
+        assert any(found.about == "trees" for found in diagnose(fit).findings) == seen
+
+    @pytest.mark.parametrize(
+        ("khat", "level"), [(0.5, "good"), (0.51, "warning"), (0.7, "warning"), (0.71, "problem"), (np.nan, "problem")]
+    )
+    def test_khat(self, khat, level):
+        assert finding(diagnose(healthy("svi", khat_guide=khat, corrected=0)), "k-hat").level == level
+
+    @pytest.mark.parametrize(("worth", "level"), [(100.0, "good"), (99.0, "warning")])
+    def test_independent_draws_left_by_the_correction(self, worth, level):
+        info = {"khat_guide": 0.9, "corrected": 1, "khat": 0.2, "importance_ess": worth}
+        assert finding(diagnose(healthy("laplace", **info)), "k-hat").level == level
+
+    @pytest.mark.parametrize(("count", "level"), [(0, "good"), (1, "warning"), (80, "warning"), (81, "problem")])
+    def test_a_twentieth_of_folded_draws(self, count, level):
+        fit = healthy()
+        assert fit.groups["posterior"]["regime"].size == 1600
+        fit.groups["posterior"]["regime"].ravel()[:count] = 2
+        assert finding(diagnose(fit), "regime at the data").level == level
 
 
 def test_one_chain_cannot_be_compared():

@@ -10,7 +10,7 @@ from posteriors import bilinear_model, short_sequences
 
 from probattn.barrier import stability_margin
 from probattn.inference.methods.draws import Draws
-from probattn.inference.methods.laplace import fit_laplace
+from probattn.inference.methods.laplace import LaplaceConfig, fit_laplace
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.heads import match_heads
@@ -27,7 +27,9 @@ def target():
 
 @pytest.fixture(scope="module")
 def fit(target):
-    return assemble(target, fit_laplace(target, draws=120), predictive=40, attributes={"seed": 0, "power": 1.0})
+    return assemble(
+        target, fit_laplace(target, LaplaceConfig(draws=120)), predictive=40, attributes={"seed": 0, "power": 1.0}
+    )
 
 
 def test_groups_and_named_axes(fit):
@@ -68,11 +70,28 @@ def test_the_numbers_are_those_of_the_draws(fit, target):
     np.testing.assert_allclose(total + volume, fit.groups["sample_stats"]["lp"])
 
 
+def test_a_point_has_its_density_too(target):
+    """What a method does not record the fit holds all the same."""
+    z = torch.zeros(1, 1, 6, dtype=torch.float64)
+    fit = assemble(target, Draws("map", z, info={"steps": 3}), predictive=2)
+    np.testing.assert_allclose(fit.groups["sample_stats"]["lp"], target.log_density(z[0])[None])
+    assert fit.attributes["steps"] == 3
+    recorded = assemble(target, Draws("nuts", z, {"lp": torch.full((1, 1), 7.0)}), predictive=2)
+    assert recorded.groups["sample_stats"]["lp"].tolist() == [[7.0]]
+
+
+def test_groups_of_draws_change_nothing(target, fit, monkeypatch):
+    monkeypatch.setattr(LogDensity, "group_size", 7)
+    again = assemble(target, fit_laplace(target, LaplaceConfig(draws=120)), predictive=40)
+    for name in ("margin", "log_abs_det", "regime", "smallest_margin", "smallest_abs_det"):
+        np.testing.assert_allclose(again.groups["posterior"][name], fit.groups["posterior"][name], rtol=1e-12)
+
+
 def test_predictive_data_look_like_the_data(fit):
     predicted = fit.groups["posterior_predictive"]["u"]
     assert predicted.shape[2:] == U.shape
     assert 0.3 < predicted.std() / float(U.std()) < 3
-    assert fit.attributes["posterior_predictive_without_law"] == 0.0
+    assert fit.attributes["posterior_predictive_unusable"] == 0.0
 
 
 def test_regimes_are_named_by_what_was_seen():

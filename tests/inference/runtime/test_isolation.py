@@ -7,11 +7,10 @@ import pytest
 import torch
 from posteriors import bilinear_model, short_sequences
 
-from probattn.inference.methods.laplace import fit_laplace
+from probattn.inference.methods.laplace import LaplaceConfig, fit_laplace
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import MapConfig, fit_map
-from probattn.inference.methods.mcmc import McmcConfig, fit_nuts
-from probattn.inference.methods.nuts import NutsConfig
+from probattn.inference.methods.nuts import NutsConfig, fit_nuts
 from probattn.inference.methods.svi import SviConfig, fit_svi
 from probattn.inference.results.posterior import assemble
 
@@ -19,21 +18,17 @@ U = short_sequences()
 
 
 def by_nuts(seed, method="vectorised"):
-    target = LogDensity(bilinear_model(U), U)
-    nuts = NutsConfig(warmup=20, draws=6, seed=seed)
-    return fit_nuts(target, McmcConfig(chains=2, chain_method=method, nuts=nuts)).z
+    config = NutsConfig(chains=2, chain_method=method, warmup=20, draws=4, max_depth=3, seed=seed)
+    return fit_nuts(LogDensity(bilinear_model(U), U), config).z
 
 
 def by_map(seed):
-    model = bilinear_model(U)
-    start = LogDensity(model, U).constrain(torch.full((6,), 0.1 + 0.01 * seed, dtype=torch.float64))
-    values = fit_map(model, (U,), MapConfig(steps=10, seed=seed), initial_values=start).values
-    return torch.cat([value.flatten() for value in values.values()])
+    return fit_map(LogDensity(bilinear_model(U), U), MapConfig(steps=10, seed=seed)).z
 
 
 def by_laplace(seed):
     target = LogDensity(bilinear_model(U), U)
-    draws = fit_laplace(target, draws=20, seed=seed)
+    draws = fit_laplace(target, LaplaceConfig(draws=20, seed=seed))
     return torch.as_tensor(assemble(target, draws, seed=seed, predictive=4).groups["posterior_predictive"]["u"])
 
 

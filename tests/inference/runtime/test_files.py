@@ -1,0 +1,165 @@
+"""Files are written whole or not at all, whoever else writes and whatever becomes of the writer."""
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from probattn.errors import InputError
+from probattn.inference.runtime.files import (
+    finite_or_null,
+    prepare_folder,
+    write_atomically,
+    write_figure,
+    write_json,
+    write_text,
+)
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_writer_that_fails_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "result.txt"
+    path.write_text("before")
+
+    def fail(partial):
+        partial.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["result.txt"]
+
+
+def test_until_the_end_there_is_the_old_file(tmp_path):
+    """Seen from inside the writer, half way through, and through a second name of the old file afterwards."""
+    path, other = tmp_path / "result.txt", tmp_path / "other.txt"
+    path.write_text("before")
+    os.link(path, other)
+
+    def write(partial):
+        partial.write_text("af")
+        assert path.read_text() == "before"
+        assert partial.parent == tmp_path  # one file system, or the move would be a copy
+        with partial.open("a") as file:
+            file.write("ter")
+            file.flush()
+            assert path.read_text() == "before"
+
+    write_atomically(path, write)
+    assert path.read_text() == "after"
+    assert other.read_text() == "before"  # the file was replaced, not written over
+
+
+def test_writers_that_race_and_readers_between_them(tmp_path):
+    """Four writers and a reader: every reading is the whole of what one writer wrote."""
+    path = tmp_path / "result.txt"
+    texts = [letter * 200_000 for letter in "abcd"]
+    write_text(path, texts[0])
+    done, wrong = threading.Event(), []
+
+    def read():
+        while not done.is_set():
+            text = path.read_text()
+            if text not in texts:
+                wrong.append((len(text), set(text)))
+
+    reader = threading.Thread(target=read)
+    writers = [threading.Thread(target=lambda text=text: [write_text(path, text) for _ in range(15)]) for text in texts]
+    mask = os.umask(0o022)
+    os.umask(mask)
+    reader.start()
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    done.set()
+    reader.join()
+    assert wrong == []
+    assert names(tmp_path) == ["result.txt"]
+    assert os.umask(mask) == mask  # the process is as it was
+
+
+def test_one_writer_inside_another(tmp_path):
+    path = tmp_path / "result.txt"
+
+    def slow(partial):
+        partial.write_text("slow, ")
+        write_text(path, "fast")
+        assert path.read_text() == "fast"
+        with partial.open("a") as file:
+            file.write("and whole")
+
+    write_atomically(path, slow)
+    assert path.read_text() == "slow, and whole"
+    assert names(tmp_path) == ["result.txt"]
+
+
+def test_a_writer_that_is_killed(tmp_path):
+    path = tmp_path / "result.txt"
+    path.write_text("before")
+    program = """
+import os, signal, sys
+from pathlib import Path
+from probattn.inference.runtime.files import write_atomically
+
+def write(partial):
+    partial.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_atomically(Path(sys.argv[1]), write)
+"""
+    killed = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert killed.returncode == -9
+    assert path.read_text() == "before"
+    write_text(path, "after")  # and what it left is in nobody's way
+    assert path.read_text() == "after"
+
+
+def test_files_have_the_permissions_of_the_user(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        write_text(tmp_path / "result.txt", "x")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "result.txt").stat().st_mode) == 0o640
+
+
+def test_json_has_null_where_it_has_no_number(tmp_path):
+    path = tmp_path / "result.json"
+    content = {"a": math.nan, "b": [1.5, -math.inf], "c": {"d": (math.inf, "é")}, "e": np.float64("nan"), "f": True}
+    write_json(path, content)
+    text = path.read_text(encoding="utf-8")
+    expected = {"a": None, "b": [1.5, None], "c": {"d": [None, "é"]}, "e": None, "f": True}
+    assert json.loads(text) == expected == finite_or_null(content)
+    assert text.endswith("}\n")
+    assert "é" in text
+    assert '\n  "a"' in text
+
+
+def test_figures_are_png(tmp_path):
+    write_figure(tmp_path / "figure.png", Figure(figsize=(2, 1)))
+    content = (tmp_path / "figure.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (260, 130)
+
+
+def test_folders_are_made_and_tried(tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert prepare_folder(folder) == folder
+    assert folder.is_dir()
+    assert names(folder) == []
+    assert prepare_folder(folder) == folder
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"--out .*file: cannot be written \(.+\); name a folder that can"):
+        prepare_folder(tmp_path / "file")
