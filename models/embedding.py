@@ -14,7 +14,6 @@ from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import InputError, require_at_least, require_choice, require_positive
 from probattn.models.module import SequenceModel
-from probattn.solve.selection import Selection
 
 __all__ = ["EmbeddingModel", "Parameters"]
 
@@ -170,17 +169,15 @@ class EmbeddingModel(SequenceModel):
             priors["noise_scale"] = dist.LogNormal(self.unit.new_zeros(self.dim), self.noise_spread).to_event(1)
         return priors
 
-    def likelihood(self, values: Mapping[str, Tensor], selection: Selection = "unique") -> LatentAttention:
+    def likelihood(self, values: Mapping[str, Tensor]) -> LatentAttention:
         """Distribution of one sequence given values of the sites.
 
         Args:
             values: values of the sites, ``(*batch, *event)`` each.
-            selection: rule for the choice among several solutions, as in
-                :class:`~probattn.distributions.LatentAttention`.
         """
         family = LatentAttention if self.jacobian else ResidualNoise
         noise_scale = values["noise_scale"] if self.noise_scale is None else self.noise_scale
-        return family(self.attention_of(values), noise_scale, self.length, selection=selection)
+        return family(self.attention_of(values), noise_scale, self.length)
 
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
         """Attention with given values of the sites, ``(*batch, H, ., .)`` each."""

@@ -13,7 +13,6 @@ from probattn.attention import CausalAttention, Mask, require_mask
 from probattn.distributions import LatentAttention, ResidualNoise
 from probattn.errors import require_positive
 from probattn.models.module import SequenceModel
-from probattn.solve.selection import Selection
 
 __all__ = ["ScalarModel", "scalar_attention"]
 
@@ -106,17 +105,15 @@ class ScalarModel(SequenceModel):
         zero = 0.0 * self.unit
         return {"a": dist.Normal(zero, self.prior_scale), "noise_scale": dist.LogNormal(zero, self.noise_spread)}
 
-    def likelihood(self, values: Mapping[str, Tensor], selection: Selection = "unique") -> LatentAttention:
+    def likelihood(self, values: Mapping[str, Tensor]) -> LatentAttention:
         """Distribution of one sequence given values of the sites.
 
         Args:
             values: slope ``a`` and ``noise_scale``, ``(*batch)`` each.
-            selection: rule for the choice among several solutions, as in
-                :class:`~probattn.distributions.LatentAttention`.
         """
         family = LatentAttention if self.jacobian else ResidualNoise
         noise_scale = values["noise_scale"].unsqueeze(-1)
-        return family(self.attention_of(values), noise_scale, self.length, selection=selection)
+        return family(self.attention_of(values), noise_scale, self.length)
 
     def attention_of(self, values: Mapping[str, Tensor]) -> CausalAttention:
         """Attention with a given slope ``a``, ``(*batch)``."""
