@@ -25,9 +25,9 @@ Sums are in float32 whatever the input. float32 inputs are multiplied as float32
 :func:`torch.set_float32_matmul_precision` allows TF32, 16-bit inputs as TF32, which is finer than they are.
 Derived here.
 
-The kernels pass their tests in Triton's interpreter on a CPU and compile for compute capabilities 8.0 to 10.0. They have
-not run on a GPU, so they are used only where the environment variable ``PROBATTN_TRITON=1`` is set: without it, moments
-on CUDA are computed by torch (:mod:`probattn.moments.blocked`). Before relying on them, run the file
+The kernels pass their tests in Triton's interpreter on a CPU and compile for compute capabilities 8.0 to 10.0. They
+have not run on a GPU, so they are used only where the environment variable ``PROBATTN_TRITON=1`` is set: without it,
+moments on CUDA are computed by torch (:mod:`probattn.moments.blocked`). Before relying on them, run the file
 ``tests/probattn/moments/test_cuda.py`` on the machine with the GPU.
 """
 
