@@ -75,9 +75,9 @@ def calibration_claim(settings: Settings, *, study: Study = STUDY) -> Claim:
     passing = [name for name in others if name not in failing]
     findings = []
     if passing:
-        findings.append(f"{_list(passing)} pass in this study too, which nothing guarantees.")
+        findings.append(f"Also calibrated in this study, which nothing guarantees: {_list(passing)}.")
     if failing:
-        findings.append(f"{_list(failing)} do not pass.")
+        findings.append(f"Not calibrated: {_list(failing)}.")
     if read:
         findings.append(f"The ranks of {_list(sorted(set(every) - set(ranks)))} are those of an earlier run: {origin}.")
     return _claim(
@@ -87,7 +87,7 @@ def calibration_claim(settings: Settings, *, study: Study = STUDY) -> Claim:
         control="The posterior without the Jacobian, by the same sampler on the same data, has ranks that leave the "
         f"band by {control:.2f}; its 90 % intervals contain the truth in "
         f"{100 * measured[f'{_CONTROL}_coverage_90_worst']:.0f} % of the replicates for the worst quantity.",
-        finding=" ".join(text[:1].upper() + text[1:] for text in findings),
+        finding=" ".join(findings),
         figures={"calibration": _figure(every)},
     )
 
