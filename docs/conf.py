@@ -59,10 +59,15 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 100
-_FOREIGN = "torch|pyro|numpy|np|scipy|matplotlib|xarray|transformers|collections|pathlib|typing|threading|http"
+_FOREIGN = (
+    "torch|pyro|numpy|np|scipy|matplotlib|xarray|transformers|cyclopts|collections|logging|pathlib|types|typing|"
+    "threading|http"
+)
 # Short names of other libraries, and aliases whose values are documented where they are used.
 _SHORT = "Tensor|Module|NDArray|Figure|Axes|DataTree|Path|Any|Callable|Mapping|Sequence|Literal|Array|Form|Selection"
-nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN}|nn|dist|constraints)\..*"), ("py:.*", _SHORT)]
+# Type variables have no entry of their own.
+_VARIABLES = r"probattn\.(cli\.command\.Options|inference\.runtime\.checkpoint\.State|numerics\.precision\.Method)"
+nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN}|nn|dist|constraints)\..*"), ("py:.*", _SHORT), ("py:.*", _VARIABLES)]
 
 html_theme = "furo"
 html_title = f"probattn {release}"
@@ -115,7 +120,8 @@ def find_by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, c
         return None
     domain = env.get_domain("py")
     wanted = node["reftarget"].removeprefix("probattn.").removeprefix("blocks.")
-    found = {entry[3:5]: entry for entry in domain.get_objects() if entry[0].endswith(f".{wanted}")}
+    objects = (entry for entry in domain.get_objects() if entry[2] != "module")
+    found = {entry[3:5]: entry for entry in objects if entry[0].endswith(f".{wanted}")}
     if len(found) != 1:
         return None
     ((_, _, _, page, anchor, _),) = found.values()

@@ -135,13 +135,13 @@ class AttentionParameters:
     @property
     @in_own_precision
     def qk_matrix(self) -> Tensor:
-        """A_h = c W_K^T W_Q, ``(*batch, H, p, p)``: identified by the logits, as the factors are not."""
+        """A_h = c W_K^T W_Q, ``(*batch, H, p, p)``, identified by the logits, as the factors are not."""
         return self.key.mT @ self.scaled_query
 
     @property
     @in_own_precision
     def ov_matrix(self) -> Tensor:
-        """C_h = W_O W_V, ``(*batch, H, p, p)``: identified by the mean, as the factors are not."""
+        """C_h = W_O W_V, ``(*batch, H, p, p)``, identified by the mean, as the factors are not."""
         return self.output @ self.value
 
     @property

@@ -10,7 +10,7 @@ from probattn.inference.bench.harness import Row, race
 
 __all__ = ["SHAPES", "dense_log_density", "density", "log_density"]
 
-#: Chains times sequences, T and p: many short chains as in NUTS, and longer sequences.
+#: Chains times sequences, T and p, for many short chains as in NUTS and for longer sequences.
 SHAPES = ((256, 32, 2), (8, 512, 4), (4, 1024, 8))
 _TURN = 0.1  # seconds: a call takes milliseconds
 

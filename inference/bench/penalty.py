@@ -18,7 +18,7 @@ from probattn.penalty import attention_penalty
 
 __all__ = ["SHAPES", "against_attention", "against_autograd", "against_others", "dense_penalty", "memory", "peak"]
 
-#: Batch times heads, T and d, and the goal: times faster than the dense formula.
+#: Batch times heads, T and d, and the goal as a factor over the dense formula.
 SHAPES = ((32, 256, 8, 5.0), (32, 256, 16, 4.0), (8, 512, 32, 3.0))
 _FLOOR = 2.5  # goal: times the cost of the three matrix products
 _AUTOGRAD = 200.0  # goal: times faster than the Jacobian by torch.func

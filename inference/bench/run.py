@@ -40,7 +40,7 @@ PARTS: Mapping[Part, Callable[[torch.device, int], list[Row]]] = {
     "training": lambda device, rounds: [*character_step(device, rounds), *gpt2_step(device, rounds)],
     "gpu": lambda device, rounds: against_attention(rounds),
 }
-#: Ratio that a change must keep, by competitor: about half of what is reached, so that a busy machine does not fail it.
+#: Ratio that a change must keep, by competitor, about half of what is reached, so that a busy machine does not fail it.
 GATES: Mapping[str, float] = {
     "its three matrix products, dense": 4.0,
     "einsum and slogdet": 1.5,

@@ -29,7 +29,7 @@ __all__ = ["CLAIMS", "require_claims", "run_claims"]
 
 Measure = Callable[[Subject, Settings], Claim]
 
-#: Measurements by id of the claim, in the order of the report: (subject, settings) -> claim.
+#: Measurements (subject, settings) -> claim by id of the claim, in the order of the report.
 CLAIMS: Mapping[str, Measure] = MappingProxyType(
     {
         "jacobian": lambda subject, _: jacobian_claim(subject),

@@ -66,7 +66,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """Verdict by the worst level: "reliable", "usable with care" or "not reliable"."""
+        """Verdict by the worst level, one of "reliable", "usable with care" and "not reliable"."""
         worst = max(self.findings, key=lambda finding: list(_VERDICTS).index(finding.level))
         return _VERDICTS[worst.level]
 

@@ -104,7 +104,7 @@ class Branches:
 
     @property
     def mass(self) -> float:
-        """Total mass: one under a rule that selects, the mean number of roots under "all"."""
+        """Total mass, which is one under a rule that selects, and the mean number of roots under "all"."""
         return float(sum(self._probability(part.low, part.high) * part.weight for part in self._intervals))
 
     def log_weight(self, u: Array | float) -> Array:
