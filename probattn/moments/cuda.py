@@ -70,7 +70,7 @@ class _Statistics(NamedTuple):
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softcap: float | None) -> bool:
-    """Whether the kernels cover moments of the past; where they do not, compute it with torch.
+    """True if the kernels cover moments of the past; otherwise compute them with torch.
 
     They need to be enabled, and they need Triton, an NVIDIA GPU with compute capability 8.0 or more, one dtype among
     float32, bfloat16 and float16, r and dv up to LARGEST, no mask beside first and limit, and no cap on the logits.
@@ -224,11 +224,11 @@ class _Problem(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """How many make the r dv columns."""
+        """Number of tiles that make the r dv columns."""
         return -(-self.value.shape[-1] // self.dims)
 
     def some(self) -> Tensor:
-        """Whether a row sees any token, (P g, 1)."""
+        """True for rows that see any token, (P g, 1)."""
         return (self.first < self.limit).repeat_interleave(self.group).unsqueeze(-1)
 
     def statistics(self) -> _Statistics:
