@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: verify test test-slow notebooks notebooks-smoke bench gate docs lint types imports clean
+.PHONY: verify test test-slow test-one-thread notebooks notebooks-smoke bench gate docs lint types imports clean
 
 verify: .venv/installed
 	$(BIN)/probattn verify
@@ -12,7 +12,14 @@ test: .venv/installed
 	$(MAKE) notebooks-smoke
 
 test-slow: .venv/installed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+
+# The numerical tests again on one thread; `make test` runs them on all threads of its processes.
+test-one-thread: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow" $(NUMERICAL)
+
+NUMERICAL := tests/probattn/numerics tests/probattn/moments tests/probattn/solve tests/probattn/test_blocks.py \
+	tests/probattn/test_attention.py tests/probattn/test_barrier.py tests/probattn/test_penalty.py
 
 # All of them, completely and in place: this writes the outputs that are committed.
 notebooks: .venv/installed

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from probattn.attention import CausalAttention
 from probattn.errors import InputError
+from probattn.interface import Attention
 from probattn.solve.selection import Selection
 from probattn.transforms import AttentionTransform
 
@@ -42,7 +42,7 @@ def noise_distribution(
     if length < 1:
         raise InputError(f"length is {length}; it must be at least 1.")
     if (noise_scale is None) == (scale_tril is None):
-        raise InputError("give exactly one of noise_scale and scale_tril (noise_scale=None when scale_tril is used).")
+        raise InputError("give exactly one of noise_scale and scale_tril.")
     validate = Distribution._validate_args if validate_args is None else validate_args
     if scale_tril is not None:
         if scale_tril.shape[-2:] != (dim, dim):
@@ -119,6 +119,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
     implicit-function theorem, sequential in T. Source: derived here (theory, section 2).
 
     Example:
+        >>> from probattn import CausalAttention
         >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
         >>> process = LatentAttention(attention, noise_scale=1.0, length=3)
         >>> process.event_shape, process.log_prob(torch.tensor([[-1.0], [1.0], [0.0]]))
@@ -130,19 +131,21 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
 
     def __init__(
         self,
-        attention: CausalAttention,
-        noise_scale: float | Tensor | None,
-        length: int,
+        attention: Attention,
+        noise_scale: float | Tensor | None = None,
+        length: int | None = None,
         *,
         scale_tril: Tensor | None = None,
         selection: Selection = "unique",
         validate_args: bool | None = None,
     ) -> None:
+        if length is None:
+            raise InputError("length is missing; pass the number of tokens T.")
         base = noise_distribution(
             noise_scale,
             length,
             attention.dim,
-            like=attention.query,
+            like=attention.like,
             scale_tril=scale_tril,
             validate_args=validate_args,
         )
@@ -157,7 +160,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
         return transform  # type: ignore[no-any-return]
 
     @property
-    def attention(self) -> CausalAttention:
+    def attention(self) -> Attention:
         """The attention."""
         return self.transform.attention
 

@@ -75,17 +75,15 @@ class NextToken(dist.TorchDistribution):
     def __init__(
         self,
         past: Context,
-        noise_scale: float | Tensor | None,
+        noise_scale: float | Tensor | None = None,
         *,
         scale_tril: Tensor | None = None,
         selection: Selection = "unique",
         validate_args: bool | None = None,
     ) -> None:
         require_selection(selection)
-        dim = past.values.shape[-1]
-        noise = noise_distribution(
-            noise_scale, 1, dim, like=past.values, scale_tril=scale_tril, validate_args=validate_args
-        )
+        dim, like = past.attention.dim, past.attention.like
+        noise = noise_distribution(noise_scale, 1, dim, like=like, scale_tril=scale_tril, validate_args=validate_args)
         _require_resolved(noise, past)
         batch_shape = torch.broadcast_shapes(past.batch_shape, noise.batch_shape)
         # Expanded, so that each past of a batch draws noise of its own.
@@ -177,7 +175,7 @@ class NextToken(dist.TorchDistribution):
         Raises:
             InputError: a batch, or an inclusive mask in one dimension.
         """
-        eps = torch.as_tensor(noise, dtype=self.past.values.dtype, device=self.past.values.device)
+        eps = torch.as_tensor(noise).to(self.past.attention.like)
         if self.past.attention.dim == 1 and eps.dim() == 0:
             return find_roots(self.past, eps.unsqueeze(-1)).squeeze(-1)
         return find_roots(self.past, eps)
@@ -250,11 +248,11 @@ class NextToken(dist.TorchDistribution):
 def _require_resolved(noise: dist.TorchDistribution, past: Context) -> None:
     """Refuse a noise smaller than the error to which u - mu(u) = eps is solved."""
     size = float(past.largest.max()) if past.largest.numel() else 0.0
-    resolved = 1e3 * torch.finfo(past.values.dtype).eps * (1 + size)
+    resolved = 1e3 * torch.finfo(past.attention.like.dtype).eps * (1 + size)
     smallest = float(noise.stddev.min()) if noise.stddev.numel() else math.inf
     if smallest < resolved:
         raise InputError(
             f"the noise has a standard deviation of {smallest:.3g}, and after tokens of size {size:.3g} "
-            f"{past.values.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would "
+            f"{past.attention.like.dtype} tells solutions apart down to {resolved:.2g}: those of different noise would "
             "coincide. Use a larger noise_scale, or float64."
         )

@@ -44,7 +44,7 @@ class AttentionProcess:
     def __init__(
         self,
         attention: CausalAttention,
-        noise_scale: float | Tensor | None,
+        noise_scale: float | Tensor | None = None,
         *,
         scale_tril: Tensor | None = None,
         selection: Selection = "unique",

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from probattn.attention import CausalAttention
+from probattn.interface import Attention
 from probattn.solve.selection import Selection, require_selection
 from probattn.solve.sequence import solve_sequence
 
@@ -24,7 +25,7 @@ class AttentionTransform(Transform):
 
     Args:
         attention: the attention; the transform is a light view of it, so build both anew inside a model.
-        selection: what to do with several solutions, see :func:`probattn.solve.sequence.solve_sequence`.
+        selection: rule where several solutions exist, see :mod:`probattn.solve.selection`.
         cache_size: 0 or 1, as in torch. A cache is stale after an in-place update of the parameters.
 
     Example:
@@ -39,19 +40,22 @@ class AttentionTransform(Transform):
     codomain = constraints.independent(constraints.real, 2)
     bijective = True
 
-    def __init__(self, attention: CausalAttention, *, selection: Selection = "unique", cache_size: int = 0) -> None:
+    def __init__(self, attention: Attention, *, selection: Selection = "unique", cache_size: int = 0) -> None:
         require_selection(selection)
         self.attention = attention
         self.selection: Selection = selection
         super().__init__(cache_size=cache_size)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, AttentionTransform) and self.selection == other.selection
-        return same and self.attention.equals(other.attention)
+        if not isinstance(other, AttentionTransform) or self.selection != other.selection:
+            return False
+        mine, theirs = self.attention, other.attention
+        linear = isinstance(mine, CausalAttention) and isinstance(theirs, CausalAttention)
+        return mine is theirs or (linear and mine.equals(theirs))
 
     def __hash__(self) -> int:
         # Equal transforms have equal shapes; the values stay out, as hashing them would copy them from the device.
-        return hash((AttentionTransform, self.attention.mask, self.attention.query.shape))
+        return hash((AttentionTransform, self.attention.mask, self.attention.dim))
 
     def __repr__(self) -> str:
         return f"AttentionTransform({self.attention!r})"

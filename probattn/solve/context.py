@@ -22,9 +22,10 @@ from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.errors import InputError
+from probattn.interface import Attention
 from probattn.solve.bound import bound_from_diameters, projection_slack, running_diameters
 
-__all__ = ["Context"]
+__all__ = ["Context", "context_of"]
 
 # |obar| |gbar|, measured from the first token, beyond which the difference of the two moments loses too many digits.
 _CANCELLATION = {torch.float32: 1e3, torch.float64: 1e4}
@@ -337,6 +338,18 @@ class Context:
     def _form_products(self) -> Tensor:
         o, g = self._centred
         return torch.cat([o, g, (o.unsqueeze(-1) * g.unsqueeze(-2)).flatten(-2)], dim=-1)
+
+
+def context_of(attention: Attention, u: Tensor) -> Context:
+    """The context of the tokens u_1, ..., u_n, (*batch, n, p), under any attention.
+
+    The layer of a transformer brings a next-token map of its own, with the methods of :class:`Context` that solving
+    needs.
+    """
+    if isinstance(attention, CausalAttention):
+        return Context.of(attention, u)
+    context: Context = attention.context(u)
+    return context
 
 
 def _project(attention: CausalAttention, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probattn.attention import CausalAttention
+from probattn.interface import Attention
 from probattn.numerics import linalg
 from probattn.numerics.derivatives import first_order_only
-from probattn.solve.context import Context
+from probattn.solve.context import Context, context_of
 
 __all__ = ["with_gradient"]
 
 
-def with_gradient(attention: CausalAttention, e: Tensor, solution: Tensor) -> Tensor:
+def with_gradient(attention: Attention, e: Tensor, solution: Tensor) -> Tensor:
     """The solution as a function of the noise and of the attention's parameters, differentiable once.
 
     Args:
@@ -44,7 +44,7 @@ class _ImplicitSolution(torch.autograd.Function):
     """The solution as a function of z = e + mu(u*): the identity forward, (de/du)^{-T} backward."""
 
     @staticmethod
-    def forward(ctx: Any, noise: Tensor, solution: Tensor, attention: CausalAttention) -> Tensor:
+    def forward(ctx: Any, noise: Tensor, solution: Tensor, attention: Attention) -> Tensor:
         ctx.save_for_backward(noise, solution)
         ctx.attention = attention
         return solution.clone()
@@ -53,7 +53,7 @@ class _ImplicitSolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         noise, u = ctx.saved_tensors
         with torch.no_grad():
-            result = _back_substitute(Context.of(ctx.attention, u), u, gradient)
+            result = _back_substitute(context_of(ctx.attention, u), u, gradient)
         return first_order_only(result, noise, "the solution of u - mu(u) = e"), None, None
 
 

@@ -13,9 +13,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from probattn.attention import CausalAttention
 from probattn.errors import InputError, SeveralSolutionsWarning, require_finite
-from probattn.solve.context import Context
+from probattn.interface import Attention
+from probattn.solve.context import context_of
 from probattn.solve.implicit import with_gradient
 from probattn.solve.parallel import unique_prefix
 from probattn.solve.selection import Selection, require_selection
@@ -27,7 +27,7 @@ Method = Literal["parallel", "sequential"]
 
 
 def solve_sequence(
-    attention: CausalAttention, e: Tensor, *, selection: Selection = "unique", method: Method = "parallel"
+    attention: Attention, e: Tensor, *, selection: Selection = "unique", method: Method = "parallel"
 ) -> Tensor:
     r"""The sequence u with u - mu(u) = e.
 
@@ -53,15 +53,16 @@ def solve_sequence(
         SeveralSolutionsError: several solutions, under selection "unique".
 
     Example:
+        >>> from probattn import CausalAttention
         >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
         >>> u = solve_sequence(attention, torch.tensor([[1.0], [-1.0], [0.3]]))
         >>> bool(torch.allclose(attention.residual(u), torch.tensor([[1.0], [-1.0], [0.3]]), atol=1e-5))
         True
     """
-    if e.dim() < 2 or e.shape[-1] != attention.dim or e.dtype != attention.query.dtype:
+    if e.dim() < 2 or e.shape[-1] != attention.dim or e.dtype != attention.like.dtype:
         raise InputError(
             f"the noise has shape {tuple(e.shape)} and is {e.dtype}; it must be (*batch, T, {attention.dim}) and "
-            f"{attention.query.dtype}, like the attention."
+            f"{attention.like.dtype}, like the attention."
         )
     require_finite("the noise", e.detach())
     solution, several = find_sequence(attention.detach(), e.detach(), selection, method)
@@ -72,7 +73,7 @@ def solve_sequence(
 
 @torch.no_grad()
 def find_sequence(
-    attention: CausalAttention, e: Tensor, selection: Selection, method: Method = "parallel"
+    attention: Attention, e: Tensor, selection: Selection, method: Method = "parallel"
 ) -> tuple[Tensor, Tensor]:
     """The sequence and where it was one of several, without a gradient and without a warning.
 
@@ -93,7 +94,7 @@ def find_sequence(
         raise InputError(f"method is {method!r}; use one of {', '.join(map(repr, get_args(Method)))}.")
     batch = torch.broadcast_shapes(attention.batch_shape, e.shape[:-2])
     e = e.expand(*batch, *e.shape[-2:])
-    context, u = Context.of(attention, e[..., :0, :]), e[..., :0, :]
+    context, u = context_of(attention, e[..., :0, :]), e[..., :0, :]
     if method == "parallel":
         context, u = unique_prefix(context, e)
     tokens, folded = [u], [torch.zeros(u.shape[:-1], dtype=torch.bool, device=u.device)]

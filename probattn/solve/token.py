@@ -194,9 +194,13 @@ def _search(context: Context, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     """Ends of Newton's method from many starts, the first of each solution among them, the least residual, several."""
     starts = torch.cat([_usual(context, noise).unsqueeze(0), noise + _spread_out(vertices(context), noise)])
     ends = newton(context, noise, starts)
-    if context.length and not bool(ends.solved.any(0).all()):
-        # A solution exists under the strict mask; look for it from anywhere in the hull of what the mean can be.
-        again = newton(context, noise, noise + _spread_out(hull_points(context, _MORE_STARTS), noise))
+    if not bool(ends.solved.any(0).all()):
+        # Where the mean is bounded a solution exists: look for it as far from eps as the mean is long, and from anywhere
+        # in the hull of what the mean can be.
+        more = _around(context, noise)
+        if context.length:
+            more = torch.cat([more, noise + _spread_out(hull_points(context, _MORE_STARTS), noise)])
+        again = newton(context, noise, more)
         ends = type(ends)(*(torch.cat(pair) for pair in zip(ends, again, strict=True)))
     apart = torch.linalg.vector_norm(ends.u.unsqueeze(1) - ends.u.unsqueeze(0), dim=-1) > _same_root(ends.tolerance)
     earlier = torch.ones(len(ends.u), len(ends.u), dtype=torch.bool, device=noise.device).tril(-1)
@@ -209,6 +213,15 @@ def _search(context: Context, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 def _usual(context: Context, noise: Tensor) -> Tensor:
     """The first place to start from, eps + mu(eps), shaped as the token."""
     return noise + context.mean(noise)
+
+
+def _around(context: Context, noise: Tensor) -> Tensor:
+    """Points on a sphere about eps with the length of mu(eps) as its radius, (starts, *sample, *batch, p)."""
+    generator = torch.Generator().manual_seed(0)  # the same search every time
+    direction = torch.randn(_MORE_STARTS, noise.shape[-1], generator=generator, dtype=torch.float64).to(noise)
+    direction = torch.nn.functional.normalize(direction, dim=-1)
+    radius = torch.linalg.vector_norm(context.mean(noise), dim=-1, keepdim=True)  # (*sample, *batch, 1)
+    return noise + radius * direction.view(_MORE_STARTS, *[1] * (noise.dim() - 1), -1)
 
 
 def _same_root(tolerance: Tensor) -> Tensor:

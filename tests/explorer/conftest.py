@@ -17,7 +17,10 @@ def chromium():
     names = ("chromium", "chromium-browser", "google-chrome")
     path = os.environ.get("PROBATTN_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        pytest.skip("no Chromium on this machine: install one, or name it in PROBATTN_CHROMIUM")
+        missing = "no Chromium on this machine: install one, or name it in PROBATTN_CHROMIUM"
+        if os.environ.get("PROBATTN_REQUIRE_BROWSER"):
+            pytest.fail(missing)
+        pytest.skip(missing)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser

@@ -27,7 +27,7 @@ TRIL = torch.tensor([[0.8, 0.0], [0.3, 0.6]], dtype=torch.float64)
     [
         LatentAttention(SMALL, 0.7, 4),
         LatentAttention(SMALL, torch.tensor([0.5, 0.9]), 4),
-        LatentAttention(SMALL, None, 4, scale_tril=TRIL),
+        LatentAttention(SMALL, length=4, scale_tril=TRIL),
         LatentAttention(attention_like(1, 1, 2, 2, size=0.2, batch=(3,)), torch.full((3, 1), 0.7), 3),
         LatentAttention(attention_like(2, 1, 1, 2, 1, "inclusive", size=0.2), 0.7, 3),
     ],
@@ -47,7 +47,7 @@ def test_transform_conforms(mask, heads, dim, value_dim):
 
 
 def test_density_is_the_change_of_variables_through_the_dense_jacobian():
-    law = LatentAttention(SMALL, None, 4, scale_tril=TRIL)
+    law = LatentAttention(SMALL, length=4, scale_tril=TRIL)
     u = tokens(4, 4, 2)
     whole = dense(SMALL, u).movedim(2, 1).reshape(8, 8)
     noise = dist.MultivariateNormal(torch.zeros(2).double(), scale_tril=TRIL).log_prob(SMALL.residual(u)).sum()

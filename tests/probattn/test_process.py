@@ -281,7 +281,7 @@ class TestProcess:
                 path[index]
 
     def test_prefix_laws(self):
-        process = AttentionProcess(QUIET, None, scale_tril=0.5 * torch.eye(4, dtype=torch.float64))
+        process = AttentionProcess(QUIET, scale_tril=0.5 * torch.eye(4, dtype=torch.float64))
         u = process.path(seed=2)[0:6]
         assert process.prefix(6).event_shape == (6, 4)
         step = process.prefix(6).log_prob(u) - process.prefix(5).log_prob(u[:5])
