@@ -37,6 +37,7 @@ from probattn.models.corpus import Corpus
 __all__ = ["STUDY", "quick_study", "robustness_claim", "words_of_verdict"]
 
 STUDY = Study()
+_ALL_ARMS = (*ARMS, *VARIANTS)
 _RESULTS = "robustness.json"
 _QUICK_ARMS = tuple(arm for arm in ARMS if arm.name in (PLAIN, LITERAL))
 _CONTEXT = 32  # context of the quick form: half the usual one allows twice the steps in the same time
@@ -50,7 +51,7 @@ def robustness_claim(
     settings: Settings,
     *,
     study: Study = STUDY,
-    arms: Sequence[Arm] = (*ARMS, *VARIANTS),
+    arms: Sequence[Arm] = _ALL_ARMS,
     quick: Study | None = None,
 ) -> Claim:
     """Train with and without the barrier, and compare.
