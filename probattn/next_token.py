@@ -103,7 +103,7 @@ class NextToken(dist.TorchDistribution):
 
     @property
     def _scalar(self) -> bool:
-        """Whether the exact one-dimensional tools apply: one past, p = 1, strict mask."""
+        """True if the exact one-dimensional tools apply: one past, p = 1, strict mask."""
         attention = self.past.attention
         return (
             attention.dim == 1

@@ -103,7 +103,7 @@ class Path:
 
     @property
     def computed(self) -> int:
-        """How many tokens have been computed so far."""
+        """Number of tokens computed so far."""
         return len(self._tokens)
 
     def __len__(self) -> int:

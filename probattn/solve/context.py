@@ -147,7 +147,7 @@ class Context:
 
     @property
     def on_a_line(self) -> bool:
-        """Whether tokens are one-dimensional and the mask is strict: what is exact on a line applies."""
+        """True if tokens are one-dimensional and the mask is strict, so that the exact results on a line apply."""
         return self.values.shape[-1] == 1 and self.attention.mask == "strict"
 
     def contraction_bound(self) -> Tensor:
