@@ -75,7 +75,7 @@ class Attention(Protocol):
         """The residual, ``(*batch, T, p)``, and ``log|det J_i|``, ``(*batch, T)``, in one pass."""
 
     def context(self, u: Tensor) -> Any:
-        """The next-token map of the past u, (*batch, n, p); of linear maps see :mod:`probattn.solve.context`."""
+        """The next-token map of the past u, ``(*batch, n, p)``; of linear maps see :mod:`probattn.solve.context`."""
 
     def detach(self) -> Attention:
         """The same attention cut off from the graph of its parameters."""

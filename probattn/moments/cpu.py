@@ -148,7 +148,7 @@ AVAILABLE = _LIBRARY is not None
 
 
 def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sign and log|det(I - K)|, and (I - K)^-T, by which the logarithm is differentiated.
+    """Sign and ``log|det(I - K)|``, and (I - K)^-T, by which the logarithm is differentiated.
 
     Args:
         matrix: K, (N, m, m), m <= LARGEST, float32 or float64 on the CPU.

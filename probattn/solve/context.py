@@ -341,7 +341,7 @@ class Context:
 
 
 def context_of(attention: Attention, u: Tensor) -> Context:
-    """The context of the tokens u_1, ..., u_n, (*batch, n, p), under any attention.
+    """The context of the tokens u_1, ..., u_n, ``(*batch, n, p)``, under any attention.
 
     The layer of a transformer brings a next-token map of its own, with the methods of :class:`Context` that solving
     needs.

@@ -195,8 +195,8 @@ def _search(context: Context, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     starts = torch.cat([_usual(context, noise).unsqueeze(0), noise + _spread_out(vertices(context), noise)])
     ends = newton(context, noise, starts)
     if not bool(ends.solved.any(0).all()):
-        # Where the mean is bounded a solution exists: look for it as far from eps as the mean is long, and from anywhere
-        # in the hull of what the mean can be.
+        # Where the mean is bounded a solution exists: look for it as far from eps as the mean is long, and from
+        # anywhere in the hull of what the mean can be.
         more = _around(context, noise)
         if context.length:
             more = torch.cat([more, noise + _spread_out(hull_points(context, _MORE_STARTS), noise)])
@@ -216,7 +216,7 @@ def _usual(context: Context, noise: Tensor) -> Tensor:
 
 
 def _around(context: Context, noise: Tensor) -> Tensor:
-    """Points on a sphere about eps with the length of mu(eps) as its radius, (starts, *sample, *batch, p)."""
+    """Points on a sphere about eps with the length of mu(eps) as its radius, ``(starts, *sample, *batch, p)``."""
     generator = torch.Generator().manual_seed(0)  # the same search every time
     direction = torch.randn(_MORE_STARTS, noise.shape[-1], generator=generator, dtype=torch.float64).to(noise)
     direction = torch.nn.functional.normalize(direction, dim=-1)
