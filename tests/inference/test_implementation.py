@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from probattn.errors import InputError
+from probattn.inference.claims import implementation
 from probattn.inference.claims.claim import judge
-from probattn.inference.claims.implementation import check_language_model, implementation_numbers, rounding_bounds
+from probattn.inference.claims.implementation import (
+    check_language_model,
+    implementation_claim,
+    implementation_numbers,
+    rounding_bounds,
+)
 from probattn.models.discrete import OwnModel
 
 CHECKS = {"steps", "batch", "padding", "causality", "normalisation", "chain"}
@@ -82,7 +88,7 @@ class StepsDrift(Altered):
 
 
 class CountsLength(Altered):
-    """Its law of the next token depends on how long the whole text is: no process has such conditionals."""
+    """Its next-token distribution depends on how long the whole text is: no process has such conditionals."""
 
     def fault(self, tokens, logits, mask):
         return logits * (1 + 1e-6 * tokens.shape[1])
@@ -101,13 +107,38 @@ class NotANumber(Altered):
         (SeesPadding, "padding"),
         (StepsDrift, "steps"),
         (CountsLength, "chain"),
-        (NotANumber, "steps"),
     ],
 )
 def test_each_fault_is_seen(subject, tokens, fault, seen):
     found, bound = found_and_bound(fault(subject.model, subject.values), tokens)
     assert not judge(found, bound)
-    assert math.isnan(found[seen]) or found[seen] > 100 * bound[seen]
+    assert found[seen] > 100 * bound[seen]
+
+
+def test_not_a_number_is_seen(subject, tokens):
+    found, bound = found_and_bound(NotANumber(subject.model, subject.values), tokens)
+    assert not judge(found, bound)
+    assert all(math.isnan(found[check]) for check in CHECKS)
+
+
+class TestClaim:
+    def test_holds(self, subject):
+        claim = implementation_claim(subject)
+        assert (claim.id, claim.kind, claim.verdict) == ("implementation", "identity", "supported")
+        assert claim.measured["control_over_bound"] > 1e6
+        assert "is detected" in claim.control
+
+    def test_turns_with_a_faulty_model(self, subject, monkeypatch):
+        monkeypatch.setattr(implementation, "OwnModel", StepsDrift)
+        claim = implementation_claim(subject)
+        assert claim.broken
+        assert claim.measured["own_steps"] > claim.bound["own_steps"]
+
+    def test_turns_with_a_control_that_passes(self, subject, monkeypatch):
+        monkeypatch.setattr(implementation, "_ForgetsFirst", OwnModel)
+        claim = implementation_claim(subject)
+        assert judge(claim.measured, claim.bound)
+        assert claim.broken
 
 
 class TestNumbers:

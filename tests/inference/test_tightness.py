@@ -42,12 +42,12 @@ class Markov:
         return self.logits(tokens, mask)
 
     def survival(self, length):
-        law, found = torch.zeros(self.vocabulary, dtype=torch.float64), []
-        law[0] = 1
+        left, found = torch.zeros(self.vocabulary, dtype=torch.float64), []
+        left[0] = 1
         for _ in range(length):
-            law = law @ self.table
-            law[0] = 0
-            found.append(law.sum())
+            left = left @ self.table
+            left[0] = 0
+            found.append(left.sum())
         return torch.stack(found)
 
 
@@ -65,7 +65,8 @@ class TestFloor:
         z = z / z.norm(dim=-1, keepdim=True) * 8**0.5
         h = z * values["decoder.layers.norm.weight"] + values["decoder.layers.norm.bias"]
         logits = h @ values["decoder.readout.weight"].T + values["decoder.readout.bias"]
-        assert logits.log_softmax(-1)[:, end].min() >= log_end_floor(values, end)
+        smallest = float(logits.log_softmax(-1)[:, end].min())
+        assert log_end_floor(values, end) <= smallest < 0.3 * log_end_floor(values, end)  # below, and of that order
 
     def test_reached_with_two_characters(self):
         torch.manual_seed(3)
@@ -137,7 +138,7 @@ class TestSurvival:
 
 class TestStatistics:
     def test_false_alarms_are_as_rare_as_stated(self):
-        """Weights and strings of one law, 400 times; about 1 % may be called different."""
+        """Weights and strings of one distribution, 400 times; about 1 % may be called different."""
         torch.manual_seed(0)
         alarms = 0
         for _ in range(400):
@@ -148,7 +149,7 @@ class TestStatistics:
             points, scores, critical = tightness._disagreement(survival, lengths)
             assert len(points) >= 4
             alarms += max(map(abs, scores)) > critical
-        assert alarms <= 10
+        assert 1 <= alarms <= 10
 
     def test_a_difference_is_seen(self, markov):
         survival = simulate_survival(markov, 0, paths=400, length=16)
@@ -163,8 +164,10 @@ class TestStatistics:
         limits = [tightness._upper_limit(0.3, paths) for paths in (10, 100, 10000)]
         assert 0.3 < limits[2] < limits[1] < limits[0] < 1
         torch.manual_seed(0)
-        means = torch.distributions.Beta(0.5, 2.0).sample((500, 60)).mean(1)
-        assert sum(tightness._upper_limit(float(mean), 60) < 0.2 for mean in means) <= 5
+        means = torch.bernoulli(torch.full((500, 60), 0.2)).mean(1).tolist()
+        missed = [sum(tightness._upper_limit(mean, 60, error) < 0.2 for mean in means) for error in (0.01, 0.5)]
+        assert missed[0] <= 5
+        assert missed[1] > 20  # a limit for another error is told apart
 
 
 class TestClaim:
@@ -201,10 +204,10 @@ class TestClaim:
         assert claim.measured["infinite_mass"] > TOLERATED
         assert claim.measured["survival_at_last_step"] == pytest.approx(32 / 62)
 
-    def test_is_limited_without_a_proof(self, subject):
+    def test_holds_with_a_condition_without_a_proof(self, subject):
         claim = tightness_claim(subject, paths=256, length=30, end_probability=lambda t, own: torch.full_like(own, 0.3))
         assert claim.verdict == "supported_within"
-        assert "no floor is proved" in claim.condition
+        assert "counts as none, without a proof" in claim.condition
         assert 0 < claim.measured["infinite_mass"] < TOLERATED
 
     def test_turns_with_a_floor_too_high(self, subject, monkeypatch):
@@ -223,7 +226,7 @@ class TestClaim:
     def test_says_where_nothing_could_be_compared(self, subject):
         claim = tightness_claim(subject, paths=4, length=3, end=11)
         assert claim.verdict == "supported_within"
-        assert "compare the two estimators" in claim.condition
+        assert "the two estimators need not be compared" in claim.condition
         assert "character 11" in claim.statement
 
     def test_an_end_that_the_model_never_says(self, subject):

@@ -1,3 +1,5 @@
+"""The report of verify: figures inline, every text escaped, verdicts in words, nothing fetched."""
+
 import re
 from html.parser import HTMLParser
 
@@ -65,13 +67,19 @@ def test_text_is_escaped_and_nothing_is_fetched(subject, corpus, figures, tmp_pa
     hostile = ["<", ">", "&", '"', "'", *corpus.vocabulary[5:-1], UNKNOWN]
     attacked = Corpus("<script>alert(1)</script>", corpus.text, corpus.heldout, tuple(hostile))
     claims = [
-        Claim("jacobian", "a < b", "identity", "supported", {"x": 1.0}, {"x": 2.0}),
+        Claim("jacobian", "a < b", "identity", "supported", {"x": 1.0}, {"x": 2.0}, control="<b>", finding="<i>seen"),
+        Claim("half", "h", "empirical", "supported_within", {}, {}, "x < 1", formula="x < y"),
+        Claim("no", "n", "empirical", "not_supported", {}, {}),
         Claim("z", "s", "empirical", "not_run", {}, {}, "no time"),
     ]
     html = render_report(subject, attacked, claims, save_figures(figures, tmp_path), RECORD, HISTORY)
     assert "<script" not in html
-    assert "a &lt; b" in html
-    assert "Why not:</strong> no time" in html
+    assert html.count("a &lt; b") == 2  # in the table and in its section
+    assert "&lt;i&gt;seen" in html
+    assert "&lt;b&gt;" in html
+    verdicts = re.findall(r'<td><span class="verdict \w+">(.*?)</span></td>', html)
+    assert verdicts == ["holds", "holds if x &lt; 1", "does not hold", "not run (no time)"]
+    assert "supported within" not in html
     page = Balanced()
     page.feed(html)
     assert page.open == []
