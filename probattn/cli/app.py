@@ -19,6 +19,7 @@ app = App(
     help="Causal self-attention as a generative model: its Jacobian is a log-barrier, every claim is measured.",
     version=lambda: f"probattn {probattn.__version__}",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 #: Commands with a line of help; they are imported when they are called, so that `probattn --help` is quick.
 COMMANDS = {

@@ -151,8 +151,8 @@ def command(name: str, options: type[Options], run: Run[Options]) -> App:
         return next(iter(parts.values()))
     field = _choice(options)
     default = next(flag.default for flag in flags(options) if flag.path == (field,))
-    # Its flags are those of the chosen part, --help included.
-    app = App(name=name, help_flags=(), version_flags=())
+    # Its flags are those of the chosen part, --help included; Ctrl-C goes on to `main`, which says how to resume.
+    app = App(name=name, help_flags=(), version_flags=(), suppress_keyboard_interrupt=False)
 
     @app.default
     def choose(*tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]) -> int | None:
@@ -214,7 +214,15 @@ def _app(name: str, listed: Sequence[Flag], options: type[Options], run: Run[Opt
     call.__signature__ = inspect.Signature(list(_parameters(listed)))  # type: ignore[attr-defined]
     usage = " ".join(["Usage: probattn", name, *map(str.upper, positional), "[OPTIONS]"])
     summary, _, notes = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
-    app = App(name=name, help=summary, help_epilogue=notes, usage=usage, version_flags=(), config=_apply_settings)
+    app = App(
+        name=name,
+        help=summary,
+        help_epilogue=notes,
+        usage=usage,
+        version_flags=(),
+        config=_apply_settings,
+        suppress_keyboard_interrupt=False,
+    )
     app.default(call)
     app["--help"].show = False
     return app
