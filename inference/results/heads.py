@@ -8,8 +8,10 @@ from scipy.optimize import linear_sum_assignment
 
 __all__ = ["match_heads"]
 
+_ROUNDS = 10  # alternations at most; each brings the draws closer, and few are needed
 
-def match_heads(products: NDArray[np.float64], *, rounds: int = 10) -> NDArray[np.int64]:
+
+def match_heads(products: NDArray[np.float64]) -> NDArray[np.int64]:
     """Order of the heads in each draw that brings all draws closest to their mean.
 
     Alternates between the mean and the assignment of each draw's heads to those of the mean (Hungarian method; Kuhn,
@@ -18,7 +20,6 @@ def match_heads(products: NDArray[np.float64], *, rounds: int = 10) -> NDArray[n
 
     Args:
         products: identified products of each head, ``(chain, draw, H, K)``.
-        rounds: largest number of alternations.
 
     Returns:
         Indices, ``(chain, draw, H)``: head h of the result is head ``order[..., h]`` of the draw.
@@ -31,7 +32,7 @@ def match_heads(products: NDArray[np.float64], *, rounds: int = 10) -> NDArray[n
     chains, draws, heads, _ = products.shape
     order = np.tile(np.arange(heads), (chains, draws, 1))
     reference = products[0, -1]
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         distance = ((products[:, :, None, :, :] - reference[:, None, :]) ** 2).sum(-1)  # (chain, draw, H to, H from)
         found = np.array([[linear_sum_assignment(cost)[1] for cost in row] for row in distance])
         if np.array_equal(found, order):

@@ -25,12 +25,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Number of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def launched_rank() -> int:
-    """The number that ``torchrun`` gave this process, 0 without it; known before the processes are joined."""
+    """Number that ``torchrun`` gave this process, 0 without it; known before the processes are joined."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -48,7 +48,10 @@ def process_group() -> Iterator[None]:
 
 
 def my_shards(shards: int) -> range:
-    """The shards of this process.
+    """Numbers of the shards of this process.
+
+    Args:
+        shards: number of shards of a step.
 
     Raises:
         InputError: the processes do not divide the shards.
@@ -61,12 +64,26 @@ def my_shards(shards: int) -> range:
 
 
 def shard(data: tuple[Tensor, ...], number: int, shards: int) -> tuple[Tensor, ...]:
-    """One shard of a minibatch: every ``shards``-th sequence."""
+    """One shard of a minibatch: every ``shards``-th sequence.
+
+    Args:
+        data: tensors whose first axis is the sequences.
+        number: number of the shard, from 0.
+        shards: number of shards.
+
+    Example:
+        >>> shard((torch.arange(5),), 1, 2)
+        (tensor([1, 3]),)
+    """
     return tuple(part[number::shards] for part in data)
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in place."""
+    """Replace each tensor by its sum over all processes, in place.
+
+    Args:
+        tensors: tensors of the same shapes in every process.
+    """
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)

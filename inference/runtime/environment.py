@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_choice
 from probattn.moments import cpu
 
 __all__ = ["describe", "select_device"]
@@ -22,13 +22,15 @@ _OPTIONAL = ("transformers", "accelerate", "numpyro")
 
 
 def select_device(name: str) -> torch.device:
-    """The device for "auto" (a GPU where there is one), "cpu" or "cuda".
+    """The device of a name.
+
+    Args:
+        name: "auto" (a GPU where there is one), "cpu" or "cuda".
 
     Raises:
         InputError: another name, or "cuda" without a CUDA device.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device is {name!r}; use auto, cpu or cuda.")
+    require_choice("--device", name, ("auto", "cpu", "cuda"))
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("--device cuda: torch finds no CUDA device; use --device cpu or auto.")
@@ -36,7 +38,13 @@ def select_device(name: str) -> torch.device:
 
 
 def describe(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, object]:
-    """Versions, hardware, command and date, as plain JSON values."""
+    """Versions, hardware, command and date, as plain JSON values by name.
+
+    Args:
+        device: device of the run.
+        dtype: precision of the run.
+        seed: random seed of the run.
+    """
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps instead of in the middle of one."""
+"""Ctrl-C that waits for the end of a step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,26 @@ __all__ = ["deferred_interrupt"]
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a flag that the loop reads between two steps; outside the main thread, do nothing."""
+    """Turn the first Ctrl-C into a flag that a loop reads between two steps; a second one interrupts at once.
+
+    Outside the main thread, which alone receives signals, the flag is never set.
+
+    Example:
+        >>> with deferred_interrupt() as interrupted:
+        ...     interrupted.is_set()
+        False
+    """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    previous = signal.signal(signal.SIGINT, lambda *_: flag.set())
+    previous = signal.getsignal(signal.SIGINT)
+
+    def receive(*_: object) -> None:
+        flag.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, receive)
     try:
         yield flag
     finally:

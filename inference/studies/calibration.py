@@ -88,19 +88,14 @@ class Study:
         for name, least in (("replicates", 1), ("sequences", 1), ("length", 3), ("dim", 1), ("ranked", 3)):
             require_at_least(name, getattr(self, name), least)
 
-    def model(self, *, jacobian: bool = True) -> EmbeddingModel:
-        """The model of the study.
-
-        Args:
-            jacobian: False leaves the log-determinants out of its likelihood.
-        """
+    def model(self) -> EmbeddingModel:
+        """The model of the study."""
         return EmbeddingModel(
             self.length,
             self.dim,
             parameters="qk_matrix",
             prior_scale=self.prior_scale,
             noise_spread=self.noise_spread,
-            jacobian=jacobian,
         )
 
 
@@ -343,16 +338,13 @@ class Ranks:
     ranks: Mapping[str, Array]
     errors: Mapping[str, Array]
 
-    def uniform(self, seed: int = 0) -> dict[str, Array]:
+    def uniform(self) -> dict[str, Array]:
         """Randomised ranks (rank + v) / (L + 1) with v uniform, for a calibrated method exactly uniform on (0, 1).
-
-        Args:
-            seed: random seed of v.
 
         Returns:
             ``(R,)`` by quantity.
         """
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
         return {name: (r + generator.random(len(r))) / (self.ranked + 1) for name, r in self.ranks.items()}
 
     def excess(self, error: float = 0.01) -> dict[str, float]:
@@ -408,7 +400,7 @@ class Band(NamedTuple):
 
 
 @cache
-def rank_band(count: int, level: float, seed: int = 0) -> Band:
+def rank_band(count: int, level: float) -> Band:
     """Band that the ECDF of uniform numbers stays within everywhere at once with a given probability.
 
     By simulation (Säilynoja, Bürkner and Vehtari, 2022, arXiv 2103.10522), as ArviZ draws it.
@@ -416,12 +408,11 @@ def rank_band(count: int, level: float, seed: int = 0) -> Band:
     Args:
         count: number of uniform numbers.
         level: probability.
-        seed: random seed of the simulation.
     """
     from arviz_stats.ecdf_utils import get_pointwise_confidence_band, simulate_confidence_bands
 
     points = np.arange(1, count) / count
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     pointwise = simulate_confidence_bands(count, 1, points, level, _SIMULATIONS, generator)
     low, high = get_pointwise_confidence_band(pointwise, count, points)
     return Band(points, low, high)

@@ -10,6 +10,7 @@ from probattn.errors import InputError
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.recovery import recovery_claim
+from probattn.inference.runtime.progress import listening
 from probattn.inference.studies import calibration
 from probattn.inference.studies.calibration import (
     METHODS,
@@ -41,7 +42,7 @@ def test_the_data_sets(simulated):
 
 
 def test_a_prior_that_folds_cannot_be_calibrated():
-    with pytest.raises(InputError, match="do not fold; a model without a law cannot be calibrated"):
+    with pytest.raises(InputError, match="do not fold; a model that defines no distribution cannot be calibrated"):
         simulate_study(replace(STUDY, replicates=8, dim=2, length=16, sequences=2, prior_scale=9.0))
 
 
@@ -75,10 +76,12 @@ def test_workers_and_interruptions_change_nothing(simulated, tmp_path, monkeypat
     one = calibrate(small, "laplace", simulated=part, chunk=20)
     store = tmp_path / "ranks.json"
     seen = []
-    two = calibrate(
-        small, "laplace", simulated=part, jobs=2, chunk=20, store=store, report=lambda done, of: seen.append(done)
-    )
-    assert seen == [20, 40]
+    with listening(seen.append):
+        two = calibrate(small, "laplace", simulated=part, jobs=2, chunk=20, store=store)
+    assert [(record.step, record.total) for record in seen if record.name == calibration.__name__] == [
+        (20, 40),
+        (40, 40),
+    ]
 
     def never(*_):
         raise AssertionError("a finished chunk was computed again")
