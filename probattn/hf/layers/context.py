@@ -26,14 +26,14 @@ __all__ = ["LayerContext"]
 class LayerContext:
     """Keys and values of a past, and the next-token map that they define.
 
-    Candidates u have the shape (*candidates, *batch, p). Where the layer has positions, the first n are those of the
-    past and the next is that of the candidate; behind the last they go on by one.
+    Candidates u have the shape ``(*candidates, *batch, p)``. Where the layer has positions, the first n are those of
+    the past and the next is that of the candidate; behind the last they go on by one.
 
     Attributes:
         attention: the layer.
-        tokens: the past itself, (*batch, n, p).
-        key: its keys, rotated, (*batch, K, n, r).
-        value: its values, (*batch, K, n, dv).
+        tokens: the past itself, ``(*batch, n, p)``.
+        key: its keys, rotated, ``(*batch, K, n, r)``.
+        value: its values, ``(*batch, K, n, dv)``.
         visible: None, as every candidate has the whole past; for the solvers.
     """
 
@@ -49,7 +49,7 @@ class LayerContext:
 
         Args:
             layer: the layer.
-            u: tokens, (*batch, n, p); n may be 0.
+            u: tokens, ``(*batch, n, p)``; n may be 0.
 
         Raises:
             InputError: the layer has a mask of its own, or the last axis is not p.
@@ -65,7 +65,7 @@ class LayerContext:
         return cls(layer, u, key, value)
 
     def extend(self, u: Tensor) -> LayerContext:
-        """The context with one more token u, (*batch, p), behind it."""
+        """The context with one more token u, ``(*batch, p)``, behind it."""
         batch = torch.broadcast_shapes(u.shape[:-1], self.batch_shape)
         u = u.expand(*batch, u.shape[-1]).unsqueeze(-2)
         own = _projected(self.attention, self.attention.sublayer, u, self.length)
@@ -85,7 +85,7 @@ class LayerContext:
         """The contexts at S places of the batch that this one expands to, as one with a batch axis of S.
 
         Args:
-            index: indices along the axes of ``batch``, (S,) each.
+            index: indices along the axes of ``batch``, ``(S,)`` each.
             batch: broadcast of the batch axes of this context.
         """
         count, layer = len(self.batch_shape), replace(self.attention, batch_shape=torch.Size())
@@ -106,13 +106,19 @@ class LayerContext:
         return self.tokens.shape[:-2]
 
     @property
+    def largest(self) -> Tensor:
+        """Norm of the largest token, ``(*batch,)``."""
+        norm: Tensor = torch.linalg.vector_norm(self.tokens, dim=-1)
+        return norm.amax(-1) if self.length else norm.new_zeros(self.batch_shape)
+
+    @property
     def on_a_line(self) -> bool:
         """False: what is exact for one-dimensional tokens under the strict mask does not apply."""
         return False
 
     @property
     def values(self) -> Tensor:
-        """What each head would add to the stream for each token of the past, W_O v, (*batch, H, n, p).
+        """What each head would add to the stream for each token of the past, W_O v, ``(*batch, H, n, p)``.
 
         The means of a layer lie in the hull of these, but for the bias and the norm behind; solvers start there.
         """
@@ -121,7 +127,7 @@ class LayerContext:
         return value @ output.permute(1, 2, 0)
 
     def contraction_bound(self) -> Tensor:
-        """Upper bound on |dmu/du| for every u, (*batch,): +inf, as none is known for the token's own key and value."""
+        """Upper bound on ``|dmu/du|`` for every u, ``(*batch,)``: +inf, as none is known with the token's own key."""
         return self.tokens.new_full(self.batch_shape, torch.inf)
 
     def mean(self, u: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ class LayerContext:
         return averages_to_mean(sublayer, average)[0].reshape(u.shape)
 
     def mean_and_jacobian(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean, (*candidates, *batch, p), and J = I - dmu/du, (*candidates, *batch, p, p), at candidates u."""
+        """Mean, ``(*candidates, *batch, p)``, and J = I - dmu/du, ``(*candidates, *batch, p, p)``, at candidates u."""
         sublayer = self.attention.sublayer
         tokens = self._next(sublayer, u)
         attended = self._attend(sublayer, tokens, u.shape[:-1], derivatives=True)
@@ -145,11 +151,11 @@ class LayerContext:
         """Gradient of w . mu(past, u) by the tokens of the past.
 
         Args:
-            u: one token, (*batch, p).
-            w: (*batch, p).
+            u: one token, ``(*batch, p)``.
+            w: ``(*batch, p)``.
 
         Returns:
-            (*batch, n, p).
+            ``(*batch, n, p)``.
         """
         with torch.enable_grad():
             past = self.tokens.detach().requires_grad_()
@@ -168,7 +174,7 @@ class LayerContext:
         return _projected(self.attention, sublayer, u.unsqueeze(-2), self.length)
 
     def _attend(self, sublayer: Sublayer, tokens: Projected, axes: torch.Size, *, derivatives: bool) -> Attended:
-        """Averages of past and own token, with tokens of shape (N, 1), and without derivatives nothing else."""
+        """Averages of past and own token, with tokens of shape ``(N, 1)``, and without derivatives nothing else."""
         query = tokens.query.squeeze(2).reshape(*axes, *tokens.query.shape[1:2], *tokens.query.shape[3:])
         key, value = (part.reshape(*axes, *part.shape[1:]) for part in (tokens.key, tokens.value))  # (*axes, K, 1, r)
         seen = self.length if sublayer.window is None else min(self.length, sublayer.window - 1)
@@ -198,7 +204,7 @@ class LayerContext:
 
 
 def _projected(layer: AttentionLayer, sublayer: Sublayer, u: Tensor, start: int) -> Projected:
-    """As :func:`project`, for tokens (*candidates, *batch, m, p) that stand behind ``start`` others."""
+    """As :func:`project`, for tokens ``(*candidates, *batch, m, p)`` that stand behind ``start`` others."""
     count, length = u.shape[:-2].numel(), u.shape[-2]
     flat = u.reshape(count, *u.shape[-2:])
     places = torch.arange(start, start + length, device=u.device)

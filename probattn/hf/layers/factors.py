@@ -34,17 +34,17 @@ class LayerFactors(NamedTuple):
 
     Attributes:
         covariance: C~, the covariance of values and keys carried back through the rotation and the norm of the query,
-            (N, H, dv, r).
-        own_weight: alpha_ii, (N, H).
-        own_value: a, (N, H, dv).
-        own_key: b, the token's query carried back through the rotation and the norm of its key, (N, H, r).
-        query: W_Q, (H, r, p).
-        key: W_K, (K, r, p).
-        value: W_V, (K, dv, p).
-        output: W_O, (p, H, dv).
+            ``(N, H, dv, r)``.
+        own_weight: alpha_ii, ``(N, H)``.
+        own_value: a, ``(N, H, dv)``.
+        own_key: b, the token's query carried back through the rotation and the norm of its key, ``(N, H, r)``.
+        query: W_Q, ``(H, r, p)``.
+        key: W_K, ``(K, r, p)``.
+        value: W_V, ``(K, dv, p)``.
+        output: W_O, ``(p, H, dv)``.
         norm: N', the norm in front, of N tokens; None: there is none.
         output_norm: N_o', the norm behind; None: there is none.
-        tokens: axes of the N tokens, (*batch, P).
+        tokens: axes of the N tokens, ``(*batch, P)``.
     """
 
     covariance: Tensor
@@ -65,7 +65,7 @@ class LayerFactors(NamedTuple):
         return self.output.shape[1] * self.output.shape[2]
 
     def mean_jacobian(self) -> Tensor:
-        """Multiply the factors out: M, (*batch, P, p, p). Time O(p^2 H dv) per token."""
+        """Multiply the factors out: M, ``(*batch, P, p, p)``. Time O(p^2 H dv) per token."""
         covariance = self.covariance.permute(1, 2, 0, 3)  # (H, dv, N, r)
         inner = (covariance.flatten(1, 2) @ self.query).unflatten(1, covariance.shape[1:3])  # B, (H, dv, N, p)
         group = self.output.shape[1] // len(self.key)
@@ -83,13 +83,16 @@ class LayerFactors(NamedTuple):
         """The smallest matrix with the determinant det(I - K) = det(I - M) and the non-zero eigenvalues of M.
 
         Returns:
-            K, (*batch, P, m, m), m = min(p, H dv). Time O(m^2 r) per token where the heads are fewer than the
+            K, ``(*batch, P, m, m)``, m = min(p, H dv). Time O(m^2 r) per token where the heads are fewer than the
             features, else as :meth:`mean_jacobian`.
         """
         return self.head_core() if self.size <= len(self.output) else self.mean_jacobian()
 
     def head_core(self) -> Tensor:
-        """K = B N' O', (*batch, P, H dv, H dv), in the heads' features side by side. Time O((H dv)^2 r) per token."""
+        """K = B N' O', ``(*batch, P, H dv, H dv)``, in the heads' features side by side.
+
+        Time O((H dv)^2 r) per token.
+        """
         scale, carried, lefts, right = self._between()
         group = self.output.shape[1] // len(self.key)
         covariance = (scale[:, None, None, None] * self.covariance).movedim(1, 0)  # (H, N, dv, r)
@@ -106,7 +109,12 @@ class LayerFactors(NamedTuple):
         return _unfolded(core.movedim(0, 1).flatten(1, 2), self.tokens)
 
     def _between(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """N' N_o' W_O = s (A - L^T R): s, (N,), A of the layer, (p, m), L and R of the tokens, (N, e, p), (N, e, m)."""
+        """Take N' N_o' W_O = s (A - L^T R) apart.
+
+        Returns:
+            s, ``(N,)``; A, which belongs to the layer, ``(p, m)``; L, ``(N, e, p)``, and R, ``(N, e, m)``, with one row
+            for each direction that a norm takes away.
+        """
         scale, carried = self.own_weight.new_ones(len(self.own_weight)), self.output.flatten(1)
         left, right = carried.new_empty(len(scale), 0, len(carried)), carried.new_empty(len(scale), 0, self.size)
         for norm in (self.output_norm, self.norm):  # from the right to the left
@@ -124,21 +132,21 @@ class LayerFactors(NamedTuple):
         """M A without forming M.
 
         Args:
-            columns: A, (*batch, P, p, n).
+            columns: A, ``(*batch, P, p, n)``.
 
         Returns:
-            (*batch, P, p, n). Time O(H r (p + dv) n) per token.
+            ``(*batch, P, p, n)``. Time O(H r (p + dv) n) per token.
         """
         return self.to_stream(self.to_heads(columns))
 
     def to_heads(self, columns: Tensor) -> Tensor:
-        """B N' A, a change of the heads' averages, (*batch, P, H dv, n), from columns A, (*batch, P, p, n)."""
+        """B N' A, a change of the heads' averages, ``(*batch, P, H dv, n)``, from columns A, ``(*batch, P, p, n)``."""
         columns = columns.flatten(0, -3)
         columns = columns if self.norm is None else self.norm.pushforward(columns)
         return _unfolded(self._apply_heads(columns.mT).flatten(1, 2), self.tokens)
 
     def to_stream(self, columns: Tensor) -> Tensor:
-        """O' A, what a change of the averages does to mu, (*batch, P, p, n), from columns A, (*batch, P, H dv, n)."""
+        """O' A, the change of mu, ``(*batch, P, p, n)``, from changes A of the averages, ``(*batch, P, H dv, n)``."""
         columns = columns.flatten(0, -3)
         stream = (columns.mT @ self.output.flatten(1).mT).mT
         stream = stream if self.output_norm is None else self.output_norm.pushforward(stream)
@@ -158,7 +166,7 @@ class LayerFactors(NamedTuple):
         return _unfolded(result.mT, self.tokens)
 
     def _apply_heads(self, rows: Tensor) -> Tensor:
-        """B A, (N, H, dv, n), for the columns of A given as rows, (N, n, p)."""
+        """B A, ``(N, H, dv, n)``, for the columns of A given as rows, ``(N, n, p)``."""
         result = self.covariance @ _to_heads(rows, self.query)
         group = self.output.shape[1] // len(self.key)
         values = _to_heads(rows, self.value).repeat_interleave(group, 1)  # (N, H, dv, n)
@@ -174,14 +182,14 @@ def build_factors(
 
     Args:
         sublayer: the parameters.
-        u: tokens of the whole sequence, (B, T, p).
+        u: tokens of the whole sequence, ``(B, T, p)``.
         tokens: their queries, keys and values.
         attended: derivatives of the averages at the positions.
-        before: what the norm behind was given there, (B, P, p).
-        rows: the positions, (P,).
+        before: what the norm behind was given there, ``(B, P, p)``.
+        rows: the positions, ``(P,)``.
 
     Returns:
-        The factors, with tokens of shape (B, P).
+        The factors, with tokens of shape ``(B, P)``.
     """
     covariance, back = attended.covariance, tokens.query[:, :, rows]  # (B, P, H, dv, r) and (B, K, P, g, r)
     if tokens.rotation is not None:
@@ -215,12 +223,12 @@ def _unfolded(part: Tensor, tokens: torch.Size) -> Tensor:
 
 
 def _to_heads(rows: Tensor, weight: Tensor) -> Tensor:
-    """W x for each head, (N, heads, r, n), from rows x, (N, n, p), and W, (heads, r, p), in one product."""
+    """W x for each head, ``(N, heads, r, n)``, from rows x, ``(N, n, p)``, in one product."""
     heads: Tensor = (rows @ weight.flatten(0, 1).mT).unflatten(-1, weight.shape[:2]).permute(0, 2, 3, 1)
     return heads
 
 
 def _from_heads(heads: Tensor, weight: Tensor) -> Tensor:
-    """Sum over heads of x W, (N, n, p), from rows x, (N, heads, n, r)."""
+    """Sum over heads of x W, ``(N, n, p)``, from rows x, ``(N, heads, n, r)``."""
     summed: Tensor = heads.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
     return summed

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from probattn.hf.layers.context import LayerContext
 from probattn.hf.layers.factors import LayerFactors, build_factors
 from probattn.hf.layers.past import attend, average
 from probattn.hf.layers.sublayer import Sublayer, averages_to_mean, mapped, project, same_parts
+from probattn.interface import Mask
 from probattn.moments.dense import SUPPORTED
 from probattn.numerics import linalg
 
@@ -28,15 +29,15 @@ class MeanAndLayerFactors(NamedTuple):
     """Mean and blocks at some positions.
 
     Attributes:
-        mean: mu, (*batch, P, p).
-        factors: M_i = dmu_i/du_i in factors, with tokens of shape (*batch, P).
+        mean: mu, ``(*batch, P, p)``.
+        factors: M_i = dmu_i/du_i in factors, with tokens of shape ``(*batch, P)``.
     """
 
     mean: Tensor
     factors: LayerFactors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionLayer:
     r"""The attention sublayer of a ``transformers`` model as it is, on the residual stream before its norm.
 
@@ -54,11 +55,12 @@ class AttentionLayer:
         name: the model type.
         number: of the layer, from 0.
         dtype: in which everything is computed.
-        positions: of the tokens for the rotation, (T,) or (*batch, T) whole numbers; None: 0, 1, ..., T - 1.
-        visible: tokens that each token sees, (T, T) or (*batch, T, T) boolean, instead of its past within the window;
-            None: its past and itself.
+        positions: of the tokens for the rotation, ``(T,)`` or ``(*batch, T)`` whole numbers; None: 0, 1, ..., T - 1.
+        visible: tokens that each token sees, ``(T, T)`` or ``(*batch, T, T)`` boolean; None: itself and its past within
+            the window.
         batch_shape: batch axes, which broadcast with those of the tokens; the parameters have none.
         attached: whether gradients flow to the parameters.
+        mask: always "inclusive": a token attends to itself too.
     """
 
     read: Callable[[], Sublayer]
@@ -69,7 +71,7 @@ class AttentionLayer:
     visible: Tensor | None = None
     batch_shape: torch.Size = _NO_BATCH
     attached: bool = True
-    mask: Literal["inclusive"] = "inclusive"
+    mask: Mask = field(default="inclusive", init=False)
 
     def __repr__(self) -> str:
         sublayer = self.sublayer
@@ -101,11 +103,11 @@ class AttentionLayer:
         return self.sublayer.output
 
     def at(self, positions: Tensor) -> AttentionLayer:
-        """The same layer with the positions of its tokens, (T,) or (*batch, T) whole numbers."""
+        """The same layer with the positions of its tokens, ``(T,)`` or ``(*batch, T)`` whole numbers."""
         return replace(self, positions=positions)
 
     def seeing(self, visible: Tensor) -> AttentionLayer:
-        """The same layer with the tokens that each token sees, (T, T) or (*batch, T, T) boolean.
+        """The same layer with the tokens that each token sees, ``(T, T)`` or ``(*batch, T, T)`` boolean.
 
         The blocks are those of the Jacobian in a token by itself also where a mask looks ahead; their determinants
         make up that of the whole only where it does not.
@@ -135,7 +137,7 @@ class AttentionLayer:
         return self is other or (same_parts(mine, theirs) and same_parts(self.sublayer, other.sublayer))
 
     def mean(self, u: Tensor) -> Tensor:
-        """The attention mean mu, what the sublayer adds to the stream, (*batch, T, p)."""
+        """The attention mean mu, what the sublayer adds to the stream, ``(*batch, T, p)``."""
         u, batch = self._tokens(u)
         sublayer = self.sublayer
         rows = torch.arange(u.shape[1], device=u.device)
@@ -144,15 +146,15 @@ class AttentionLayer:
         return mean.reshape(*batch, *mean.shape[1:])
 
     def residual(self, u: Tensor) -> Tensor:
-        """The residual map e = u - mu(u), (*batch, T, p)."""
+        """The residual map e = u - mu(u), ``(*batch, T, p)``."""
         return u - self.mean(u)
 
     def mean_and_factors(self, u: Tensor, rows: Tensor | None = None) -> MeanAndLayerFactors:
         """Mean and blocks in factors, in one pass.
 
         Args:
-            u: tokens of the whole sequence, (*batch, T, p).
-            rows: positions to evaluate, (P,), increasing; None: all T.
+            u: tokens of the whole sequence, ``(*batch, T, p)``.
+            rows: positions to evaluate, ``(P,)``, increasing; None: all T.
 
         Returns:
             :class:`MeanAndLayerFactors`. Time O(H T P r dv), memory O(H P r dv).
@@ -161,41 +163,41 @@ class AttentionLayer:
         return chunks[0]
 
     def mean_jacobian(self, u: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Diagonal blocks M_i = dmu_i/du_i, (*batch, P, p, p).
+        """Diagonal blocks M_i = dmu_i/du_i, ``(*batch, P, p, p)``.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
             rows: as in :meth:`mean_and_factors`.
         """
         parts = [part.factors.mean_jacobian() for part in self._chunks(u, rows, self.dim)]
         return torch.cat(parts, -3)
 
     def jacobian(self, u: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Diagonal blocks J_i = I - M_i, (*batch, P, p, p)."""
+        """Diagonal blocks J_i = I - M_i, ``(*batch, P, p, p)``."""
         return torch.eye(self.dim, dtype=u.dtype, device=u.device) - self.mean_jacobian(u, rows)
 
     def core(self, u: Tensor, rows: Tensor | None = None) -> Tensor:
         """The smallest matrix with the determinant det(I - K) = det J and the non-zero eigenvalues of M.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
             rows: as in :meth:`mean_and_factors`.
 
         Returns:
-            K, (*batch, P, m, m), m = min(p, H dv).
+            K, ``(*batch, P, m, m)``, m = min(p, H dv).
         """
         parts = [part.factors.sylvester_core() for part in self._chunks(u, rows, self._size())]
         return torch.cat(parts, -3)
 
     def logabsdet(self, u: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Sign and log|det J_i|, in chunks of tokens.
+        """Sign and ``log|det J_i|``, in chunks of tokens.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
             rows: as in :meth:`mean_and_factors`.
 
         Returns:
-            sign and log|det J_i|, (*batch, P) each.
+            sign and ``log|det J_i|``, ``(*batch, P)`` each.
         """
         found = [
             blocks.logabsdet_one_minus(part.factors.sylvester_core()) for part in self._chunks(u, rows, self._size())
@@ -204,7 +206,7 @@ class AttentionLayer:
         return sign, value
 
     def residual_and_logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual, (*batch, T, p), and log|det J_i|, (*batch, T), in one pass."""
+        """The residual, ``(*batch, T, p)``, and ``log|det J_i|``, ``(*batch, T)``, in one pass."""
         means, values = [], []
         for part in self._chunks(u, None, self._size()):
             means.append(part.mean)
@@ -218,15 +220,15 @@ class AttentionLayer:
             -\mathrm{tr}(J^{-1} M^h) = r_v - \mathrm{tr}_h (I - K)^{-1}
 
         with tr_h over the features of head h in the core K, and r_v their number. Without a norm behind the attention
-        this is the derivative of log|det J_i| by a gain of the head at one; it does not depend on a basis, and its sum
-        over heads is -tr(J^-1 M). Derived here.
+        this is the derivative of ``log|det J_i|`` by a gain of the head at one; it does not depend on a basis, and its
+        sum over heads is -tr(J^-1 M). Derived here.
 
         Args:
-            u: tokens, (*batch, T, p).
+            u: tokens, ``(*batch, T, p)``.
             rows: as in :meth:`mean_and_factors`.
 
         Returns:
-            (*batch, P, H).
+            ``(*batch, P, H)``.
         """
         sublayer = self.sublayer
         size = sublayer.output.shape[2]
@@ -238,7 +240,7 @@ class AttentionLayer:
         return torch.cat(found, -2)
 
     def context(self, u: Tensor) -> LayerContext:
-        """Keys and values of tokens u, (*batch, n, p), for the token that comes next; n may be 0."""
+        """Keys and values of tokens u, ``(*batch, n, p)``, for the token that comes next; n may be 0."""
         return LayerContext.of(self, u)
 
     def next_mean_and_jacobian(self, context: LayerContext, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,10 +248,10 @@ class AttentionLayer:
 
         Args:
             context: keys and values of the past.
-            candidates: (*candidates, *batch, p).
+            candidates: ``(*candidates, *batch, p)``.
 
         Returns:
-            mu, (*candidates, *batch, p), and J = I - dmu/du, (*candidates, *batch, p, p).
+            mu, ``(*candidates, *batch, p)``, and J = I - dmu/du, ``(*candidates, *batch, p, p)``.
         """
         return context.mean_and_jacobian(candidates)
 
@@ -289,13 +291,13 @@ class AttentionLayer:
         return u.expand(*batch, *u.shape[-2:]).reshape(-1, *u.shape[-2:]), batch
 
     def _positions(self, u: Tensor, batch: torch.Size) -> Tensor:
-        """(1 or B, T)."""
+        """Positions, ``(1 or B, T)``."""
         if self.positions is None:
             return torch.arange(u.shape[1], device=u.device).unsqueeze(0)
         return _fitted("positions", self.positions, u, batch, 1)
 
     def _mask(self, u: Tensor, batch: torch.Size) -> Tensor | None:
-        """(1 or B, 1, T, T)."""
+        """The mask, ``(1 or B, 1, T, T)``; None: there is none."""
         return None if self.visible is None else _fitted("visible", self.visible, u, batch, 2).unsqueeze(1)
 
 

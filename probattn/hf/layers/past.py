@@ -32,10 +32,10 @@ class Attended(NamedTuple):
     """Derivatives of the averages at some positions of a sequence.
 
     Attributes:
-        average: vbar, (B, P, H, dv).
-        covariance: c C, (B, P, H, dv, r).
-        own_weight: alpha_ii, (B, P, H).
-        own_slope: c alpha_ii sigma_ii (v_i - vbar_i), (B, P, H, dv).
+        average: vbar, ``(B, P, H, dv)``.
+        covariance: c C, ``(B, P, H, dv, r)``.
+        own_weight: alpha_ii, ``(B, P, H)``.
+        own_slope: c alpha_ii sigma_ii (v_i - vbar_i), ``(B, P, H, dv)``.
     """
 
     average: Tensor
@@ -50,8 +50,8 @@ def attend(sublayer: Sublayer, tokens: Projected, rows: Tensor, mask: Tensor | N
     Args:
         sublayer: the parameters.
         tokens: queries, keys and values of the sequence.
-        rows: positions to evaluate, (P,), increasing.
-        mask: tokens that each position sees, (1 or B, 1, T, T) boolean, instead of the past and the window.
+        rows: positions to evaluate, ``(P,)``, increasing.
+        mask: tokens that each position sees, ``(1 or B, 1, T, T)`` boolean, instead of the past and the window.
 
     Returns:
         :class:`Attended`. Time O(B H P T r dv), memory O(B H P r dv).
@@ -93,11 +93,11 @@ def average(sublayer: Sublayer, tokens: Projected, rows: Tensor, mask: Tensor | 
     Args:
         sublayer: the parameters.
         tokens: queries, keys and values of the sequence.
-        rows: positions to evaluate, (P,), increasing.
+        rows: positions to evaluate, ``(P,)``, increasing.
         mask: as in :func:`attend`.
 
     Returns:
-        vbar, (B, P, H, dv), differentiable any number of times.
+        vbar, ``(B, P, H, dv)``, differentiable any number of times.
     """
     first, limit, mask = _visible(sublayer, tokens, rows, mask)
     batch, groups, length, group, _ = tokens.query.shape
@@ -127,11 +127,11 @@ def _visible(
 
 
 def _offset(tokens: Tensor) -> Tensor:
-    """Mean of the tokens behind the first, (B, K, 1, r)."""
+    """Mean of the tokens behind the first, ``(B, K, 1, r)``."""
     later = tokens[:, :, 1:] if tokens.shape[2] > 1 else tokens
     return later.detach().mean(2, keepdim=True)
 
 
 def _heads_last(part: Tensor) -> Tensor:
-    """From (B, K, P, g, ...) to (B, P, H, ...)."""
+    """From ``(B, K, P, g, ...)`` to ``(B, P, H, ...)``."""
     return part.movedim(2, 1).flatten(2, 3)

@@ -32,13 +32,13 @@ class Sublayer(NamedTuple):
         value: W_V, K heads.
         query_norm: on each query, before the rotation.
         key_norm: on each key.
-        rotary: the model's rotary embedding: positions (1 or B, T) and a tensor for dtype and device -> cosine and
-            sine, (1 or B, T, d) each; None: queries and keys are not rotated.
+        rotary: the model's rotary embedding: positions ``(1 or B, T)`` and a tensor for dtype and device -> cosine and
+            sine, ``(1 or B, T, d)`` each; None: queries and keys are not rotated.
         scale: c.
         softcap: tau of logits tau tanh(l / tau); None: they are not capped.
         window: number of tokens that one sees, itself included; None: all up to itself.
-        output: W_O, (p, H, dv).
-        output_bias: (p,).
+        output: W_O, ``(p, H, dv)``.
+        output_bias: ``(p,)``.
         output_norm: behind the output map.
     """
 
@@ -101,12 +101,12 @@ class Projected(NamedTuple):
     """Queries, keys and values of a sequence.
 
     Attributes:
-        query: q, rotated, (B, K, T, g, r).
-        key: k, rotated, (B, K, T, r).
-        value: v, (B, K, T, dv).
-        raw_query: W_Q x + b_Q, before norm and rotation, (B, K, T, g, r).
-        raw_key: W_K x + b_K, (B, K, T, r).
-        rotation: cosine and sine, (1 or B, T, d); None: there is none.
+        query: q, rotated, ``(B, K, T, g, r)``.
+        key: k, rotated, ``(B, K, T, r)``.
+        value: v, ``(B, K, T, dv)``.
+        raw_query: W_Q x + b_Q, before norm and rotation, ``(B, K, T, g, r)``.
+        raw_key: W_K x + b_K, ``(B, K, T, r)``.
+        rotation: cosine and sine, ``(1 or B, T, d)``; None: there is none.
     """
 
     query: Tensor
@@ -122,8 +122,8 @@ def project(sublayer: Sublayer, u: Tensor, positions: Tensor) -> Projected:
 
     Args:
         sublayer: the parameters.
-        u: tokens, (B, T, p).
-        positions: for the rotation, (1 or B, T), whole numbers.
+        u: tokens, ``(B, T, p)``.
+        positions: for the rotation, ``(1 or B, T)``, whole numbers.
 
     Returns:
         :class:`Projected`.
@@ -145,10 +145,10 @@ def averages_to_mean(sublayer: Sublayer, average: Tensor) -> tuple[Tensor, Tenso
 
     Args:
         sublayer: the parameters.
-        average: vbar, (..., H, dv).
+        average: vbar, ``(..., H, dv)``.
 
     Returns:
-        mu and what the norm behind it was given, W_O vbar + b_O, (..., p) each; the same tensor without such a norm.
+        mu and what the norm behind it was given, W_O vbar + b_O, ``(..., p)`` each; the same twice without such a norm.
     """
     before = average.flatten(-2) @ sublayer.output.flatten(1).mT  # (..., p)
     before = before if sublayer.output_bias is None else before + sublayer.output_bias

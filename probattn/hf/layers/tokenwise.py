@@ -31,9 +31,9 @@ class NormJacobian(NamedTuple):
     r"""The Jacobian :math:`N' = s\,\mathrm{diag}(g)(I - E E^T)` of a norm at some tokens.
 
     Attributes:
-        gain: g, (n,); None: all one.
-        scale: s, (*tokens,).
-        directions: E, (*tokens, n, e).
+        gain: g, ``(n,)``; None: all one.
+        scale: s, ``(*tokens,)``.
+        directions: E, ``(*tokens, n, e)``.
     """
 
     gain: Tensor | None
@@ -44,10 +44,10 @@ class NormJacobian(NamedTuple):
         """Multiply from the left: N' A.
 
         Args:
-            columns: A, (*tokens, n, m).
+            columns: A, ``(*tokens, n, m)``.
 
         Returns:
-            (*tokens, n, m).
+            ``(*tokens, n, m)``.
         """
         rest = columns - self.directions @ (self.directions.mT @ columns)
         rest = self.scale[..., None, None] * rest
@@ -57,10 +57,10 @@ class NormJacobian(NamedTuple):
         """Multiply from the right: A N'.
 
         Args:
-            rows: A, (*tokens, m, n).
+            rows: A, ``(*tokens, m, n)``.
 
         Returns:
-            (*tokens, m, n).
+            ``(*tokens, m, n)``.
         """
         rows = rows if self.gain is None else rows * self.gain
         return self.scale[..., None, None] * (rows - (rows @ self.directions) @ self.directions.mT)
@@ -70,15 +70,15 @@ class Norm(NamedTuple):
     """A norm over the last axis, with its gain and bias.
 
     Attributes:
-        gain: g, (n,); None: all one. Where the library keeps 1 + weight, that sum.
-        bias: (n,); None: zero.
+        gain: g, ``(n,)``; None: all one. Where the library keeps 1 + weight, that sum.
+        bias: ``(n,)``; None: zero.
         epsilon: added to the mean square.
         centred: subtract the mean first (LayerNorm) or not (root mean square).
 
     Example:
         >>> norm = Norm(gain=None, bias=None, epsilon=0.0, centred=False)
-        >>> norm(torch.tensor([3.0, 4.0])) * 12.5**0.5
-        tensor([3.0000, 4.0000])
+        >>> norm(torch.tensor([3.0, -3.0]))
+        tensor([ 1., -1.])
     """
 
     gain: Tensor | None
@@ -87,14 +87,14 @@ class Norm(NamedTuple):
     centred: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalise tokens, (*tokens, n), to the same shape."""
+        """Normalise tokens, ``(*tokens, n)``, to the same shape."""
         x, scale = self._scaled(x)
         x = scale * x
         x = x if self.gain is None else x * self.gain
         return x if self.bias is None else x + self.bias
 
     def jacobian(self, x: Tensor) -> NormJacobian:
-        """The Jacobian at tokens x, (*tokens, n), in factors."""
+        """The Jacobian at tokens x, ``(*tokens, n)``, in factors."""
         x, scale = self._scaled(x)
         root = math.sqrt(x.shape[-1])
         direction = (scale / root * x).unsqueeze(-1)  # (*tokens, n, 1)
@@ -112,15 +112,15 @@ class Projection(NamedTuple):
     """A linear map of the token to each head.
 
     Attributes:
-        weight: W, (heads, r, p).
-        bias: (heads, r); None: zero.
+        weight: W, ``(heads, r, p)``.
+        bias: ``(heads, r)``; None: zero.
     """
 
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Project normalised tokens, (B, T, p), to (B, heads, T, r)."""
+        """Project normalised tokens, ``(B, T, p)``, to ``(B, heads, T, r)``."""
         heads = (x @ self.weight.flatten(0, 1).mT).unflatten(-1, self.weight.shape[:2])  # (B, T, heads, r)
         heads = heads if self.bias is None else heads + self.bias
         moved: Tensor = heads.movedim(-2, -3)
@@ -136,7 +136,7 @@ class Rotation(NamedTuple):
     orthogonal.
 
     Attributes:
-        cos: (*tokens, d), broadcasting against the vectors.
+        cos: ``(*tokens, d)``, broadcasting against the vectors.
         sin: the same.
     """
 
@@ -144,21 +144,21 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """R x for vectors x, (*tokens, r) with r >= d."""
+        """R x for vectors x, ``(*tokens, r)`` with r >= d."""
         turned, rest = x.split([self.cos.shape[-1], x.shape[-1] - self.cos.shape[-1]], -1)
         one, two = turned.chunk(2, -1)
         turned = turned * self.cos + torch.cat([-two, one], -1) * self.sin
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
     def transposed(self, x: Tensor) -> Tensor:
-        """R^T x for vectors x, (*tokens, r): what R does to a row from the right."""
+        """R^T x for vectors x, ``(*tokens, r)``: what R does to a row from the right."""
         turned, rest = x.split([self.cos.shape[-1], x.shape[-1] - self.cos.shape[-1]], -1)
         one, two = (turned * self.sin).chunk(2, -1)
         turned = turned * self.cos + torch.cat([two, -one], -1)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
     def at(self, rows: Tensor) -> Rotation:
-        """The rotations of some positions: cosine and sine (1 or B, T, d) of the rows (P,)."""
+        """The rotations of some positions: cosine and sine ``(1 or B, T, d)`` of the rows ``(P,)``."""
         return Rotation(self.cos[:, rows], self.sin[:, rows])
 
     def unsqueeze(self, *axes: int) -> Rotation:

@@ -28,10 +28,10 @@ def own_mean(model: nn.Module, site: Site, u: Tensor) -> Tensor:
     Args:
         model: the whole model, whose own masks and rotations are used; dropout should be off.
         site: the layer.
-        u: the stream, (B, T, p), in the model's precision.
+        u: the stream, ``(B, T, p)``, in the model's precision.
 
     Returns:
-        (B, T, p), differentiable in u.
+        ``(B, T, p)``, differentiable in u.
     """
     found: list[Tensor] = []
 
@@ -67,7 +67,7 @@ def require_agreement(
     Args:
         model: the whole model.
         site: the layer.
-        mean: mu of the description, at tokens (1, T, p) in its precision.
+        mean: mu of the description, at tokens ``(1, T, p)`` in its precision.
         dim: p.
         dtype: that precision.
 

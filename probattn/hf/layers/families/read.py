@@ -43,7 +43,7 @@ def projection(module: Any, name: str, rank: int) -> Projection:
 
 
 def output_map(module: Any, name: str, rank: int) -> tuple[Tensor, Tensor | None]:
-    """W_O, (p, H, dv), and its bias."""
+    """W_O, ``(p, H, dv)``, and its bias."""
     weight, bias = linear(module, name)
     return weight.unflatten(1, (-1, rank)), bias
 
