@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
-import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,15 @@ _FOREIGN = (
     "threading|http"
 )
 # Short names of other libraries, and aliases whose values are documented where they are used.
-_SHORT = "Tensor|Module|NDArray|Figure|Axes|DataTree|Path|Any|Callable|Mapping|Sequence|Literal|Array|Form|Selection"
+_SHORT = (
+    "Tensor|Module|NDArray|Figure|Axes|DataTree|Dataset|Path|Any|Callable|Mapping|Sequence|Literal|Array|Form|Selection|"
+    "Describe|Seed|Control|Kind|Map"
+)
 # Type variables have no entry of their own.
-_VARIABLES = r"probattn\.(cli\.command\.Options|inference\.runtime\.checkpoint\.State|numerics\.precision\.Method)"
+_VARIABLES = (
+    r"probattn\.(cli\.command\.Options|inference\.runtime\.checkpoint\.State|numerics\.precision\.Method|"
+    r"hf\.layers\.sublayer\._Tuple)"
+)
 nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN}|nn|dist|constraints)\..*"), ("py:.*", _SHORT), ("py:.*", _VARIABLES)]
 
 html_theme = "furo"
@@ -80,29 +86,6 @@ copybutton_exclude = ".linenos, .gp, .go"
 # Internal links and anchors are checked by every build; the few external ones by `sphinx-build -b linkcheck`.
 linkcheck_anchors = False
 
-# What reStructuredText is to read as it stands: roles, literals, displayed mathematics, examples.
-_VERBATIM = re.compile(r":\w+:`[^`]*`|``[^`]*``|^( *)\.\. math::.*(?:\n(?:\1 +\S.*| *$))*|^ *(?:>>>|\.\.\.).*", re.M)
-_STAR = re.compile(r"(?<![\w*\\])\*(?=\w)(?![^*\n]*\w\*(?!\w))")  # of *batch, which begins no emphasis
-_BAR = re.compile(r"(?<!\\)\|")  # of |det J|, which is no substitution
-_NAMES = re.compile(r"^( +[a-z]\w*(?:, [a-z]\w*)+):", re.M)  # several attributes with one description
-_COLON = "\N{RATIO}"
-
-
-def read_plainly(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Let docstrings speak of ``(*batch, T, p)`` and ``|det J|``, and keep napoleon from types in a property's text."""
-    text, done, end = "\n".join(lines), [], 0
-    for kept in [*_VERBATIM.finditer(text), None]:
-        between = text[end : kept.start() if kept else len(text)]
-        done += [_BAR.sub(r"\\|", _STAR.sub(r"\*", between)), kept.group() if kept else ""]
-        end = kept.end() if kept else end
-    text = _NAMES.sub(lambda found: found[0].replace(", ", ",\u200b"), "".join(done))
-    lines[:] = (text.replace(": ", f"{_COLON} ") if what == "property" else text).split("\n")
-
-
-def restore_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Undo what kept napoleon from them."""
-    lines[:] = [line.replace(_COLON, ":") for line in lines]
-
 
 def name_factories(app: Sphinx, what: str, name: str, obj: object, options: object, *signature: Any) -> Any:
     """Write ``...`` for a default that a factory makes, so that the signature remains readable as Python."""
@@ -115,13 +98,15 @@ def skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, opti
 
 
 def find_by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
-    """Resolve ``Fit`` or ``probattn.regime`` to the only object whose full name ends with it."""
+    """Resolve an exported name, such as ``probattn.regime``, or a short one, such as ``Fit``, if one object fits."""
     if node.get("refdomain") != "py":
         return None
-    domain = env.get_domain("py")
-    wanted = node["reftarget"].removeprefix("probattn.").removeprefix("blocks.")
-    objects = (entry for entry in domain.get_objects() if entry[2] != "module")
-    found = {entry[3:5]: entry for entry in objects if entry[0].endswith(f".{wanted}")}
+    wanted = node["reftarget"]
+    with suppress(ImportError, AttributeError, ValueError):
+        exported = pkgutil.resolve_name(wanted)
+        wanted = f"{exported.__module__}.{exported.__qualname__}"
+    objects = (entry for entry in env.get_domain("py").get_objects() if entry[2] != "module")
+    found = {entry[3:5]: entry for entry in objects if f".{entry[0]}".endswith(f".{wanted}")}
     if len(found) != 1:
         return None
     ((_, _, _, page, anchor, _),) = found.values()
@@ -186,8 +171,6 @@ def copy_notebooks(app: Sphinx) -> None:
 def setup(app: Sphinx) -> None:
     """Register the directive and the handlers."""
     app.add_directive("reference", ReferenceDirective)
-    app.connect("autodoc-process-docstring", read_plainly, priority=100)
-    app.connect("autodoc-process-docstring", restore_colons, priority=900)
     app.connect("autodoc-process-signature", name_factories)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", find_by_short_name)

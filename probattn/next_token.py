@@ -103,7 +103,7 @@ class NextToken(dist.TorchDistribution):
 
     @property
     def _scalar(self) -> bool:
-        """True if the exact one-dimensional tools apply: one past, p = 1, strict mask."""
+        """True if the exact one-dimensional tools apply, for one past, p = 1 and the strict mask."""
         attention = self.past.attention
         return (
             attention.dim == 1
