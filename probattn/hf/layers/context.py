@@ -113,7 +113,7 @@ class LayerContext:
 
     @property
     def on_a_line(self) -> bool:
-        """False: what is exact for one-dimensional tokens under the strict mask does not apply."""
+        """Return False, since the exact results for one-dimensional tokens under the strict mask do not apply."""
         return False
 
     @property
