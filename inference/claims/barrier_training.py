@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from probattn.attention import CausalAttention
 from probattn.barrier import log_barrier, stability_margin
 from probattn.inference.claims.claim import Claim, Subject, Verdict
+from probattn.plotting.style import COLOURS, finish, panel
 
 __all__ = ["barrier_training_claim"]
 
@@ -83,6 +85,7 @@ def barrier_training_claim(
         f"{measured['share_below_zero_on_text']:.0%} of the held-out positions, {measured['mean_on_text']:.2f} on "
         "average: there it rewards expansion instead of holding the attention back. "
         f"{measured['share_across_the_boundary']:.1%} of the positions have a negative spectral margin.",
+        figures={"distances": _figure(before, after)},
     )
 
 
@@ -97,3 +100,11 @@ def _scaled(attention: CausalAttention, factor: float) -> CausalAttention:
         mask=attention.mask,
         start=attention.start,
     )
+
+
+def _figure(before: Tensor, after: Tensor) -> Figure:
+    figure, axis = panel(None, (6.4, 4.0))
+    for label, distances, colour in (("at the start", before, COLOURS[0]), ("after the fit", after, COLOURS[1])):
+        axis.ecdf(distances.flatten().numpy(), label=label, color=colour)
+    finish(axis, "distance to the boundary, σ_min(J_i)", "share of held-out positions", legend=True)
+    return figure
