@@ -48,21 +48,27 @@ class Problem(NamedTuple):
     def until_overflow(self) -> tuple[Problem, Tensor | None]:
         """The problem with zeros from the first token on whose products with others may overflow.
 
+        Sizes decide, not infinities in the results: a fused multiply-add of numbers that overflow has any sign.
+
         Returns:
-            The problem, and the rows that see such a token, (B, K, P, g); None: there is no such token.
+            The problem, and the rows that see such a token or whose logits may overflow, (B, K, P, g); None: no row.
         """
-        key, value = self.key, self.value
-        if key.dtype not in CANCELLATION or 0 in key.shape or 0 in value.shape:
+        query, key, value = self.query, self.key, self.value
+        if key.dtype not in CANCELLATION or not (query.numel() and key.numel() and value.numel()):
             return self, None
         largest = torch.finfo(key.dtype).max / 16  # a product of two differences, and the sum of two such
-        if float(key.abs().max()) * float(value.abs().max()) < largest:
+        step = 2 * abs(self.scale) * query.shape[-1]  # from the size of query and key to that of a logit
+        ask, pull, carry = (float(part.abs().max()) for part in (query, key, value))
+        if step * ask * pull < largest and pull * carry < largest:  # NaN is not
             return self, None
-        sizes = [part.abs().amax(-1).cummax(-1).values for part in (key, value)]  # (B, K, S)
-        count = (sizes[0] * sizes[1] < largest).long().cumprod(-1).sum(-1, keepdim=True)  # (B, K, 1)
+        widest, heaviest = (part.abs().amax(-1).cummax(-1).values for part in (key, value))  # (B, K, S)
+        count = (widest * heaviest < largest).long().cumprod(-1).sum(-1, keepdim=True)  # (B, K, 1)
         hidden = (torch.arange(key.shape[2], device=key.device) >= count).unsqueeze(-1)
-        reached = (self.limit > count) & (self.limit > self.first)  # (B, K, P)
+        last = (self.limit - 1).clamp(min=0).expand(*key.shape[:2], -1)
+        logits = step * query.abs().amax(-1) * widest.gather(-1, last).unsqueeze(-1)  # bounds, (B, K, P, g)
+        reached = (self.limit > count).unsqueeze(-1) | ~(logits < largest)
         shown = self._replace(key=key.masked_fill(hidden, 0.0), value=value.masked_fill(hidden, 0.0))
-        return shown, reached.unsqueeze(-1).expand(self.query.shape[:-1])
+        return shown, reached & (self.limit > self.first)[:, None]
 
     def since(self, begin: int) -> Problem:
         """The problem of the positions from an index on."""
@@ -232,6 +238,8 @@ class Rows(NamedTuple):
         to_weights = (self.key * to_key).sum(-1)  # (R, S)
         to_alpha = (self.value @ on_value.mT).squeeze(-1)
         to_alpha = to_alpha + (to_weights if self.slope is None else self.slope * to_weights)
+        # A token without weight adds nothing, however large it is.
+        to_weights, to_alpha = (part.where(self.alpha != 0, 0.0) for part in (to_weights, to_alpha))
         to_logits = self.alpha * (to_alpha - (self.alpha * to_alpha).sum(-1, keepdim=True))
         to_query = torch.zeros_like(self.query)
         if on_log is not None:
@@ -248,12 +256,13 @@ class Rows(NamedTuple):
 
 
 def _rough_logits(query: Tensor, key: Tensor) -> Tensor:
-    """Logits by which the largest is found, (R, S), divided by their size in rows where they leave the range."""
+    """Logits by which the largest is found, (R, S), divided by their size in rows where they may overflow."""
     plain = (query.unsqueeze(-2) @ key.mT).squeeze(-2)
-    beyond = ~(plain < torch.inf).all(-1, keepdim=True)
+    sizes = query.abs().amax(-1, keepdim=True), key.abs().amax((-2, -1), keepdim=True)
+    bound = sizes[0] * sizes[1].squeeze(-1) * query.shape[-1]
+    beyond = ~(bound < torch.finfo(query.dtype).max)
     if not bool(beyond.any()):
         return plain
-    sizes = query.abs().amax(-1, keepdim=True), key.abs().amax((-2, -1), keepdim=True)
     query, key = (part / size.where(size > 0, 1.0) for part, size in zip((query, key), sizes, strict=True))
     return torch.where(beyond, (query.unsqueeze(-2) @ key.mT).squeeze(-2), plain)
 
