@@ -27,7 +27,7 @@ from scipy.optimize import root
 from torch import Tensor
 
 from probattn.attention import CausalAttention
-from probattn.errors import InputError
+from probattn.errors import InputError, require_finite
 from probattn.numerics import eigenvalues, linalg
 
 __all__ = [
@@ -233,6 +233,7 @@ def _require(attention: CausalAttention, noise_covariance: Tensor) -> None:
             f"mean field needs one attention and S of shape ({attention.dim}, {attention.dim}); got batch shape "
             f"{tuple(attention.batch_shape)} and S of shape {tuple(noise_covariance.shape)}."
         )
+    require_finite("noise_covariance", noise_covariance)
     if float(torch.linalg.eigvalsh(noise_covariance)[0]) <= 0:
         raise InputError("noise_covariance is not positive definite; give a covariance of full rank.")
 

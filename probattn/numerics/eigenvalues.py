@@ -86,7 +86,7 @@ def _rightmost(matrix: Tensor, real: bool) -> Tensor:
     eigenvalues = torch.linalg.eigvals(whole)  # (N, m)
     eligible = eigenvalues.real.masked_fill((eigenvalues.imag != 0) & real, -torch.inf)
     value, index = eligible.max(-1)
-    imaginary = eigenvalues.imag.gather(-1, index[:, None]).squeeze(-1).where(torch.isfinite(value), 0.0)
+    imaginary = eigenvalues.imag.gather(-1, index[:, None]).squeeze(-1)
     if real:
         value, imaginary = _count_near_pairs(whole, eigenvalues, value, torch.finfo(matrix.dtype).eps)
     found = _kernel_to_zero(whole, torch.complex(value, imaginary), torch.finfo(matrix.dtype).eps)
@@ -97,7 +97,7 @@ def _count_near_pairs(matrix: Tensor, eigenvalues: Tensor, value: Tensor, eps: f
     """Largest real eigenvalue, (N,), and its imaginary part, when pairs that rounding has split are real as well."""
     norm = _norm(matrix)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    value, imaginary = value.clone(), torch.zeros_like(value)
+    imaginary = torch.zeros_like(value)
     open_pairs = (eigenvalues.imag > 0) & (eigenvalues.imag <= _NEAR * norm[:, None])
     while True:
         ahead = open_pairs & (eigenvalues.real > value[:, None])

@@ -6,17 +6,89 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probattn import CausalAttention, log_barrier, regime, stability_margin, support_tokens
+from probattn.barrier import penalty_and_margin, require_penalty
 from probattn.errors import InputError
 from probattn.solve.bound import contraction_bound
 from probattn.solve.context import Context
 from support import attention_like, dense_blocks, tokens
 
 KINDS = ["logdet", "one_sided", "smooth", "spectral", "singular_value"]
+MARGINS = ["determinant", "spectral", "complex", "singular_value"]
 PAIR = torch.tensor([[1.0], [-1.0], [0.0]], dtype=torch.float64)  # past {+1, -1}, u = 0: J = 1 - a
 
 
 def scalar(a):
     return CausalAttention.from_qk_matrix(torch.tensor([[a]], dtype=torch.float64))
+
+
+class Blocks:
+    """The least that a barrier asks of an attention: given blocks."""
+
+    def __init__(self, change, core=None):
+        self.change, self.given = change, core
+
+    @property
+    def dim(self):
+        return self.change.shape[-1]
+
+    def core(self, u):
+        assert u is PAIR
+        return self.change if self.given is None else self.given
+
+    def mean_jacobian(self, u):
+        assert u is PAIR
+        return self.change
+
+
+class TestInterface:
+    """Barriers and margins take anything that has a core, blocks and a dimension."""
+
+    change = torch.diag_embed(torch.tensor([[0.0, 0.5], [0.25, -1.0], [2.0, 3.0]], dtype=torch.float64))
+
+    def test_margins_and_barriers_of_given_blocks(self):
+        attention = Blocks(self.change)
+        for kind, expected in {
+            "determinant": [0.5, 1.5, 2.0],
+            "spectral": [0.5, 0.75, -2.0],
+            "complex": [0.5, 0.75, -2.0],
+            "singular_value": [0.5, 0.75, 1.0],
+        }.items():
+            found = stability_margin(attention, PAIR, kind)
+            assert found.tolist() == pytest.approx(expected), kind
+        assert log_barrier(attention, PAIR).tolist() == pytest.approx([math.log(2), -math.log(1.5), -math.log(2)])
+        spectral = log_barrier(attention, PAIR, "spectral").tolist()
+        assert spectral == pytest.approx([math.log(2), -math.log(0.75), math.inf])
+        gain = log_barrier(attention, PAIR, "singular_value").tolist()
+        assert gain == pytest.approx([math.log(2), -math.log(0.75), 0.0])
+        assert support_tokens(attention, PAIR, k=2, kind="spectral").positions.tolist() == [2, 0]
+
+    def test_the_singular_value_is_that_of_the_blocks_and_the_rest_that_of_the_core(self):
+        core = torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64)[:, None, None]
+        attention = Blocks(self.change, core)
+        assert stability_margin(attention, PAIR, "determinant").tolist() == pytest.approx([0.9, 0.8, 1.3])
+        # A core smaller than the block leaves the eigenvalue zero to it.
+        for kind in ("spectral", "complex"):
+            assert stability_margin(attention, PAIR, kind).tolist() == pytest.approx([0.9, 0.8, 1.0])
+        assert stability_margin(attention, PAIR).tolist() == pytest.approx([0.5, 0.75, 1.0])
+        assert log_barrier(attention, PAIR, "singular_value")[0] == pytest.approx(math.log(2))
+        assert log_barrier(attention, PAIR, "one_sided").tolist() == pytest.approx([-math.log(0.9), -math.log(0.8), 0])
+
+    def test_penalty_and_the_margin_that_it_guards(self):
+        matrix = torch.tensor([[[0.5]], [[1.5]], [[-3.0]], [[-1.0]]], dtype=torch.float64)
+        for kind in ("logdet", "one_sided", "smooth"):
+            margin = penalty_and_margin(matrix, 1, kind)[1]
+            assert margin.tolist() == pytest.approx([0.5, -0.5, 4.0, 2.0]), kind
+        assert penalty_and_margin(matrix, 1, "spectral")[1].tolist() == pytest.approx([0.5, -0.5, 4.0, 2.0])
+        assert penalty_and_margin(matrix, 1, "singular_value")[1].tolist() == pytest.approx([0.5, 0.5, 4.0, 2.0])
+
+    def test_the_default_sharpness_is_ten(self):
+        matrix = torch.tensor([[[0.5]], [[-1.0]]], dtype=torch.float64)
+        literal = [math.log(2), -math.log(2)]
+        expected = [math.log1p(math.exp(10 * value)) / 10 for value in literal]
+        assert penalty_and_margin(matrix, 1, "smooth")[0].tolist() == pytest.approx(expected, rel=1e-12)
+        attention = Blocks(matrix)
+        assert log_barrier(attention, PAIR, "smooth").tolist() == pytest.approx(expected, rel=1e-12)
+        assert require_penalty("smooth", 10.0) is None
 
 
 class TestBarrier:
@@ -84,9 +156,12 @@ class TestMargins:
     def test_each_by_its_definition_from_the_dense_block(self, seed, mask, heads):
         attention, u = attention_like(seed, heads, 2, 4, 2, mask), tokens(seed, 5, 4)
         block = dense_blocks(attention, u)
-        margin = {kind: stability_margin(attention, u, kind) for kind in ("determinant", "spectral", "singular_value")}
+        margin = {kind: stability_margin(attention, u, kind) for kind in MARGINS}
         torch.testing.assert_close(margin["determinant"], torch.linalg.det(block), atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(margin["singular_value"], torch.linalg.svdvals(block)[..., -1])
+        rightmost = torch.linalg.eigvals(torch.eye(4) - block).real.amax(-1)
+        torch.testing.assert_close(margin["complex"], 1 - rightmost, atol=1e-6, rtol=1e-6)
+        assert (margin["complex"] <= margin["spectral"]).all()
         # A negative determinant has an odd number of negative eigenvalues: the spectral margin must see one.
         assert (margin["spectral"][margin["determinant"] < -1e-9] < 0).all()
         # And the path I - t M, t in [0, 1], meets no singular matrix where the margin is positive.
@@ -123,7 +198,44 @@ class TestMargins:
         assert torch.isfinite(penalty[0]).all()
         assert penalty[1, 2:].isnan().all()
 
-    @pytest.mark.parametrize("kind", ["determinant", "spectral", "singular_value"])
+    @pytest.mark.parametrize("kind", MARGINS)
+    @pytest.mark.parametrize("heads", [1, 3])
+    def test_single_precision_agrees_with_double(self, kind, heads):
+        attention, u = attention_like(7, heads, 3, 6, 4, batch=(40,), size=0.5), tokens(7, 40, 12, 6)
+        expected = stability_margin(attention, u, kind)
+        single = stability_margin(attention.to(torch.float32), u.float(), kind)
+        assert single.dtype == torch.float32
+        # 1e-3: eigenvalues of condition 1e3 are moved by that when the entries are rounded.
+        torch.testing.assert_close(single, expected.float(), rtol=1e-3, atol=1e-3)
+
+    def test_a_rotation_far_beyond_the_boundary_is_seen_by_the_complex_margin_alone(self):
+        corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [0, 0]], dtype=torch.float64)
+        matrix = torch.tensor([[3.0, 5.0], [-5.0, 3.0]], dtype=torch.float64)
+        attention = CausalAttention.from_qk_matrix(matrix)
+        found = {kind: float(stability_margin(attention, corners, kind)[-1]) for kind in MARGINS}
+        assert found["complex"] == pytest.approx(-2.0)
+        assert found["spectral"] == math.inf
+        assert found["determinant"] == pytest.approx(29.0)  # |1 - 3 - 5i|^2
+        assert found["singular_value"] == pytest.approx(29.0**0.5)
+        # The relaxation du/dt = mu(u) + e - u leaves the solution at the rate 2; a step of Euler shows it.
+        u = torch.tensor([1e-6, 0.0], dtype=torch.float64)
+        step = corners[:4].T @ torch.softmax(corners[:4] @ attention.qk_matrix[0] @ u, 0) - u
+        assert float(u @ step / u.square().sum()) == pytest.approx(2.0, rel=1e-4)
+
+    @pytest.mark.parametrize("matrix", [[[3.0, 5.0], [-5.0, 3.0]], [[0.5, 0.2], [0.1, -0.3]]])
+    def test_gradient_of_the_complex_margin(self, matrix):
+        u = tokens(2, 6, 2)
+
+        def margin(matrix):
+            return stability_margin(CausalAttention.from_qk_matrix(matrix), u, "complex")
+
+        assert torch.autograd.gradcheck(margin, torch.tensor(matrix, dtype=torch.float64, requires_grad=True))
+
+    def test_kinds_are_named_when_one_is_wrong(self):
+        with pytest.raises(InputError, match="kind is 'sigma'; use one of 'determinant', 'spectral', 'complex', 'sing"):
+            stability_margin(scalar(0.5), PAIR, "sigma")
+
+    @pytest.mark.parametrize("kind", MARGINS)
     def test_overflow_is_nan_not_a_crash(self, kind):
         u = tokens(0, 4, 2, dtype=torch.float32)
         u[2] = 1e25
@@ -154,6 +266,8 @@ class TestSupportTokens:
         torch.testing.assert_close(everything.gather(-1, positions), margins)
         equal = support_tokens(scalar(0.0), PAIR, k=3)
         assert equal.positions.tolist() == [0, 1, 2]
+        assert support_tokens(attention, u).positions.shape == (4, 5)
+        assert torch.equal(support_tokens(attention, u, k=1).margins, margins[:, :1])
 
     def test_they_are_the_positions_of_largest_noise_gain(self):
         attention, u = attention_like(4, size=0.3), tokens(4, 8, 3)

@@ -38,20 +38,6 @@ def test_blocks_and_determinants_match_autograd(seed, mask, heads, rank, dim, va
     assert (sign == expected_sign)[known].all()
 
 
-def test_every_route_to_the_determinant_is_taken_and_agrees():
-    # (heads, rank, value_dim) chosen so that p, H r and H dv = 6 are each the smallest once.
-    sizes = {}
-    for name, (heads, rank, value_dim) in {"features": (2, 5, 4), "keys": (1, 2, 3), "values": (1, 4, 1)}.items():
-        attention = attention_like(0, heads, rank, 6, value_dim)
-        u = tokens(0, 5, 6)
-        core = blocks.sylvester_core(attention.mean_and_factors(u).factors)
-        sizes[name] = core.shape[-1]
-        torch.testing.assert_close(
-            blocks.logabsdet_one_minus(core)[1], torch.linalg.slogdet(dense_blocks(attention, u))[1]
-        )
-    assert sizes == {"features": 6, "keys": 2, "values": 1}
-
-
 def test_the_strict_formula_is_wrong_under_an_inclusive_mask():
     attention = attention_like(1, heads=2, value_dim=2, mask="inclusive")
     u = tokens(1, 6, 3)
@@ -113,35 +99,134 @@ def test_step_by_step_agrees_with_the_sequence():
             past = past.extend(u[i])
 
 
-class TestLargestRealEigenvalue:
-    def test_against_numpy(self):
-        matrices = tokens(0, 200, 4, 4)
-        eigenvalues = torch.linalg.eigvals(matrices)
-        expected = torch.where(eigenvalues.imag == 0, eigenvalues.real, -torch.inf).amax(-1)
-        result = blocks.largest_real_eigenvalue(matrices, 4)
-        assert torch.isneginf(result).any()
-        assert torch.equal(result, expected)
+class TestCores:
+    # The sizes (heads, rank, value_dim) of attentions of six features, and the size of the core under each mask.
+    @pytest.mark.parametrize(
+        ("heads", "rank", "value_dim", "strict", "inclusive"),
+        [
+            (2, 5, 4, 6, 6),  # the features are fewest
+            (1, 2, 3, 2, 3),  # the keys; under the inclusive mask they cannot be used
+            (1, 3, 3, 3, 3),  # keys and values alike
+            (2, 1, 4, 2, 6),
+            (1, 4, 1, 1, 1),  # the values
+            (2, 4, 2, 4, 4),
+            (2, 3, 3, 6, 6),  # all alike
+        ],
+    )
+    def test_every_route_has_the_determinant_and_the_eigenvalues_of_the_block(
+        self, heads, rank, value_dim, strict, inclusive
+    ):
+        for mask, size in (("strict", strict), ("inclusive", inclusive)):
+            attention, u = attention_like(8, heads, rank, 6, value_dim, mask, 0.5), tokens(8, 5, 6)
+            core = attention.core(u)
+            assert core.shape == (5, size, size)
+            block = attention.jacobian(u)
+            sign, logabs = blocks.logabsdet_one_minus(core)
+            expected = torch.linalg.slogdet(block)
+            assert torch.equal(sign, expected.sign)
+            torch.testing.assert_close(logabs, expected.logabsdet)
+            change = torch.eye(6, dtype=torch.float64) - block
+            torch.testing.assert_close(attention.mean_jacobian(u), change)
+            for power in range(1, 5):  # the sums of powers of the eigenvalues
+                moments = [
+                    torch.linalg.matrix_power(m, power).diagonal(dim1=-2, dim2=-1).sum(-1) for m in (core, change)
+                ]
+                torch.testing.assert_close(*moments)
 
-    def test_a_rank_deficient_matrix_has_the_eigenvalue_zero(self):
-        turn = torch.tensor([[0.0, 2.0], [-2.0, 0.0]]).double()
-        assert blocks.largest_real_eigenvalue(turn, 3) == 0
+    def test_batches_of_parameters_and_of_tokens(self):
+        for heads, rank, value_dim in ((2, 5, 4), (1, 2, 3), (1, 4, 1)):
+            for mask in ("strict", "inclusive"):
+                attention = attention_like(9, heads, rank, 6, value_dim, mask, batch=(3, 1))
+                u = tokens(9, 2, 4, 6)
+                logabs, change = attention.logabsdet(u)[1], attention.mean_jacobian(u)
+                assert logabs.shape == (3, 2, 4)
+                assert change.shape == (3, 2, 4, 6, 6)
+                one = attention.select((torch.tensor([1]), torch.tensor([0])))
+                torch.testing.assert_close(one.logabsdet(u[1])[1][0], logabs[1, 1])
+                torch.testing.assert_close(one.mean_jacobian(u[1])[0], change[1, 1])
 
-    def test_gradient_also_where_the_eigenvectors_do_not_span(self):
-        matrix = (
-            torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]).double().requires_grad_()
-        )  # a Jordan block
-        blocks.largest_real_eigenvalue(matrix, 3).backward()
-        expected = torch.zeros(3, 3).double()
-        expected[0, 0] = 1
-        torch.testing.assert_close(matrix.grad, expected)
 
-    def test_gradient_numerically(self):
-        matrix = (torch.diag(torch.tensor([3.0, 1.0, -1.0])).double() + 0.3 * tokens(1, 3, 3)).requires_grad_()
-        assert torch.autograd.gradcheck(lambda m: blocks.largest_real_eigenvalue(m, 3), (matrix,))
+class TestLogabsdet:
+    @pytest.mark.parametrize("size", [1, 2, 64, 65])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_sizes_on_both_sides_of_the_kernel(self, size, dtype):
+        matrix = (0.5 * tokens(1, 3, 2, size, size) / size**0.5).to(dtype)
+        matrix[0, 0] = torch.eye(size)
+        sign, logabs = blocks.logabsdet_one_minus(matrix)
+        expected = torch.linalg.slogdet(torch.eye(size) - matrix.double())
+        assert (sign.dtype, logabs.dtype, sign.shape, logabs.shape) == (dtype, dtype, (3, 2), (3, 2))
+        assert torch.equal(sign.double(), expected.sign)
+        torch.testing.assert_close(logabs.double(), expected.logabsdet, rtol=1e-4, atol=1e-4)
+        assert (sign[0, 0], logabs[0, 0]) == (0, -torch.inf)
 
-    def test_second_derivatives_are_refused_not_wrong(self):
-        matrix = tokens(1, 2, 2).requires_grad_()
-        value = blocks.largest_real_eigenvalue(matrix.mT @ matrix, 2)
-        (slope,) = torch.autograd.grad(value, matrix, create_graph=True)
-        with pytest.raises(RuntimeError, match="largest real eigenvalue is differentiable once"):
-            slope.sum().backward()
+    @pytest.mark.parametrize("size", [1, 3, 66])
+    def test_derivatives_on_both_sides_of_the_kernel(self, size):
+        matrix, direction = 0.5 * tokens(2, 2, size, size) / size**0.5, tokens(3, 2, size, size)
+
+        def along(t):
+            return blocks.logabsdet_one_minus(matrix + t * direction)[1].sum()
+
+        def plain(t):
+            return torch.linalg.slogdet(torch.eye(size) - matrix - t * direction)[1].sum()
+
+        zero = torch.zeros((), dtype=torch.float64)
+        for transform in (
+            torch.func.grad,
+            torch.func.jacfwd,
+            lambda f: torch.func.grad(torch.func.grad(f)),
+            lambda f: torch.func.jacfwd(torch.func.grad(f)),
+            lambda f: torch.func.grad(torch.func.grad(torch.func.grad(f))),
+        ):
+            torch.testing.assert_close(transform(along)(zero), transform(plain)(zero), rtol=1e-9, atol=1e-9)
+
+
+class TestSmallestSingularValue:
+    def test_is_the_distance_to_the_nearest_singular_matrix(self):
+        matrix = tokens(4, 3, 2, 5, 5)
+        block = torch.eye(5) - matrix
+        found = blocks.smallest_singular_value_one_minus(matrix)
+        torch.testing.assert_close(found, 1 / torch.linalg.matrix_norm(torch.linalg.inv(block), 2))
+        assert blocks.smallest_singular_value_one_minus(torch.eye(3)) == 0
+
+    def test_what_is_not_finite_stays_in_its_matrix(self):
+        matrix = tokens(5, 4, 3, 3)
+        matrix[1, 0, 2], matrix[2, 2, 2] = torch.nan, -torch.inf
+        found = blocks.smallest_singular_value_one_minus(matrix)
+        assert found.isnan().tolist() == [False, True, True, False]
+
+    def test_again_in_double_precision_where_lapack_gives_up_in_single(self, monkeypatch):
+        plain = torch.linalg.svdvals
+
+        def stalls(matrix):
+            if matrix.dtype == torch.float32:
+                raise torch.linalg.LinAlgError("the algorithm failed to converge")
+            return plain(matrix)
+
+        matrix = tokens(6, 4, 3, 3).float()
+        expected = blocks.smallest_singular_value_one_minus(matrix)
+        monkeypatch.setattr(torch.linalg, "svdvals", stalls)
+        found = blocks.smallest_singular_value_one_minus(matrix)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected)
+
+
+class TestEigenvalues:
+    """Their own tests are those of probattn.numerics.eigenvalues; here, what the size of M adds."""
+
+    turn = torch.tensor([[0.0, 2.0], [-2.0, 0.0]], dtype=torch.float64)
+    spiral = turn - torch.eye(2)
+
+    def test_a_core_smaller_than_the_block_adds_the_eigenvalue_zero(self):
+        assert torch.isneginf(blocks.largest_real_eigenvalue(self.turn, 2))
+        assert blocks.largest_real_eigenvalue(self.turn, 3) == 0
+        assert blocks.spectral_abscissa(self.spiral, 2) == pytest.approx(-1)
+        assert blocks.spectral_abscissa(self.spiral, 3) == 0
+        for function in (blocks.largest_real_eigenvalue, blocks.spectral_abscissa):
+            assert function(torch.diag(torch.tensor([-2.0, 3.0])), 5) == 3
+            assert function(torch.full((2, 2), torch.nan), 3).isnan()
+
+    def test_gradients(self):
+        for matrix in (self.spiral + 2 * torch.eye(2), torch.diag(torch.tensor([0.5, -0.25])).double()):
+            for function in (blocks.largest_real_eigenvalue, blocks.spectral_abscissa):
+                if torch.isfinite(function(matrix, 2)):
+                    assert torch.autograd.gradcheck(lambda m, f=function: f(m, 3), matrix.clone().requires_grad_())
