@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from probattn.errors import InputError
 from probattn.hf.layers.tokenwise import Norm, Projection
 
-__all__ = ["layer_norm", "linear", "output_map", "projection", "require_causal", "rms_norm", "rotary", "shared_heads"]
+__all__ = ["layer_norm", "linear", "output_map", "projection", "require_causal", "rms_norm", "rotary"]
 
 
 def linear(module: Any, name: str) -> tuple[Tensor, Tensor | None]:
@@ -89,15 +89,6 @@ def rotary(module: nn.Module | None, **options: Any) -> Callable[[Tensor, Tensor
 def _rotate(module: nn.Module, options: dict[str, Any], positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = module(like, positions, **options)
     return cos, sin
-
-
-def shared_heads(attention: Any, query: Projection, key: Projection) -> None:
-    """Refuse heads that cannot share keys evenly."""
-    if len(query.weight) % len(key.weight):
-        raise InputError(
-            f"{type(attention).__name__} has {len(query.weight)} heads and {len(key.weight)} keys; heads must share "
-            "keys evenly."
-        )
 
 
 def require_causal(attention: Any) -> None:

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from layer_zoo import FAMILIES, WORDS, Exact, own_blocks, own_mean, own_run, stream, tiny
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
 from probattn import log_barrier, stability_margin, support_tokens
 from probattn.hf.layers import attention_layer
@@ -59,6 +60,21 @@ class TestAgainstTheModelsOwnCode:
         layer, own = attention_layer(model, number), own_blocks(model, number, u)
         torch.testing.assert_close(layer.mean(u), own_mean(model, number, u), rtol=1e-4, atol=1e-5)
         assert (layer.mean_jacobian(u) - own).abs().max() < 1e-4 * own.abs().max()
+
+
+def test_the_language_model_inside_a_model_of_pictures():
+    text = Gemma3TextConfig(
+        vocab_size=WORDS, num_hidden_layers=2, hidden_size=16, intermediate_size=8, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=6, layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = Gemma3Config(text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
+    u = torch.randn(4, 16)
+    inner = attention_layer(model.model.language_model, 1)
+    torch.testing.assert_close(attention_layer(model, 1).jacobian(u), inner.jacobian(u))
 
 
 class TestThePlaceOfTheToken:
