@@ -64,7 +64,7 @@ Seed = Annotated[int, Range(least=0, most=2**31 - 1)]
 
 
 @cache
-def field_types(options: type) -> dict[str, Any]:
+def field_types(options: Any) -> dict[str, Any]:
     """The annotations of a dataclass by field, ranges included.
 
     Args:
@@ -97,7 +97,8 @@ def check_options(options: Any) -> None:
         ...
         probattn.errors.InputError: steps is 0; it must be at least 1.
     """
-    hints = field_types(type(options))
+    kind: Any = type(options)
+    hints = field_types(kind)
     for field in fields(options):
         if field.init:
             value = _fit(field.name, getattr(options, field.name), hints[field.name])

@@ -161,7 +161,10 @@ def command(name: str, options: type[Options], run: Run[Options]) -> App:
             chosen = str(read_settings(Path(settings)).get(field))
         chosen = chosen if chosen in parts else default
         try:
-            return parts[chosen](tokens, exit_on_error=False, print_error=False, result_action="return_value")
+            status: int | None = parts[chosen](
+                tokens, exit_on_error=False, print_error=False, result_action="return_value"
+            )
+            return status
         except UnknownOptionError as error:
             given = "--" + (error.token.keyword or "").strip("-[]").replace("_", "-")
             owners = [part for part in parts if given in {flag.name for flag in flags(options, {field: part})}]
@@ -240,7 +243,7 @@ def _parameters(listed: Sequence[Flag]) -> Iterator[inspect.Parameter]:
             negative_iterable=(),
             converter=_converter(flag.kind),
             validator=_within(flag.range),
-            show_default=(lambda _, shown=shown: shown) if shown else False,
+            show_default=shown or False,
         )
         yield inspect.Parameter(
             flag.key,
