@@ -3,6 +3,7 @@
 from probattn.hf.barrier import BarrierHandle, LayerStatistics, attach_barrier
 from probattn.hf.decoding import MarginMonitor
 from probattn.hf.layers import AttentionLayer, attention_layer
+from probattn.hf.margins import margins
 
 __all__ = [
     "AttentionLayer",
@@ -11,4 +12,5 @@ __all__ = [
     "MarginMonitor",
     "attach_barrier",
     "attention_layer",
+    "margins",
 ]
