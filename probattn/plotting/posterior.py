@@ -42,10 +42,10 @@ def plot_posterior(
         >>> draws = {"A[0,0]": np.linspace(0.0, 1.0, 50)}
         >>> figure = plot_posterior(draws, {}, {"A[0,0]": 0.4})
         >>> figure.axes[0].get_legend_handles_labels()[1]
-        ['posterior', 'truth']
+        ['posterior', '90% interval', '50% interval', 'truth']
     """
     columns = max(1, min(4, len(posterior)))
-    size = (3.1 * columns + 1.0, 2.3 * -(-len(posterior) // columns))
+    size = (3.1 * columns + 1.4, 2.3 * -(-len(posterior) // columns))
     figure, drawn = panels(axes, len(posterior), size, columns=columns)
     for axis, (label, values) in zip(drawn, posterior.items(), strict=True):
         heights, edges = _histogram(values)
@@ -53,8 +53,8 @@ def plot_posterior(
         if label in prior:
             axis.stairs(*_histogram(prior[label]), color=COLOURS[1], linewidth=1.5, label="prior")
         for level, width in zip(_LEVELS, (2.0, 5.0), strict=True):
-            ends = _interval(values, level)
-            axis.plot(ends, [0, 0], color="black", linewidth=width, solid_capstyle="butt", clip_on=False)
+            bar = {"color": "black", "linewidth": width, "solid_capstyle": "butt", "clip_on": False}
+            axis.plot(_interval(values, level), [0, 0], label=f"{level:.0%} interval", **bar)
         if truth is not None and label in truth:
             axis.axvline(truth[label], color=COLOURS[6], linestyle="--", linewidth=1, label="truth")
         room = 0.6 * (edges[-1] - edges[0])
@@ -63,8 +63,6 @@ def plot_posterior(
         axis.set_yticks([])
         axis.tick_params(labelsize=8)
     outside_legend(axes, figure, drawn[0])
-    if axes is None:
-        figure.suptitle("Densities; black bars: 50 and 90 % intervals of the posterior", fontsize=11)
     return figure
 
 

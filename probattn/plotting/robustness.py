@@ -56,8 +56,8 @@ def plot_arm_differences(
         finish(axis, "" if axes is None else "difference (bits per character)", title=words(title))
         axis.tick_params(axis="x", labelsize=8)
     if axes is None:
-        legend = "difference in bits per character, 95 % intervals; left of zero: better"
-        figure.supxlabel(f"{legend}; dashed: the limit" if limits else legend, fontsize=10)
+        limit = "; dashed: limit" if limits else ""
+        figure.supxlabel(f"difference in bits per character (95 %; left of zero: better{limit})", fontsize=10)
     return figure
 
 

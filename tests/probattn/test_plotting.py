@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -85,6 +85,39 @@ def draw(name, seed=0, **options):
 def own(name):
     """A figure to look at, not to draw on."""
     return draw(name)
+
+
+def narrow(name):
+    """The narrowest figure: of what there can be one or many, one."""
+
+    def first(argument):
+        if isinstance(argument, dict):
+            return dict([next(iter(argument.items()))])
+        return argument[:1]
+
+    arguments = list(inputs()[name][0])
+    for place in WIDTH[name]:
+        arguments[place] = first(arguments[place])
+    return getattr(plotting, name)(*arguments)
+
+
+WIDTH = {
+    "plot_margins": [0],
+    "plot_conditional": [0],
+    "plot_cost": [0],
+    "plot_posterior": [0],
+    "plot_chains": [0],
+    "plot_comparison": [0],
+    "plot_rank_bands": [0],
+    "plot_growth": [2],
+    "plot_arm_differences": [1],
+    "plot_loss_curves": [0],
+    "plot_norms_and_margins": [1],
+}
+FIGURES = [
+    *(pytest.param(partial(own, name), id=name) for name in NAMES),
+    *(pytest.param(partial(narrow, name), id=f"narrow {name}") for name in WIDTH),
+]
 
 
 def on_axes(name, axes):
@@ -195,9 +228,9 @@ class TestEveryFigure:
                 said += axis.get_legend_handles_labels()[1]
                 assert [text for text in said if "_" in re.sub(r"\$.*?\$", "", text)] == []
 
-    @pytest.mark.parametrize("name", NAMES)
-    def test_its_words_can_be_read_and_are_not_cut_off(self, name):
-        figure = own(name)
+    @pytest.mark.parametrize("figure", FIGURES)
+    def test_its_words_can_be_read_and_are_not_cut_off(self, figure):
+        figure = figure()
         figure.draw_without_rendering()
         texts = [text for axis in figure.axes if axis.axison for text in words_of(axis)]
         texts += [text for text in (figure._suptitle, figure._supxlabel) if text is not None]
