@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -377,6 +378,28 @@ def test_options_that_do_not_go_together():
         FitOptions(data="x", method="svi")
     with pytest.raises(InputError, match="fit is a MapConfig; it must be of type LanguageFit"):
         VerifyOptions(fit=MapConfig())
+
+
+def commands_in(page):
+    """The command lines that a page shows in its blocks of shell."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "probattn" in words:
+                yield words[words.index("probattn") + 1 :]
+
+
+def test_the_commands_that_the_pages_show_are_accepted():
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").rglob("*.md"))]
+    shown = [words for page in pages for words in commands_in(page) if words]
+    assert len({words[0] for words in shown} & set(COMMANDS)) >= 4
+    for name, *words in shown:
+        assert name in COMMANDS
+        run, seen = stand_in(name)
+        run(words, exit_on_error=False, print_error=False, result_action="return_value")
+        assert isinstance(seen.pop(), options_of(name)[0])
 
 
 def test_help_needs_none_of_the_libraries_behind_the_commands():
