@@ -258,4 +258,5 @@ def find_mode(state: LaplaceState, target: LogDensity) -> Tensor:
 
 def _flat_below(values: Tensor) -> float:
     """Curvature below which a direction counts as flat; the differences that it comes from have rounding errors."""
-    return max(_FLAT, 10 * torch.finfo(values.dtype).eps ** (2 / 3)) * float(values.max())
+    relative: float = max(_FLAT, 10 * torch.finfo(values.dtype).eps ** (2 / 3))
+    return relative * float(values.max())

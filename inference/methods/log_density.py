@@ -67,6 +67,7 @@ class LogDensity:
         self.sites: dict[str, _Site] = {}
         self.observed: list[str] = []
         self.dim = 0
+        self._like: Tensor
         with isolated(seed=0), torch.no_grad():
             trace = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*self._first_sequence)
         for name, node in trace.nodes.items():

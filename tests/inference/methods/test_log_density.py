@@ -97,7 +97,7 @@ def test_a_power_tempers_the_likelihood_alone():
     tempered = LogDensity(bilinear_model(U, power=0.3), U)
     z = 0.1 * torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrix, scale = z[:, :4].view(5, 1, 1, 2, 2), z[:, 4:].exp().unsqueeze(1)
-    attention = CausalAttention.from_qk_matrix(matrix)
+    attention = CausalAttention.from_qk_matrix(matrix, heads=1)
     likelihood = LatentAttention(attention, scale, 8).log_prob(U)
     terms = tempered.evaluate(z)
     torch.testing.assert_close(terms["u"], 0.3 * likelihood)
