@@ -23,7 +23,7 @@ def modules():
     for package in (probattn, probattn.models, probattn.inference):
         yield package.__name__
         for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if found.name != "probattn.__main__":
+            if not found.name.endswith(("__main__", "_compiled")):  # a library for ctypes is no module
                 yield found.name
 
 

@@ -68,7 +68,7 @@ class Branches:
         >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]]).double())
         >>> past = Context.of(attention, torch.tensor([[-1.0], [1.0]]).double())  # e(u) = u - tanh(3 u)
         >>> branches = Branches(past, 0.5, "uniform")
-        >>> branches.roots(0.0).round(4).tolist(), round(branches.mass, 12), round(branches.cdf(0.0), 12)
+        >>> branches.roots(0.0).round(4).tolist(), round(branches.mass, 12), round(float(branches.cdf(0.0)), 12)
         ([-0.9949, 0.0, 0.9949], 1.0, 0.5)
     """
 
