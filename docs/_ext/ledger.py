@@ -1,12 +1,13 @@
 """Directives and roles that read committed results, so that no number of a claim is typed by hand.
 
-- ``{claim} NAME``: a claim's statement, verdict, negative control and numbers, from ``results/ledger/claims.json``.
-- ``{verdicts}``: the table of all of them.
+- ``{claim} NAME``: a claim's statement, verdict, findings, control and numbers, from ``results/ledger/claims.json``.
+- ``{verdicts}``: the table of all claims.
+- ``{verdict}`NAME```: the verdict of one claim in words, in a sentence.
 - ``{measured}`NAME:KEY:FORMAT```: one number in a sentence, such as ``{measured}`jacobian:max_abs_error:.0e```.
 
 The claim ``robustness`` is a study of its own, read from ``inference/studies/results/robustness.json``; its keys are
-``ARM on MEASURE`` (a difference with its interval) or ``ARM in CORRUPTION`` (a loss). ``bench:WORK against OTHER`` is a ratio of
-``results/bench/bench.json``. A name, a key or a file that does not exist fails the build.
+``ARM on MEASURE`` (a difference with its interval) or ``ARM in CORRUPTION`` (a loss). ``bench:WORK against OTHER`` is a
+ratio of ``results/bench/bench.json``. A name, a key or a file that does not exist fails the build.
 """
 
 from __future__ import annotations
@@ -22,28 +23,24 @@ from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+from probattn.inference.claims.claim import verdict_in_words
+from probattn.inference.claims.robustness import words_of_verdict
 from probattn.inference.studies.robustness.summary import Summary, judge_study
 
 HERE = Path(__file__).parents[1]
 LEDGER = HERE / "results" / "ledger" / "claims.json"
 STUDY = HERE.parent / "inference" / "studies" / "results" / "robustness.json"
 BENCH = HERE / "results" / "bench" / "bench.json"
-WORDS = {
-    "supported": "supported",
-    "supported_within": "supported within",
-    "not_supported": "not supported",
-    "not_run": "not run",
-}
-_LISTED = 12  # numbers that are shown without being asked for
+_LISTED = 12  # largest number of rows that are shown without a fold
 
 
 @cache
 def claims() -> dict[str, dict[str, Any]]:
-    """The committed claims by id, with the study of robustness in its place.
+    """Read the committed claims by id, with the whole study of robustness in the place of its quick form.
 
     Example:
-        >>> claims()["jacobian"]["verdict"]
-        'supported'
+        >>> verdict_in_words(claims()["jacobian"])
+        'holds'
     """
     found = {claim["id"]: claim for claim in json.loads(LEDGER.read_text(encoding="utf-8"))["claims"]}
     verdict = judge_study(study())
@@ -53,7 +50,7 @@ def claims() -> dict[str, dict[str, Any]]:
         "loss of held-out accuracy.",
         "formula": "CE(y) + λ Σ_i b_i against CE(y):  Δ loss(u + δ) < 0,  δ = level · rms(u) · z,  Δ loss(u) < 1 %",
         "verdict": verdict.overall,
-        "condition": verdict.condition,
+        **words_of_verdict(verdict),
         "words": statements,
         "control": " ".join(words for name, words in verdict.words.items() if "control" in name),
     }
@@ -62,15 +59,21 @@ def claims() -> dict[str, dict[str, Any]]:
 
 @cache
 def study() -> Summary:
-    """The study of robustness: differences of every arm, with intervals."""
+    """Read the study of robustness: differences of every arm, with intervals."""
     return Summary.from_dict(json.loads(STUDY.read_text(encoding="utf-8"))["summary"])
 
 
 def measured(target: str) -> str:
-    """The number that ``NAME:KEY:FORMAT`` names, in words; the format is Python's, and may be left out.
+    """Look up the number that ``NAME:KEY:FORMAT`` names and put it into words.
+
+    Args:
+        target: id of the claim, name of the number, and a format of Python's, which may be omitted.
+
+    Returns:
+        The number as it reads in a sentence.
 
     Raises:
-        KeyError: there is no such number.
+        KeyError: a number that does not exist.
 
     Example:
         >>> measured("stationarity:critical_p1_strict:.4f")
@@ -92,9 +95,9 @@ def measured(target: str) -> str:
 
 
 def _number(value: float | str, form: str = "") -> str:
-    """A number as it is read: 1.9 × 10⁻¹⁴ rather than 1.9e-14, and a true minus."""
-    if isinstance(value, str):
-        return value
+    """Write a number as people do: 1.9 × 10⁻¹⁴ instead of 1.9e-14, and a true minus sign."""
+    if isinstance(value, str):  # a number that JSON does not have
+        return {"inf": "∞", "-inf": "−∞"}.get(value, value)
     form = form or (".3g" if value == int(value) or 1e-3 <= abs(value) < 1e5 else ".1e")
     text = f"{value:,.0f}" if form == ".3g" and value == int(value) else f"{value:{form}}"
     digits, exponent, power = text.partition("e")
@@ -104,12 +107,12 @@ def _number(value: float | str, form: str = "") -> str:
     return text.replace("-", "−")
 
 
-def _badge(verdict: str) -> str:
-    return f'<span class="verdict verdict-{verdict}">{WORDS[verdict]}</span>'
+def _badge(claim: dict[str, Any]) -> str:
+    return f'<span class="verdict verdict-{claim["verdict"]}">{_plain(verdict_in_words(claim))}</span>'
 
 
 def _plain(text: str) -> str:
-    """A sentence of the results, with what Markdown would take for markup escaped."""
+    """Escape everything in a sentence that Markdown would take for markup."""
     return re.sub(r"([\\`*_{}\[\]<>|$#~^])", r"\\\1", text)
 
 
@@ -119,7 +122,7 @@ class ClaimDirective(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Write it as Markdown and read that."""
+        """Write the claim as Markdown and parse that."""
         self.env.note_dependency(str(LEDGER))
         self.env.note_dependency(str(STUDY))
         claim = claims()[self.arguments[0]]
@@ -130,11 +133,11 @@ class ClaimDirective(SphinxDirective):
             *re.split(r";\s+|,\s{2,}", claim["formula"]),
             "```",
             "",
-            f"**Verdict.** {_badge(claim['verdict'])} ({claim['kind']})",
+            f"**Verdict.** {_badge(claim)} ({claim['kind']})",
             "",
         ]
-        if claim["condition"]:
-            lines += [f"**Where.** {_plain(_sentence(claim['condition']))}", ""]
+        if claim["finding"]:
+            lines += [_plain(claim["finding"]), ""]
         lines += [f"- {_plain(_sentence(words))}" for words in claim.get("words", {}).values()]
         label = "Controls" if claim["control"].startswith("Positive") else "Negative control"
         lines += ["", f"**{label}.** {_plain(claim['control'])}", "", *_table(claim)]
@@ -150,7 +153,7 @@ def _sentence(text: str) -> str:
 
 
 def _table(claim: dict[str, Any]) -> list[str]:
-    """The numbers: those with a bound first, the rest behind a fold where they are many."""
+    """List the numbers, those with a bound first; if they are many, the rest is folded away."""
     head = ["| number | measured | may be at most |", "|---|---|---|"]
     bound, rows = claim["bound"], []
     for name, value in sorted(claim["measured"].items(), key=lambda item: item[0] not in bound):
@@ -168,16 +171,16 @@ def _table(claim: dict[str, Any]) -> list[str]:
 
 
 class VerdictsDirective(SphinxDirective):
-    """One line a claim: its page, its verdict, its statement."""
+    """One line per claim: its page, its verdict, its statement."""
 
     def run(self) -> list[nodes.Node]:
-        """Write it as Markdown and read that."""
+        """Write the table as Markdown and parse that."""
         self.env.note_dependency(str(LEDGER))
         self.env.note_dependency(str(STUDY))
         lines = ["| claim | verdict | statement |", "|---|---|---|"]
         for name, claim in claims().items():
             statement = _plain(claim["statement"])
-            lines.append(f"| [`{name}`](/claims/{name}.md) | {_badge(claim['verdict'])} | {statement} |")
+            lines.append(f"| [`{name}`](/claims/{name}.md) | {_badge(claim)} | {statement} |")
         return self.parse_text_to_nodes("\n".join(lines))
 
 
@@ -185,16 +188,27 @@ class MeasuredRole(SphinxRole):
     """One number of the committed results."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        """Look it up."""
+        """Look the number up."""
         for source in (LEDGER, STUDY, BENCH):
             self.env.note_dependency(str(source))
         return [nodes.Text(measured(self.text))], []
 
 
+class VerdictRole(SphinxRole):
+    """The verdict of one claim in words."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Look the verdict up."""
+        for source in (LEDGER, STUDY):
+            self.env.note_dependency(str(source))
+        return [nodes.Text(verdict_in_words(claims()[self.text]))], []
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register them."""
+    """Register the directives and the role."""
     directives: dict[str, type[Directive]] = {"claim": ClaimDirective, "verdicts": VerdictsDirective}
     for name, directive in directives.items():
         app.add_directive(name, directive)
     app.add_role("measured", MeasuredRole())
+    app.add_role("verdict", VerdictRole())
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -79,6 +79,7 @@ def balanced_noise(attention: CausalAttention, length: int, pasts: int, seed: in
         The noise at each spread, its maximum, and the error of the maximum.
 
     Example:
+        >>> from probattn.models.scalar import scalar_attention
         >>> balance = balanced_noise(scalar_attention(1.0), length=50, pasts=400)
         >>> abs(balance.critical - 4 / 27) < 0.01
         True

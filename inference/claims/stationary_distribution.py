@@ -8,6 +8,7 @@ compared with this flow, with the mean free and with the mean held at zero.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -104,14 +105,14 @@ def stationary_distribution_claim(settings: Settings, *, run: Callable[..., Long
         bound,
         None if controlled else "a control failed: the runs do not behave as mean field says where it is certain",
         formula="dm/d log n = aV/(1 − aV) m  ⇒  |m| grows as n^{aV/(1 − aV)} for a > 0, and falls for a < 0",
-        control=f"Repulsion, a σ² = {_REPULSION:g}: the mean falls to {control:.2f} of its size and "
-        f"{measured['control_escaped_repulsion']:.0%} of the runs escape, so that the claim would hold.",
+        control=f"With repulsion, a σ² = {_REPULSION:g}, the mean falls to {control:.2f} of its size and "
+        f"{measured['control_escaped_repulsion']:.0%} of the runs escape: there the claim would hold.",
         finding=f"From n = {size.lengths[0]} to {last} the median size of the mean grows by a factor of "
-        f"{measured[f'growth_{near}']:.2f} [{measured[f'growth_{near}_low']:.2f}, "
-        f"{measured[f'growth_{near}_high']:.2f}] at a σ² = {near}. In mean field this growth is slow and has no end, "
-        f"and it carries the spread over its boundary: at a σ² = {near}, {measured[f'escaped_free_{near}']:.0%} of the "
-        f"runs have escaped by n = {last}, against {measured[f'escaped_held_{near}']:.0%} with the mean held at zero. "
-        "Repulsion (a ≤ 0) is stationary.",
+        f"{_words(measured[f'growth_{near}'])} [{_words(measured[f'growth_{near}_low'])}, "
+        f"{_words(measured[f'growth_{near}_high'])}] at a σ² = {near}. In mean field this growth is slow and has no "
+        "end, and it carries the spread over its boundary: at the same a σ², "
+        f"{measured[f'escaped_free_{near}']:.0%} of the runs have escaped by n = {last}, against "
+        f"{measured[f'escaped_held_{near}']:.0%} with the mean held at zero. Repulsion (a ≤ 0) is stationary.",
         figures={
             "growth": plotting.plot_growth(
                 np.array(size.lengths),
@@ -120,6 +121,10 @@ def stationary_distribution_claim(settings: Settings, *, run: Callable[..., Long
             ),
         },
     )
+
+
+def _words(number: float) -> str:
+    return f"{number:.2f}" if math.isfinite(number) else "∞"
 
 
 def _growth(mean: Tensor, error: float) -> tuple[float, float, float]:
