@@ -110,7 +110,7 @@ def draw_data_sets(
         return u, ~several.flatten(1).any(-1)
     except NoSolutionError:
         if count == 1:
-            nothing = process.attention.query.new_zeros(1, sequences, *process.event_shape)
+            nothing = process.attention.like.new_zeros(1, sequences, *process.event_shape)
             return nothing, torch.zeros(1, dtype=torch.bool, device=nothing.device)
     halves = [
         {name: value[part] for name, value in values.items()} for part in (slice(count // 2), slice(count // 2, None))
