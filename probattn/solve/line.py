@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize.elementwise import find_root
@@ -173,7 +174,8 @@ def _refine(context: Context, eps: Tensor, owner: Tensor, left: Tensor, right: T
         return flat.cpu().numpy().reshape(u.shape)
 
     ends = left.cpu().numpy(), right.cpu().numpy()
-    found = find_root(elementwise, ends, args=(owner.cpu().numpy(),))
+    with np.errstate(invalid="ignore"):  # SciPy takes roots of what may be negative, and bisects there
+        found = find_root(elementwise, ends, args=(owner.cpu().numpy(),))
     first = count.cumsum(0) - count
     place = torch.arange(len(owner), device=eps.device) - first[owner]
     whole[place, owner] = torch.as_tensor(found.x).to(eps)
