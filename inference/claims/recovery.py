@@ -42,7 +42,7 @@ def recovery_claim(settings: Settings, *, study: Study = STUDY, method: str = "l
     Args:
         settings: the measurement needs ``full``.
         study: number of replicates (a multiple of the four truths) and of sequences, their length, and the weak prior.
-        method: name in :data:`~probattn.inference.studies.calibration.METHODS` that has a form "..._without_jacobian".
+        method: name of a method of the study of calibration that has a form "..._without_jacobian".
     """
     if not settings.full:
         return _claim("not_run", condition="it takes minutes: run probattn verify --full")

@@ -112,7 +112,7 @@ def stationary_distribution_claim(settings: Settings, *, run: Callable[..., Long
         f"{_words(measured[f'growth_{near}_high'])}] at a σ² = {near}. In mean field this growth is slow and has no "
         "end, and it carries the spread over its boundary: at the same a σ², "
         f"{measured[f'escaped_free_{near}']:.0%} of the runs have escaped by n = {last}, against "
-        f"{measured[f'escaped_held_{near}']:.0%} with the mean held at zero. Repulsion (a ≤ 0) is stationary.",
+        f"{measured[f'escaped_held_{near}']:.0%} with the mean held at zero. Repulsion is stationary in mean field.",
         figures={
             "growth": plotting.plot_growth(
                 np.array(size.lengths),

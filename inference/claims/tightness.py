@@ -261,7 +261,7 @@ def tightness_claim(
     supported = "supported_within" if conditions else "supported"
     return Claim(
         "tightness",
-        f"With {'the most frequent character' if end is None else f'character {end}'} taken as end of sequence, "
+        f"With {_name(end, subject)} taken as end of sequence, "
         "the model puts all its mass on finite strings: the probability of the end has a positive lower bound in every "
         f"context, and two independent estimators of survival agree (family-wise error {ERROR:.0%}).",
         "statistical",
@@ -276,6 +276,12 @@ def tightness_claim(
         f"1/2; {share:.2f} of 128 strings drawn), and the claim would not hold.",
         figures={"tightness": _figure(survival, lengths, floor, control)},
     )
+
+
+def _name(end: int | None, subject: Subject) -> str:
+    if end is None:
+        return "the most frequent character"
+    return "the line feed" if end == subject.line_feed else f"character {end}"
 
 
 def _rare(step: int, own: Tensor) -> Tensor:

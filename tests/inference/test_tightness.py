@@ -228,6 +228,8 @@ class TestClaim:
         assert claim.verdict == "supported_within"
         assert "the two estimators need not be compared" in claim.condition
         assert "character 11" in claim.statement
+        named = tightness_claim(replace(subject, line_feed=11), paths=4, length=3, end=11)
+        assert named.statement.startswith("With the line feed taken as end of sequence")
 
     def test_an_end_that_the_model_never_says(self, subject):
         bias = subject.values["decoder.readout.bias"].clone()
