@@ -27,7 +27,7 @@ from probattn.inference.results.posterior import assemble
 from probattn.inference.runtime.distributed import process_group, rank, world_size
 from probattn.inference.runtime.environment import describe, select_device
 from probattn.models.embedding import EmbeddingModel
-from probattn.options import Device, Dtype, Range, Seed, as_plain, check_options
+from probattn.models.options import Device, Dtype, Range, Seed, as_plain, check_options
 
 __all__ = [
     "METHODS",

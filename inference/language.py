@@ -13,7 +13,7 @@ from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import Evaluate, MapConfig, fit_map
 from probattn.models.language import LanguageModel
-from probattn.options import Range
+from probattn.models.options import Range
 
 __all__ = ["LanguageFit", "fit_language"]
 

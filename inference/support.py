@@ -17,7 +17,7 @@ from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_text
 from probattn.models.causal_lm import load_causal_lm
 from probattn.models.corpus import read_text
-from probattn.options import Device, Dtype, Range, Seed, check_options
+from probattn.models.options import Device, Dtype, Range, Seed, check_options
 
 __all__ = ["SupportOptions", "read_source", "support"]
 

@@ -28,7 +28,7 @@ from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_json, write_text
 from probattn.models.corpus import Corpus, Windows, load_corpus
 from probattn.models.language import LanguageConfig, LanguageModel
-from probattn.options import Device, Dtype, Range, Seed, as_plain, check_options
+from probattn.models.options import Device, Dtype, Range, Seed, as_plain, check_options
 from probattn.plotting import plot_bounds
 
 __all__ = ["VerifyOptions", "verify"]

@@ -19,8 +19,8 @@ from probattn.distributions import LatentAttention, noise_distribution
 from probattn.embedding_prior import Prior
 from probattn.errors import InputError
 from probattn.models.module import SequenceModel
+from probattn.models.options import Range, check_options
 from probattn.numerics.random import isolated_seed
-from probattn.options import Range, check_options
 
 __all__ = ["LanguageConfig", "LanguageModel"]
 

@@ -203,7 +203,7 @@ class CausalAttention(AttentionParameters):
             ``(*batch, T, p, p)``. The blocks above the diagonal of de/du are zero, those below do not enter the
             determinant.
         """
-        return torch.eye(self.dim, dtype=u.dtype, device=u.device) - self.mean_jacobian(u)
+        return torch.eye(self.dim, dtype=self.query.dtype, device=self.query.device) - self.mean_jacobian(u)
 
     @in_own_precision
     def mean_jacobian(self, u: Tensor) -> Tensor:

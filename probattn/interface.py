@@ -74,9 +74,6 @@ class Attention(Protocol):
     def residual_and_logabsdet(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The residual, ``(*batch, T, p)``, and ``log|det J_i|``, ``(*batch, T)``, in one pass."""
 
-    def context(self, u: Tensor) -> Any:
-        """The next-token map of the past u, ``(*batch, n, p)``; of linear maps see :mod:`probattn.solve.context`."""
-
     def detach(self) -> Attention:
         """The same attention cut off from the graph of its parameters."""
 

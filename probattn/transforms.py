@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from probattn.attention import CausalAttention
 from probattn.interface import Attention
 from probattn.solve.selection import Selection, require_selection
 from probattn.solve.sequence import solve_sequence
@@ -29,6 +30,7 @@ class AttentionTransform(Transform):
         cache_size: 0 or 1, as in torch. A cache is stale after an in-place update of the parameters.
 
     Example:
+        >>> from probattn import CausalAttention
         >>> transform = AttentionTransform(CausalAttention.from_qk_matrix(torch.tensor([[0.5]])))
         >>> u = torch.tensor([[-1.0], [1.0], [0.0]])
         >>> e = transform.inv(u)
@@ -50,8 +52,7 @@ class AttentionTransform(Transform):
         if not isinstance(other, AttentionTransform) or self.selection != other.selection:
             return False
         mine, theirs = self.attention, other.attention
-        linear = isinstance(mine, CausalAttention) and isinstance(theirs, CausalAttention)
-        return mine is theirs or (linear and mine.equals(theirs))
+        return mine is theirs or (type(mine) is type(theirs) and bool(cast(Any, mine).equals(theirs)))
 
     def __hash__(self) -> int:
         # Equal transforms have equal shapes; the values stay out, as hashing them would copy them from the device.

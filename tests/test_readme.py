@@ -1,5 +1,6 @@
 """The README: its code runs as printed, its make targets and links exist."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 
 from probattn.errors import SeveralSolutionsWarning
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VERDICTS = {"supported": "holds", "supported_within": "holds if ", "not_supported": "does not hold"}
 
 
 def test_the_example_runs(capsys):
@@ -25,8 +28,19 @@ def test_the_example_runs(capsys):
 
 
 def test_its_targets_and_links_exist():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
-        assert (Path(__file__).parents[1] / link).exists(), link
+        assert (ROOT / link).exists(), link
+
+
+def test_its_verdicts_are_those_of_the_committed_results():
+    claims = json.loads((ROOT / "docs" / "results" / "ledger" / "claims.json").read_text(encoding="utf-8"))["claims"]
+    rows = re.findall(r"^\| `([\w-]+)` \| \**([^|*]+)\**\s*\|", README, re.MULTILINE)
+    assert [name for name, _ in rows] == [claim["id"] for claim in claims]
+    for (name, words), claim in zip(rows, claims, strict=True):
+        if claim["verdict"] == "not_run":  # measured by a study of its own
+            continue
+        expected = VERDICTS[claim["verdict"]]
+        assert words.startswith(expected) if expected.endswith(" ") else words.strip() == expected, name

@@ -19,8 +19,8 @@ from probattn.inference.bench.sampling import sequences
 from probattn.inference.bench.training import character_step, gpt2_step
 from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
+from probattn.models.options import Device, Range, Seed, check_options
 from probattn.moments import cpu
-from probattn.options import Device, Range, Seed, check_options
 from probattn.plotting import plot_cost
 
 __all__ = ["GATES", "PARTS", "BenchOptions", "Part", "as_table", "bench", "broken_gates"]

@@ -28,7 +28,7 @@ from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.starts import feasible_start
 from probattn.inference.runtime.checkpoint import identify, iterate
 from probattn.inference.runtime.progress import log_step
-from probattn.options import Range, Seed, check_options
+from probattn.models.options import Range, Seed, check_options
 
 __all__ = ["LaplaceConfig", "LaplaceState", "find_mode", "finish", "fit_laplace", "init", "update"]
 

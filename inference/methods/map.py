@@ -33,7 +33,7 @@ from probattn.inference.runtime.distributed import my_shards
 from probattn.inference.runtime.isolation import isolated
 from probattn.inference.runtime.progress import log_step
 from probattn.inference.runtime.seeds import derived_seed
-from probattn.options import Range, Seed, check_options
+from probattn.models.options import Range, Seed, check_options
 
 __all__ = ["Evaluate", "MapConfig", "MapState", "finish", "fit_map", "init", "update"]
 

@@ -26,7 +26,7 @@ from probattn.inference.methods.starts import curvature_guess, feasible_start
 from probattn.inference.methods.trajectory import Metric, Point, transition
 from probattn.inference.runtime.checkpoint import identify, iterate
 from probattn.inference.runtime.progress import log_step
-from probattn.options import Range, Seed, check_options
+from probattn.models.options import Range, Seed, check_options
 
 __all__ = ["ChainMethod", "NutsConfig", "NutsState", "bytes_per_chain", "finish", "fit_nuts", "init", "update"]
 

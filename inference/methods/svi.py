@@ -42,7 +42,7 @@ from probattn.inference.runtime.distributed import my_shards, shard
 from probattn.inference.runtime.isolation import isolated
 from probattn.inference.runtime.progress import log_step
 from probattn.inference.runtime.seeds import derived_seed
-from probattn.options import Range, Seed, check_options
+from probattn.models.options import Range, Seed, check_options
 
 __all__ = ["Guide", "SviConfig", "SviState", "finish", "fit_svi", "init", "update"]
 

@@ -86,7 +86,6 @@ def critical_slope(tokens: Tensor) -> float:
         >>> round(critical_slope(torch.tensor([-1.0, 1.0], dtype=torch.float64)), 6)
         1.0
     """
-
     context = Context.of(scalar_attention(1.0), tokens.unsqueeze(-1))  # the slope of its mean is the variance
 
     def minus_variance(tilt: float) -> float:

@@ -13,7 +13,7 @@ from probattn.barrier import BarrierKind
 from probattn.errors import InputError
 from probattn.hf.barrier import Placement
 from probattn.models.causal_lm import Architecture
-from probattn.options import Device, Range, Seed, check_options
+from probattn.models.options import Device, Range, Seed, check_options
 
 __all__ = ["Precision", "TrainOptions"]
 

@@ -27,7 +27,7 @@ from probattn.inference.runtime.interrupt import deferred_interrupt
 from probattn.inference.training.options import TrainOptions
 from probattn.models.causal_lm import CharacterTokeniser, Tokeniser, build_causal_lm, load_causal_lm
 from probattn.models.corpus import load_corpus
-from probattn.options import as_plain
+from probattn.models.options import as_plain
 
 __all__ = ["Interrupted", "train"]
 

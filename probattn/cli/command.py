@@ -18,7 +18,7 @@ from cyclopts import App, ArgumentCollection, CoercionError, Group, Parameter, T
 from cyclopts.config import Dict
 
 from probattn.errors import InputError
-from probattn.options import Range, field_types
+from probattn.models.options import Range, field_types
 
 __all__ = ["Flag", "command", "flags", "in_words", "read_settings", "variants"]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from probattn.cli.command import command
 from probattn.errors import InputError
-from probattn.options import Range, check_options
+from probattn.models.options import Range, check_options
 
 __all__ = ["OPTIONS", "ExploreOptions", "app", "run"]
 

@@ -31,7 +31,7 @@ options = FitOptions(data="hidden.npz", method=LaplaceConfig(draws=500))  # for 
 _TAIL = """
 ## Modules
 
-```{reference} probattn.cli probattn.options
+```{reference} probattn.cli
 ```
 """
 

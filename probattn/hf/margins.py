@@ -95,8 +95,8 @@ def margins(
     ids, mask = _checked_ids(model, input_ids, attention_mask)
     for kind in kinds:
         require_choice("kinds", kind, get_args(Kind))
-    for name in maps:
-        require_choice("maps", name, get_args(Map))
+    for one in maps:
+        require_choice("maps", one, get_args(Map))
     require_choice("control", control, get_args(Control))
     if control == "random_weights":
         model = _redrawn(model, seed)

@@ -32,24 +32,28 @@ def forward(problem: Problem, gain: Tensor | None) -> tuple[Tensor, Tensor, Tens
     Returns:
         The four tensors, and the pass by which each row was computed, (B, K, P, g), 8-bit integers.
     """
+    way = torch.zeros(problem.query.shape[:-1], dtype=torch.int8, device=problem.query.device)
+    if problem.cannot_lose(gain):
+        return *_first_pass(problem), way
     shown, reached = problem.until_overflow()
-    covariance, offset, log_sum = _pass(shown)
-    origin = torch.zeros_like(offset)
-    if shown.key.shape[2]:
-        seen = ~log_sum.isneginf().unsqueeze(-1)
-        origin += _point(shown, shown.value[:, :, :1, None], shown.key[:, :, :1, None]).where(seen, 0.0)
-    way = torch.zeros(log_sum.shape, dtype=torch.int8, device=log_sum.device)
-    lost = lost_rows(shown, covariance, offset, log_sum, gain)
-    results = covariance, offset, log_sum, origin
-    if lost is not None:
+    results = _first_pass(shown)
+    lost = lost_rows(shown, *results[:3], gain)
+    if bool(lost.any()):
         lost = _second_pass(shown, gain, lost, results, way)
-    for more in (lost, reached):
-        if more is not None:
-            way.masked_fill_(more, _ALONE)
+    way.masked_fill_(lost | reached, _ALONE)
     for rows in Rows.of(problem, way == _ALONE):
         for whole, part in zip(results, (rows.covariance(), rows.offset, rows.log_sum, rows.origin), strict=True):
             whole[rows.place] = part
     return *results, way
+
+
+def _first_pass(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Moments measured from the first token, and that token as the origin of the rows that see any."""
+    covariance, offset, log_sum = _pass(problem)
+    if not problem.key.shape[2]:
+        return covariance, offset, log_sum, torch.zeros_like(offset)
+    point = _point(problem, problem.value[:, :, :1, None], problem.key[:, :, :1, None])
+    return covariance, offset, log_sum, torch.where(log_sum.isneginf().unsqueeze(-1), 0.0, point)
 
 
 def _second_pass(
@@ -66,7 +70,7 @@ def _second_pass(
     moved = late.measured_from(points)
     found = _pass(moved)
     again = lost_rows(moved, *found, gain)
-    kept = lost[:, :, begin:] if again is None else lost[:, :, begin:] & ~again
+    kept = lost[:, :, begin:] & ~again
     sizes = (problem.value.shape[-1], problem.key.shape[-1])
     origin = _point(problem, *points[:, :, None, None].split(sizes, -1)).expand(found[1].shape)
     for whole, part in zip(results, (*found, origin), strict=True):

@@ -45,22 +45,34 @@ class Problem(NamedTuple):
     scale: float
     softcap: float
 
-    def until_overflow(self) -> tuple[Problem, Tensor | None]:
+    def cannot_lose(self, gain: Tensor | None) -> bool:
+        """Whether query, key and value are so small that no difference of theirs cancels noticeably; cheap.
+
+        Args:
+            gain: as in :func:`lost_rows`.
+        """
+        tensors = self.query, self.key, self.value
+        if self.key.dtype not in CANCELLATION or not all(part.numel() for part in tensors):
+            return True
+        ask, pull, carry = (float(torch.linalg.vector_norm(part, torch.inf)) for part in tensors)
+        rank, size = self.key.shape[-1], self.value.shape[-1]
+        times = 1.0 if gain is None else max(1.0, float(gain.max()))
+        bound = CANCELLATION[self.key.dtype]
+        # Written so that NaN is not small.
+        products = 4 * (rank * size) ** 0.5 * pull * carry * times <= bound
+        return products and 2 * abs(self.scale) * rank * ask * pull <= bound and size**0.5 * carry <= bound
+
+    def until_overflow(self) -> tuple[Problem, Tensor]:
         """The problem with zeros from the first token on whose products with others may overflow.
 
         Sizes decide, not infinities in the results: a fused multiply-add of numbers that overflow has any sign.
 
         Returns:
-            The problem, and the rows that see such a token or whose logits may overflow, (B, K, P, g); None: no row.
+            The problem, and the rows that see such a token or whose logits may overflow, (B, K, P, g).
         """
         query, key, value = self.query, self.key, self.value
-        if key.dtype not in CANCELLATION or not (query.numel() and key.numel() and value.numel()):
-            return self, None
         largest = torch.finfo(key.dtype).max / 16  # a product of two differences, and the sum of two such
         step = 2 * abs(self.scale) * query.shape[-1]  # from the size of query and key to that of a logit
-        ask, pull, carry = (float(part.abs().max()) for part in (query, key, value))
-        if step * ask * pull < largest and pull * carry < largest:  # NaN is not
-            return self, None
         widest, heaviest = (part.abs().amax(-1).cummax(-1).values for part in (key, value))  # (B, K, S)
         count = (widest * heaviest < largest).long().cumprod(-1).sum(-1, keepdim=True)  # (B, K, 1)
         hidden = (torch.arange(key.shape[2], device=key.device) >= count).unsqueeze(-1)
@@ -98,9 +110,7 @@ def norm_bound(matrix: Tensor) -> Tensor:
     return (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt()
 
 
-def lost_rows(
-    problem: Problem, covariance: Tensor, offset: Tensor, log_sum: Tensor, gain: Tensor | None
-) -> Tensor | None:
+def lost_rows(problem: Problem, covariance: Tensor, offset: Tensor, log_sum: Tensor, gain: Tensor | None) -> Tensor:
     """Rows of the first pass that lost digits, by what was subtracted in them.
 
     Args:
@@ -111,25 +121,23 @@ def lost_rows(
         gain: size of what C will be multiplied by, (B or 1, K or 1, 1, 1); None: 1.
 
     Returns:
-        Boolean, (B, K, P, g); None: no row.
+        Boolean, (B, K, P, g).
     """
-    if offset.dtype not in CANCELLATION or 0 in covariance.shape or 0 in problem.key.shape:
-        return None
     bound = CANCELLATION[offset.dtype]
     origin = problem.value[:, :, :1, None]  # (B, K, 1, 1, dv)
     parts = offset.split([origin.shape[-1], problem.key.shape[-1]], -1)
     far, pull, mean, start = (torch.linalg.vector_norm(part, dim=-1) for part in (*parts, parts[0] + origin, origin))
     # Every condition is written so that NaN does not pass.
-    kept = (far * pull * (1.0 if gain is None else gain) <= bound) & (start <= bound * mean)
+    kept = (far * pull * (1.0 if gain is None else gain) <= bound) & (start <= bound * mean.clamp(min=1.0))
     if not problem.softcap:  # a cap bends the logits: they cannot be measured from another token
         kept &= abs(problem.scale) * torch.linalg.vector_norm(problem.query, dim=-1) * pull <= bound
-    candidates = ~kept & ~log_sum.isneginf()
+    candidates: Tensor = ~kept & ~log_sum.isneginf()
     if not bool(candidates.any()):
-        return None
+        return candidates
     size = torch.linalg.vector_norm(covariance[candidates], dim=(-2, -1))
     right = ((far * pull)[candidates] <= _SPREAD * size) & size.isfinite()
-    lost = candidates.masked_scatter(candidates, ~right)
-    return lost if bool(lost.any()) else None
+    chosen: Tensor = candidates.masked_scatter(candidates, ~right)
+    return chosen
 
 
 class Rows(NamedTuple):

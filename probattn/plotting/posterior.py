@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -53,7 +54,7 @@ def plot_posterior(
         if label in prior:
             axis.stairs(*_histogram(prior[label]), color=COLOURS[1], linewidth=1.5, label="prior")
         for level, width in zip(_LEVELS, (2.0, 5.0), strict=True):
-            bar = {"color": "black", "linewidth": width, "solid_capstyle": "butt", "clip_on": False}
+            bar: dict[str, Any] = {"color": "black", "linewidth": width, "solid_capstyle": "butt", "clip_on": False}
             axis.plot(_interval(values, level), [0, 0], label=f"{level:.0%} interval", **bar)
         if truth is not None and label in truth:
             axis.axvline(truth[label], color=COLOURS[6], linestyle="--", linewidth=1, label="truth")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -348,7 +349,7 @@ def context_of(attention: Attention, u: Tensor) -> Context:
     """
     if isinstance(attention, CausalAttention):
         return Context.of(attention, u)
-    context: Context = attention.context(u)
+    context: Context = cast(Any, attention).context(u)
     return context
 
 

@@ -221,7 +221,8 @@ def _around(context: Context, noise: Tensor) -> Tensor:
     direction = torch.randn(_MORE_STARTS, noise.shape[-1], generator=generator, dtype=torch.float64).to(noise)
     direction = torch.nn.functional.normalize(direction, dim=-1)
     radius = torch.linalg.vector_norm(context.mean(noise), dim=-1, keepdim=True)  # (*sample, *batch, 1)
-    return noise + radius * direction.view(_MORE_STARTS, *[1] * (noise.dim() - 1), -1)
+    points: Tensor = noise + radius * direction.view(_MORE_STARTS, *[1] * (noise.dim() - 1), -1)
+    return points
 
 
 def _same_root(tolerance: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_verify_writes_everything(finished):
         "fit.nc",
         "report.html",
     ]
-    assert len(list((out / "figures").glob("*.png"))) == 19
+    assert len(list((out / "figures").glob("*.png"))) == 21
     assert "claim objective: holds (" in result.stdout
     assert "map step 24: objective " in result.stdout
     assert ", cross entropy " in result.stdout
@@ -63,6 +63,9 @@ def test_claims_follow_their_schema(finished):
     for claim in content["claims"]:
         assert claim["kind"] in ("identity", "statistical", "empirical")
         assert claim["verdict"] in ("supported", "supported_within", "not_supported", "not_run")
+    held = [claim for claim in content["claims"] if claim["verdict"] in ("supported", "supported_within")]
+    assert len(held) >= 10
+    for claim in held:
         for name, bound in claim["bound"].items():
             assert claim["measured"][name] <= bound
 

@@ -1,9 +1,23 @@
+"""The attention as a value: its mean, blocks and determinants against loops and autograd, in all the corners."""
+
+import inspect
+import itertools
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from probattn import CausalAttention, regime
+from probattn import CausalAttention, blocks, regime
 from probattn.errors import InputError
-from support import attention_like, loop_mean, tokens
+from probattn.interface import Attention
+from probattn.moments import passes
+from support import attention_like, dense_blocks, loop_mean, tokens
+
+MASKS = ["strict", "inclusive"]
 
 
 @pytest.mark.parametrize("mask", ["strict", "inclusive"])
@@ -261,3 +275,376 @@ def test_the_own_weight_keeps_its_digits(scale, offset):
     # Logits of a thousand are rounded to 1e-4, and some rows have weights between zero and one. Taken as
     # exp(logit - log-sum), the weights are off by 1e-3 here.
     assert (attention.jacobian(u).double() - exact).abs().max() < 3e-5 * exact.abs().max()
+
+
+def test_it_implements_the_interface():
+    attention: Attention = attention_like(1, heads=2, value_dim=2, batch=(3,))
+    members = {name for name in vars(Attention) if not name.startswith("_")} | set(Attention.__annotations__)
+    assert {"like", "mean_jacobian", "core", "residual_and_logabsdet", "mask"} <= members
+    assert all(hasattr(attention, name) for name in members)
+    for name in members:
+        wanted = getattr(Attention, name, None)
+        if inspect.isfunction(wanted):
+            assert list(inspect.signature(getattr(CausalAttention, name)).parameters) == list(
+                inspect.signature(wanted).parameters
+            )
+    assert attention.like is attention.query
+    assert (attention.dim, attention.rank, attention.heads, attention.batch_shape) == (3, 2, 2, (3,))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    mask=st.sampled_from(MASKS),
+    heads=st.integers(1, 3),
+    rank=st.integers(1, 4),
+    dim=st.integers(1, 4),
+    value_dim=st.none() | st.integers(1, 4),
+    length=st.integers(1, 6),
+    seed=st.integers(0, 2**20),
+)
+def test_blocks_and_determinants_are_those_of_automatic_differentiation(
+    mask, heads, rank, dim, value_dim, length, seed
+):
+    attention = attention_like(seed, heads, rank, dim, value_dim, mask, size=0.5)
+    u = tokens(seed, length, dim)
+    expected = dense_blocks(attention, u)
+    torch.testing.assert_close(attention.mean(u), loop_mean(attention, u), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(attention.residual(u), u - loop_mean(attention, u), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(attention.jacobian(u), expected, rtol=1e-9, atol=1e-10)
+    eye = torch.eye(dim, dtype=torch.float64)
+    torch.testing.assert_close(attention.mean_jacobian(u), eye - expected, rtol=1e-9, atol=1e-10)
+    core = attention.core(u)
+    determinants = torch.linalg.det(torch.eye(core.shape[-1], dtype=torch.float64) - core)
+    torch.testing.assert_close(determinants, torch.linalg.det(expected), rtol=1e-7, atol=1e-9)
+    sign, logabs = attention.logabsdet(u)
+    torch.testing.assert_close(sign * logabs.exp(), torch.linalg.det(expected), rtol=1e-7, atol=1e-9)
+    residual, again = attention.residual_and_logabsdet(u)
+    torch.testing.assert_close(residual, attention.residual(u), rtol=1e-10, atol=1e-12)
+    assert torch.equal(again, logabs)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_mean_is_the_weighted_sum_of_the_values(mask):
+    attention = attention_like(2, heads=2, value_dim=2, mask=mask)
+    u = tokens(2, 4, 7, 3)
+    values = u.unsqueeze(1) @ attention.value.mT
+    mean = (attention.weights(u) @ values @ attention.output.mT).sum(1)
+    first = 1 if mask == "strict" else 0
+    torch.testing.assert_close(attention.mean(u)[:, first:], mean[:, first:], rtol=0, atol=1e-13)
+    if mask == "strict":
+        assert torch.equal(attention.mean(u)[:, 0], attention.start.expand(4, 3))
+        assert torch.equal(attention.mean_and_factors(u).mean[:, 0], attention.start.expand(4, 3))
+        assert (attention.jacobian(u)[:, 0] == torch.eye(3)).all()
+
+
+def test_products_that_are_identified():
+    attention = attention_like(3, heads=2, value_dim=2)
+    u, h = tokens(3, 2, 3), 1
+    logits = attention.scale * (attention.query[h] @ u[0]) @ (attention.key[h] @ u[1])
+    assert u[1] @ attention.qk_matrix[h] @ u[0] == pytest.approx(logits.item(), rel=1e-12)
+    carried = attention.output[h] @ (attention.value[h] @ u[1])
+    torch.testing.assert_close(attention.ov_matrix[h] @ u[1], carried, rtol=1e-12, atol=0)
+    torch.testing.assert_close(attention.scaled_query, attention.query / 2**0.5, rtol=1e-15, atol=0)
+    own = CausalAttention(attention.query, attention.key, scale=torch.tensor([2.0, 3.0]))
+    torch.testing.assert_close(own.scaled_query, attention.query * torch.tensor([2.0, 3.0]).view(2, 1, 1))
+
+
+class TestAsAValue:
+    def test_expand_select_detach_and_move(self):
+        attention = attention_like(4, heads=2, value_dim=2, batch=(4, 1), mask="inclusive")
+        u = tokens(4, 5, 3)
+        wide = attention.expand((4, 6))
+        assert wide.batch_shape == (4, 6)
+        assert wide.mask == "inclusive"
+        assert torch.equal(wide.mean(u)[:, 3], attention.mean(u)[:, 0])
+        assert torch.equal(attention.select(2).mean(u), attention.mean(u)[2])
+        picked = wide.select((torch.tensor([3, 0]), torch.tensor([5, 1])))
+        assert picked.batch_shape == (2,)
+        assert torch.equal(picked.mean(u), attention.mean(u)[[3, 0], 0])
+        moved = attention.to(torch.float32)
+        assert {part.dtype for part in moved._parameters().values()} == {torch.float32}
+        assert moved.mask == "inclusive"
+        leaf = attention.query.clone().requires_grad_()
+        cut = CausalAttention(leaf, attention.key, attention.value, attention.output, mask="inclusive").detach()
+        assert not cut.mean(u).requires_grad
+        assert cut.mask == "inclusive"
+
+    def test_equals_looks_at_every_part(self):
+        attention = attention_like(5, heads=2, value_dim=2)
+        parts = attention._parameters()
+        assert attention.equals(attention)
+        assert attention.equals(CausalAttention(**parts))
+        assert not attention.equals(CausalAttention(**parts, mask="inclusive"))
+        for name, part in parts.items():
+            assert not attention.equals(CausalAttention(**(parts | {name: part + 1}))), name
+
+    def test_without_maps_the_values_are_the_tokens(self):
+        query = tokens(6, 2, 3, 4)
+        attention = CausalAttention(query, query)
+        assert torch.equal(attention.ov_matrix, torch.eye(4).double().expand(2, 4, 4))
+        assert attention.scale.item() == 3**-0.5
+        assert (attention.start == 0).all()
+        assert attention.start.shape == (4,)
+        assert attention.mask == "strict"
+
+    def test_parameters_are_checked_unless_asked_not_to(self):
+        bad = torch.full((1, 2, 3), float("inf"))
+        for validate in (True, None):
+            with pytest.raises(InputError, match="query is not finite"):
+                CausalAttention(bad, bad, validate_args=validate)
+        assert CausalAttention(bad, bad, validate_args=False).query is bad
+        before = torch.distributions.Distribution._validate_args
+        try:
+            torch.distributions.Distribution.set_default_validate_args(False)
+            assert CausalAttention(bad, bad).query is bad
+        finally:
+            torch.distributions.Distribution.set_default_validate_args(before)
+
+
+class TestHeadsOfAQKMatrix:
+    def test_two_axes_are_one_head(self):
+        matrix = tokens(7, 3, 3)
+        for heads in (None, 1):
+            attention = CausalAttention.from_qk_matrix(matrix, heads=heads, start=torch.ones(3).double())
+            assert (attention.heads, attention.batch_shape) == (1, ())
+            assert torch.equal(attention.qk_matrix, matrix[None])
+            assert torch.equal(attention.start, torch.ones(3).double())
+        assert CausalAttention.from_qk_matrix(matrix, mask="inclusive").mask == "inclusive"
+
+    def test_three_axes_are_heads_or_a_batch_as_told(self):
+        matrix = tokens(8, 4, 3, 3)
+        together = CausalAttention.from_qk_matrix(matrix, heads=4)
+        apart = CausalAttention.from_qk_matrix(matrix.unsqueeze(-3), heads=1)
+        assert (together.heads, together.batch_shape) == (4, ())
+        assert (apart.heads, apart.batch_shape) == (1, (4,))
+        u = tokens(8, 5, 3)
+        torch.testing.assert_close(together.mean(u), apart.mean(u).sum(0))
+
+    @pytest.mark.parametrize(
+        ("shape", "heads"), [((4, 3, 3), None), ((1, 3, 3), None), ((4, 3, 3), 1), ((4, 3, 3), 2), ((3, 3), 2)]
+    )
+    def test_ambiguity_is_refused_with_both_readings(self, shape, heads):
+        with pytest.raises(InputError) as caught:
+            CausalAttention.from_qk_matrix(torch.zeros(shape), heads=heads)
+        count = shape[-3] if len(shape) == 3 else 1
+        assert f"heads is {heads}: with heads={count} it is one attention" in str(caught.value)
+        assert "matrix.unsqueeze(-3) with heads=1" in str(caught.value)
+
+    def test_in_a_plate(self):
+        """A (p, p) site in a plate of four is four attentions: the density of each row is that of its own matrix."""
+        u = tokens(9, 4, 6, 2)
+
+        def model(read):
+            with pyro.plate("rows", 4):
+                matrix = pyro.sample("matrix", dist.Normal(torch.zeros(2, 2).double(), 1.0).to_event(2))
+                return read(matrix).residual_and_logabsdet(u)[1]
+
+        def readings(read):
+            pyro.set_rng_seed(1)
+            trace = pyro.poutine.trace(model).get_trace(read)
+            return trace.nodes["matrix"]["value"], trace.nodes["_RETURN"]["value"]
+
+        matrix, found = readings(lambda m: CausalAttention.from_qk_matrix(m.unsqueeze(-3), heads=1))
+        assert matrix.shape == (4, 2, 2)
+        for row in range(4):
+            own = CausalAttention.from_qk_matrix(matrix[row]).residual_and_logabsdet(u[row])[1]
+            torch.testing.assert_close(found[row], own, rtol=0, atol=1e-13)
+        _, wrong = readings(lambda m: CausalAttention.from_qk_matrix(m, heads=4))
+        assert (wrong - found).abs().max() > 0.1
+        with pytest.raises(InputError, match="as in a Pyro plate"):
+            readings(CausalAttention.from_qk_matrix)
+
+
+class TestOtherThanTensors:
+    @pytest.mark.parametrize("name", ["query", "key", "value", "output", "start"])
+    @pytest.mark.parametrize("change", [np.asarray, torch.Tensor.tolist])
+    def test_parameters(self, name, change):
+        parts = attention_like(10, heads=1, value_dim=2)._parameters()
+        with pytest.raises(
+            InputError, match=rf"{name} is a .*; it must be a tensor, made by torch.as_tensor\({name}\)"
+        ):
+            CausalAttention(**(parts | {name: change(parts[name])}))
+
+    def test_missing_ones(self):
+        with pytest.raises(InputError, match="key is a NoneType"):
+            CausalAttention(torch.zeros(1, 1, 1), None)
+
+    @pytest.mark.parametrize("name", ["weights", "mean", "residual", "jacobian", "core", "logabsdet"])
+    def test_tokens_and_matrices(self, name):
+        attention = attention_like(10)
+        for u in (np.zeros((4, 3)), [[0.0, 0.0, 0.0]]):
+            with pytest.raises(InputError, match=r"u is a .*torch.as_tensor\(u\)"):
+                getattr(attention, name)(u)
+        with pytest.raises(InputError, match=r"matrix is a numpy.ndarray of shape \(2, 2\)"):
+            CausalAttention.from_qk_matrix(np.zeros((2, 2)))
+
+    def test_tokens_of_other_shapes(self):
+        attention = attention_like(10)
+        for shape in ((3,), (0, 3), (5, 4), ()):
+            with pytest.raises(InputError, match=r"u has shape .*at least one token"):
+                attention.mean(torch.zeros(shape).double())
+
+
+AUTOCAST = [
+    "weights", "mean", "residual", "jacobian", "mean_jacobian", "core", "logabsdet", "residual_and_logabsdet",
+    "mean_and_factors", "qk_matrix", "ov_matrix", "scaled_query",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("far", [0.0, 1e4])
+def test_autocast_changes_nothing(name, mask, far):
+    attention = attention_like(11, heads=2, value_dim=2, mask=mask, dtype=torch.float32)
+    u = tokens(11, 2, 6, 3, dtype=torch.float32)
+    u[:, 0] += far  # rows that are computed again, where there is one
+    plain = getattr(attention, name)
+    expected = plain(u) if callable(plain) else plain
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (u @ u.mT).dtype == torch.bfloat16
+        found = getattr(attention, name)
+        found = found(u) if callable(found) else found
+        again = attention.to(torch.float32).mean(u)
+    assert again.dtype == torch.float32
+    pairs = list(zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True))
+    assert pairs
+    for mine, other in pairs:
+        if mine is not None:
+            assert mine.dtype == torch.float32
+            assert torch.equal(mine, other)
+
+
+def test_gradients_under_autocast_are_those_without():
+    u = tokens(11, 6, 3, dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        parts = [
+            part.clone().requires_grad_() for part in attention_like(11, dtype=torch.float32)._parameters().values()
+        ]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            attention = CausalAttention(*parts[:4], scale=parts[4], start=parts[5])
+            loss = sum(part.sum() for part in attention.residual_and_logabsdet(u)) + attention.mean(u).square().sum()
+        results.append(torch.autograd.grad(loss, parts))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_tokens_in_half_precision_are_refused():
+    attention = attention_like(11, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=r"u is torch.bfloat16.*convert"):
+        attention.mean(tokens(11, 6, 3, dtype=torch.bfloat16))
+
+
+class TestCorners:
+    """Mean, residual and density agree, and are right, where logits leave the range or a token is far away."""
+
+    @staticmethod
+    def agreement(attention, u, tolerance):
+        mean, evaluation = attention.mean(u), attention.mean_and_factors(u)
+        residual, logabsdet = attention.residual_and_logabsdet(u)
+        size = mean.abs().amax()
+        for other in (evaluation.mean, u - residual, u - attention.residual(u)):
+            assert (other - mean).abs().amax() <= tolerance * (size + u.abs().amax())
+        assert torch.equal(attention.logabsdet(u)[1], logabsdet)
+        assert torch.isfinite(mean).all()
+        return mean, blocks.mean_jacobian(evaluation.factors)
+
+    @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e30), (torch.float64, 1e200)])
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("seed", range(3))
+    def test_logits_beyond_the_range(self, dtype, size, mask, seed):
+        small = attention_like(seed, heads=2, value_dim=2, mask=mask, dtype=dtype)
+        large = CausalAttention(
+            size * small.query, size * small.key, small.value, small.output, mask=mask, start=small.start
+        )
+        u = tokens(seed, 9, 3, dtype=dtype)
+        mean, jacobian = self.agreement(large, u, 1e-5 if dtype == torch.float32 else 1e-12)
+        # Hard attention on the token with the largest logit.
+        logits = torch.einsum("hrp,tp,hrq,sq->hts", small.scaled_query, u, small.key, u)
+        past = torch.ones(9, 9).tril(-1 if mask == "strict" else 0).bool()
+        best = logits.masked_fill(~past, -torch.inf).argmax(-1)
+        expected = sum(small.ov_matrix[h] @ u[best[h]].mT for h in range(2)).mT
+        first = 1 if mask == "strict" else 0
+        torch.testing.assert_close(mean[first:], expected[first:], rtol=1e-5, atol=1e-5)
+        own = torch.stack([(best[h] == torch.arange(9)).to(dtype) for h in range(2)])
+        if mask == "strict":
+            assert (jacobian == 0).all()
+        else:  # the value of the token itself, where it attends to itself
+            direct = torch.einsum("ht,hpq->tpq", own, small.ov_matrix)
+            torch.testing.assert_close(jacobian, direct, rtol=1e-5, atol=1e-5)
+        weights = large.weights(u)[:, first:]
+        assert torch.equal(weights, torch.nn.functional.one_hot(best[:, first:], 9).to(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("sink", [1e3, 1e4, 1e6])
+    def test_a_sink_in_the_first_position(self, dtype, mask, sink, monkeypatch):
+        """In single precision against double; in double against the attention without the sink, which has no weight."""
+        attention = attention_like(12, heads=1, rank=3, value_dim=3, mask=mask, dtype=torch.float64)
+        u = tokens(12, 40, 3)
+        u[0] *= sink
+        # Turn the tokens so that none attends to the first one: its logits are minus a few times its size.
+        pull = u[1:] @ attention.qk_matrix[0].mT @ u[0]
+        u[1:] = torch.where((pull > 0).unsqueeze(-1), -u[1:], u[1:])
+        kept = (u[1:] @ attention.qk_matrix[0].mT @ u[0]).abs() > 60 + 30 * u.norm(dim=-1)[1:] ** 2
+        u = torch.cat([u[:1], u[1:][kept]]).to(dtype)
+        assert len(u) > 20
+        own = attention.to(dtype)
+        reference = own.to(torch.float64)
+        without = reference.jacobian(u[1:].double())
+        skip = 1 if mask == "strict" else 0  # the row that would see nothing without the sink
+        bound = {torch.float32: 1e-4, torch.float64: 1e-11}[dtype]
+
+        def error():
+            found = own.jacobian(u)[1 + skip :].double()
+            return float((found - without[skip:]).abs().max() / without.abs().max())
+
+        assert error() < bound
+        mean, _ = self.agreement(own, u, bound)
+        expected = reference.mean(u[1:].double())[skip:]
+        assert (mean[1 + skip :].double() - expected).abs().max() < bound * expected.abs().max()
+        monkeypatch.setattr(passes, "lost_rows", lambda problem, c, o, log_sum, gain: torch.zeros_like(log_sum).bool())
+        if sink == 1e6:
+            assert error() > 100 * bound
+
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("sink", [1.0, 1e5])
+    def test_the_past_does_not_see_the_future_to_the_bit(self, mask, sink):
+        attention = attention_like(13, heads=2, value_dim=2, mask=mask, dtype=torch.float32)
+        u = tokens(13, 12, 3, dtype=torch.float32)
+        u[0] *= sink
+        for later in (10.0, 1e6, 1e25, float("nan")):
+            changed = u.clone()
+            changed[6:] += later
+            for function in (attention.mean, attention.jacobian, attention.residual):
+                assert torch.equal(function(u)[:6], function(changed)[:6])
+
+    def test_vmap_over_parameters_repairs_too(self):
+        attention = attention_like(14, heads=2, value_dim=2, dtype=torch.float32)
+        u = tokens(14, 20, 3, dtype=torch.float32)
+        u[0] *= 1e5
+        stacked = torch.stack([attention.query, -attention.query, 0.5 * attention.query])
+
+        def jacobian(query):
+            return CausalAttention(query, *list(attention._parameters().values())[1:4], validate_args=False).jacobian(u)
+
+        found = torch.vmap(jacobian)(stacked)
+        for mine, query in zip(found, stacked, strict=True):
+            torch.testing.assert_close(mine, jacobian(query), rtol=1e-5, atol=1e-5)
+
+    def test_a_batch_of_no_parameters(self):
+        attention = attention_like(15, heads=2, mask="inclusive", batch=(0,))
+        assert attention.jacobian(tokens(15, 4, 3)).shape == (0, 4, 3, 3)
+        assert attention.mean(tokens(15, 4, 3)).shape == (0, 4, 3)
+
+    def test_memory_of_the_mean_is_linear_with_its_gradient(self):
+        length = 2048
+        u = tokens(16, length, 3, dtype=torch.float32)
+        for mask, value_dim in itertools.product(MASKS, (None, 2)):
+            parts = attention_like(16, heads=2, value_dim=value_dim, mask=mask, dtype=torch.float32)
+            query = parts.query.clone().requires_grad_()
+            attention = CausalAttention(query, parts.key, parts.value, parts.output, mask=mask)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+                attention.mean(u.requires_grad_()).square().sum().backward()
+            largest = max(event.self_cpu_memory_usage for event in seen.events()) / 4
+            assert largest < length**2 / 4

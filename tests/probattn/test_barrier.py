@@ -145,9 +145,9 @@ class TestBarrier:
         assert result.dtype == dtype
 
     def test_bad_arguments(self):
-        with pytest.raises(InputError, match="^kind is 'log'; use one of 'logdet', 'one_sided'"):
+        with pytest.raises(InputError, match=r"^kind is 'log'; use one of 'logdet', 'one_sided'"):
             log_barrier(scalar(0.5), PAIR, "log")
-        with pytest.raises(InputError, match="^sharpness is 0"):
+        with pytest.raises(InputError, match=r"^sharpness is 0"):
             log_barrier(scalar(0.5), PAIR, "smooth", sharpness=0)
 
 
@@ -232,7 +232,9 @@ class TestMargins:
         assert torch.autograd.gradcheck(margin, torch.tensor(matrix, dtype=torch.float64, requires_grad=True))
 
     def test_kinds_are_named_when_one_is_wrong(self):
-        with pytest.raises(InputError, match="^kind is 'sigma'; use one of 'determinant', 'spectral', 'complex', 'sing"):
+        with pytest.raises(
+            InputError, match=r"^kind is 'sigma'; use one of 'determinant', 'spectral', 'complex', 'sing"
+        ):
             stability_margin(scalar(0.5), PAIR, "sigma")
 
     @pytest.mark.parametrize("kind", MARGINS)

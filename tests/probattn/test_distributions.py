@@ -210,7 +210,9 @@ def data():
 def exact(data):
     a = torch.linspace(-3, 1.2, 169, dtype=torch.float64)
     scale = torch.linspace(0.35, 0.75, 161, dtype=torch.float64)
-    residual, logabs = CausalAttention.from_qk_matrix(a[:, None, None, None, None], heads=1).residual_and_logabsdet(data)
+    residual, logabs = CausalAttention.from_qk_matrix(a[:, None, None, None, None], heads=1).residual_and_logabsdet(
+        data
+    )
     joint = logabs.sum((-1, -2))[:, None] - 0.5 * residual.square().sum((-1, -2, -3))[:, None] / scale**2
     joint = joint - data.numel() * scale.log() - 0.5 * a[:, None] ** 2 - 0.5 * scale.log() ** 2 - scale.log()
     weight = joint.flatten().softmax(0).view_as(joint)

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from listening import listening
 from posteriors import Linear, bilinear_model, moments, sequences, short_sequences
 from pyro.nn import PyroModule
 
@@ -14,7 +15,6 @@ from probattn.inference.methods.laplace import LaplaceConfig, find_mode, fit_lap
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.starts import feasible_start
 from probattn.inference.runtime.checkpoint import load_checkpoint
-from probattn.inference.runtime.progress import listening
 from probattn.models import EmbeddingModel
 
 CONFIG = LaplaceConfig()

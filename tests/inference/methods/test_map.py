@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from listening import listening
 from pyro.nn import PyroModule
 
 from probattn.errors import InputError
@@ -20,7 +21,6 @@ from probattn.inference.methods.map import MapConfig, fit_map, init, update
 from probattn.inference.methods.minibatch import minibatch
 from probattn.inference.methods.starts import feasible_start
 from probattn.inference.runtime.checkpoint import load_checkpoint
-from probattn.inference.runtime.progress import listening
 from probattn.models import EmbeddingModel, LanguageModel
 from probattn.models.language import LanguageConfig
 

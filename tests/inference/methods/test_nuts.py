@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from listening import listening
 from posteriors import NOISE, A, Linear, bilinear_model, sequences, short_sequences
 from pyro.nn import PyroModule
 
@@ -24,7 +25,6 @@ from probattn.inference.methods.nuts import NutsConfig, bytes_per_chain, finish,
 from probattn.inference.methods.starts import curvature_guess, feasible_start
 from probattn.inference.methods.svi import SviConfig, fit_svi
 from probattn.inference.runtime.checkpoint import load_checkpoint
-from probattn.inference.runtime.progress import listening
 
 COVARIANCE = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 25.0]], dtype=torch.float64)
 CONFIG = NutsConfig(warmup=200, draws=500, seed=2)

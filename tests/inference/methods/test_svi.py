@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from listening import listening
 from posteriors import Linear, bilinear_model, moments, short_sequences
 
 from probattn.errors import InputError
@@ -16,7 +17,6 @@ from probattn.inference.methods.minibatch import sharded_gradient
 from probattn.inference.methods.starts import feasible_start
 from probattn.inference.methods.svi import SviConfig, finish, fit_svi, init, update
 from probattn.inference.runtime.checkpoint import load_checkpoint
-from probattn.inference.runtime.progress import listening
 from probattn.models import ScalarModel
 
 TARGET = LogDensity(Linear(), Linear.data())

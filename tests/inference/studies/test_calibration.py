@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from listening import listening
 
 from probattn.errors import InputError
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.recovery import recovery_claim
-from probattn.inference.runtime.progress import listening
 from probattn.inference.studies import calibration
 from probattn.inference.studies.calibration import (
     METHODS,

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from listening import listening
 
 from probattn.errors import InputError
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.robustness import quick_study, robustness_claim
-from probattn.inference.runtime.progress import listening
 from probattn.inference.studies.robustness import study as runs
 from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Arm, Study
 from probattn.inference.studies.robustness.corruptions import (

@@ -90,6 +90,13 @@ def dense_moments(query, key, value, first, limit, *, mask=None, scale=1.0, soft
     return covariance, torch.cat([*means], -1), logits.logsumexp(-1)
 
 
+def with_fixed_means(query, key, value, *where, **options):
+    """The covariance, of right value, with a gradient that leaves out that the means move."""
+    covariance, means, _ = dense_moments(query, key, value, *where, **options)
+    product = means[..., : value.shape[-1], None] * means[..., None, value.shape[-1] :]
+    return covariance + product - product.detach()
+
+
 def finite(parts):
     """Of the moments, what an upstream gradient may multiply: the log-sum of a row that sees nothing is not."""
     return [part.where(part.isfinite(), 0.0) for part in parts]
@@ -219,9 +226,10 @@ class TestGradients:
         expected = torch.autograd.grad(dense(*parts, *where, **options), parts, up)
         for mine, other in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
-        # Written without the term of the means, the gradient of the keys would be another.
-        mean_free = torch.autograd.grad(dense(*parts, *where, **options | {"scale": 0.71}), parts, up)
-        assert all((mine - other).abs().max() > 1e-4 for mine, other in zip(found, mean_free, strict=True))
+        # Another scale has other gradients, and so has the same covariance with its means held fixed.
+        for other in (dense(*parts, *where, **options | {"scale": 0.71}), with_fixed_means(*parts, *where, **options)):
+            others = torch.autograd.grad(other, parts, up)
+            assert all((mine - wrong).abs().max() > 1e-4 for mine, wrong in zip(found, others, strict=True))
 
     @pytest.mark.parametrize("wanted", range(3))
     def test_of_some_of_the_inputs(self, wanted):

@@ -114,7 +114,7 @@ class TestSinks:
         bound = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]  # sums of up to 512 products
         found = errors(parts, (first, limit), ups)
         assert max(found) < bound, found
-        monkeypatch.setattr(passes, "lost_rows", lambda *_: None)
+        monkeypatch.setattr(passes, "lost_rows", lambda problem, c, o, log_sum, gain: torch.zeros_like(log_sum).bool())
         old = errors(parts, (first, limit), ups)
         assert max(old) > 100 * bound, old
         assert max(old[3:]) > 100 * bound, old
@@ -325,6 +325,7 @@ class TestRows:
 
         plain = both(past_moments)
         monkeypatch.setattr(refine, "_NUMBERS", 500)  # several chunks
+        monkeypatch.setattr(Problem, "cannot_lose", lambda problem, gain: False)
         monkeypatch.setattr(passes, "lost_rows", lambda problem, c, o, log_sum, gain: ~log_sum.isneginf())
         calls = []
         monkeypatch.setattr(Rows, "covariance", lambda rows, old=Rows.covariance: (calls.append(1), old(rows))[1])
@@ -351,16 +352,17 @@ class TestRows:
             kept = [part.where(part.isfinite(), 0.0) for part in moments]
             return *kept, *torch.autograd.grad(kept, parts, ups)
 
-        answers = iter([1, None])  # everything from row 4 on in half of the heads, and then nothing
+        answers = iter([True, False])  # everything from row 4 on in half of the heads, and then nothing
 
         def lost(problem, covariance, offset, log_sum, gain):
-            if next(answers) is None:
-                return None
             rows = ~log_sum.isneginf()
+            if not next(answers):
+                return rows & False
             rows[:, 1] = False
             rows[:, :, :4] = False
             return rows
 
+        monkeypatch.setattr(Problem, "cannot_lose", lambda problem, gain: False)
         monkeypatch.setattr(passes, "lost_rows", lost)
         monkeypatch.setattr(Rows, "backward", None)  # no row is computed alone
         found = both(past_moments)
@@ -397,8 +399,8 @@ class TestChoice:
         covariance = torch.full((1, 1, 1, 1, 1, 1), covariance, dtype=dtype)
         gain = None if gain is None else torch.full((1, 1, 1, 1), gain, dtype=dtype)
         found = refine.lost_rows(problem, covariance, offset, torch.full((1, 1, 1, 1), log_sum, dtype=dtype), gain)
-        assert found is None or (found.shape == (1, 1, 1, 1) and bool(found))
-        return found is not None
+        assert found.shape == (1, 1, 1, 1)
+        return bool(found)
 
     def test_products_that_cancel(self):
         for dtype, bound in refine.CANCELLATION.items():
@@ -418,8 +420,9 @@ class TestChoice:
 
     def test_means_that_cancel(self):
         bound = refine.CANCELLATION[torch.float64]
-        assert not self.lost(-0.999 * bound, 0.0, 1e-3, start=bound)
-        assert self.lost(-0.99999 * bound, 0.1, 1e-3, start=bound)
+        assert not self.lost(-98 * bound, 1e-5, 1e-3, start=100 * bound)
+        assert self.lost(200 - 100 * bound, 1e-5, 1e-3, start=100 * bound) is False
+        assert self.lost(50 - 100 * bound, 1e-5, 1e-3, start=100 * bound)
 
     def test_what_is_not_finite_unless_nothing_is_seen(self):
         for far, covariance in ((math.nan, 0.0), (math.inf, 0.0), (1e5, math.nan), (1e5, math.inf)):
@@ -427,8 +430,44 @@ class TestChoice:
             assert not self.lost(far, 1.0, covariance, log_sum=-math.inf)
         assert self.lost(math.nan, 1.0, 0.0, log_sum=math.nan)
 
-    def test_other_precisions_are_left_as_they_are(self):
-        assert not self.lost(1e4, 1e4, 0.0, dtype=torch.bfloat16)
+    def test_means_near_zero_may_lose_what_is_small_beside_one(self):
+        bound = refine.CANCELLATION[torch.float64]
+        assert not self.lost(-bound, 0.0, 1e-3, start=bound)
+        assert self.lost(-1.01 * bound, 0.1, 1e-3, start=1.01 * bound)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("place", range(3))
+    def test_what_cannot_lose_does_not(self, dtype, place):
+        """The cheap test is no laxer than the thorough one, and not much stricter."""
+        parts = list(with_sink(12, 1.0, dtype)[:3])
+        first, limit = torch.zeros(12, dtype=torch.long), torch.arange(12) + 1
+        gain = torch.full((1, 1, 1, 1), 3.0, dtype=dtype)
+        answers = []
+        for size in torch.logspace(-2, 8, 60, dtype=torch.float64).tolist():
+            sized = [part * size if n == place else part for n, part in enumerate(parts)]
+            problem = Problem(*sized, first, limit, None, 0.7, 0.0)
+            lost = refine.lost_rows(problem, *passes._pass(problem), gain)
+            answers.append((problem.cannot_lose(gain), bool(lost.any())))
+            assert not (problem.cannot_lose(gain) and bool(lost.any()))
+        cheap, thorough = ([pair[0] for pair in answers], [not pair[1] for pair in answers])
+        assert cheap == sorted(cheap, reverse=True)
+        assert cheap[0]
+        assert not cheap[-1]
+        assert sum(thorough) - sum(cheap) < 25  # a factor of about ten thousand, in sizes that vary by ten to the tenth
+
+    @pytest.mark.parametrize("place", range(3))
+    def test_nan_and_infinity_may_lose_and_nothing_may_not(self, place):
+        for dtype in DTYPES:
+            parts = list(with_sink(5, 1.0, dtype)[:3])
+            assert Problem(*parts, *torch.arange(10).view(2, 5), None, 1.0, 0.0).cannot_lose(None)
+            for filling in (math.nan, math.inf):
+                changed = [part.clone() for part in parts]
+                changed[place][0, 0, 3] = filling
+                assert not Problem(*changed, *torch.arange(10).view(2, 5), None, 1.0, 0.0).cannot_lose(None)
+            empty = [part[:, :, :0] if n == place else part for n, part in enumerate(parts)]
+            assert Problem(*empty, *torch.arange(10).view(2, 5), None, 1.0, 0.0).cannot_lose(None)
+        half = [1e4 * part.bfloat16() for part in parts]  # left as it is
+        assert Problem(*half, *torch.arange(10).view(2, 5), None, 1.0, 0.0).cannot_lose(None)
 
     def test_the_bound_of_the_norm(self):
         matrix = normal(50, 4, 6)
