@@ -228,7 +228,7 @@ def test_a_fit_cut_short_is_named(folder):
     whole = (folder / "to-cut" / "fit.nc").read_bytes()
     for size in (10, len(whole) // 2):
         (folder / "cut.nc").write_bytes(whole[:size])
-        with pytest.raises(InputError, match=r"cut\.nc: cannot be read .*; it is damaged or no netCDF: fit again"):
+        with pytest.raises(InputError, match=r"cut\.nc: cannot be read .*; it is damaged or not netCDF: fit again"):
             Fit.load(folder / "cut.nc")
     with pytest.raises(InputError, match=r"no such file; give the fit\.nc of a run"):
         Fit.load(folder / "missing.nc")

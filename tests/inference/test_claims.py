@@ -223,8 +223,8 @@ class TestMarginTurns:
 
 
 def few_weights(next_token, draws):
-    """Importance weights of no draws: the estimates in several dimensions, which take long, are not under test."""
-    return torch.ones(2), torch.ones(2)
+    """Importance weights of two draws: the estimates in several dimensions, which take long, are not under test."""
+    return torch.tensor([0.5, 1.5]), torch.tensor([0.5, 1.5])
 
 
 class TestNormalisationTurns:
