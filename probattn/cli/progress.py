@@ -42,6 +42,7 @@ class Progress(logging.Handler):
         super().__init__()
         self.stream = stream
         self._bar: Any = None
+        self._work: tuple[str, int] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, or move the bar.
@@ -54,13 +55,13 @@ class Progress(logging.Handler):
             self._end_bar()
             print(_line(record.getMessage(), metrics), file=self.stream, flush=True)
             return
-        step: int = getattr(record, "step", 0)
-        work = record.getMessage().partition(" ")[0]
-        if self._bar is None or (self._bar.total, self._bar.desc) != (total, f"{work}: "):
+        work = (record.name, total)
+        if self._bar is None or work != self._work:
             self._end_bar()
-            self._bar = tqdm(total=total, desc=work, file=self.stream, leave=False)
-        self._bar.set_postfix(_words(metrics), refresh=False)
-        self._bar.update(step - self._bar.n)
+            self._work = work
+            self._bar = tqdm(total=total, desc=record.getMessage().partition(" ")[0], file=self.stream, leave=False)
+        self._bar.n = getattr(record, "step", 0)
+        self._bar.set_postfix(_words(metrics))
 
     def close(self) -> None:
         """End the bar."""
