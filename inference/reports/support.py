@@ -47,7 +47,7 @@ _MEANING: dict[MarginKind, str] = {
 
 
 class SupportToken(NamedTuple):
-    """A token of small margin, and where the margin is that small."""
+    """A token of small margin, with the layer and the head of that margin."""
 
     position: int
     text: str
@@ -61,11 +61,11 @@ class TextMargins:
     """A text as a model sees it.
 
     Attributes:
-        tokens: (n,).
-        pieces: what each token stands for.
-        windows: (first, one more than the last) token of each stretch that was read on its own.
-        layers: the numbers of the L layers.
-        margins: by kind, (L, H, n) each.
+        tokens: tokens of the text, (n,).
+        pieces: text of each token.
+        windows: first token, and one more than the last, of each stretch that was read on its own.
+        layers: numbers of the L layers.
+        margins: margins by kind, (L, H, n) each.
     """
 
     tokens: Tensor
@@ -101,10 +101,10 @@ def text_margins(text: str, model: Any, tokeniser: Tokeniser) -> TextMargins:
     """Run a text through a model and take the margins of every layer and head.
 
     Args:
-        text: not empty.
+        text: text that is not empty.
         model: a causal language model of ``transformers`` whose architecture uses the attention interface, in
             evaluation mode.
-        tokeniser: the model's own.
+        tokeniser: tokeniser of the model.
 
     Returns:
         :class:`TextMargins`, in the precision of the model (float32 at least), on the CPU.
@@ -175,14 +175,14 @@ def support_page(
     """A text coloured by its margins, on a page that needs nothing else, with the numbers.
 
     Args:
-        text: see :func:`text_margins`.
-        model: see there.
-        tokeniser: see there.
-        kind: the margin that the page shows first; all three are on it.
-        threshold: tokens whose smallest margin of this kind is below are marked and counted.
-        support: how many support tokens to outline.
-        name: of the model.
-        environment: what a result must carry, see :func:`~probattn.inference.runtime.environment.describe`.
+        text: text as in :func:`text_margins`.
+        model: model as in :func:`text_margins`.
+        tokeniser: tokeniser of the model.
+        kind: margin that the page shows first; all kinds are on it.
+        threshold: margin of this kind below which tokens are marked and counted.
+        support: number of support tokens to outline.
+        name: name of the model.
+        environment: date, hardware and versions, from :func:`~probattn.inference.runtime.environment.describe`.
 
     Returns:
         A :class:`SupportPage`. The record has ``schema`` 1, ``model``, ``ids``, ``tokens``, ``windows``, ``margins`` by
