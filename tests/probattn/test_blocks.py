@@ -179,6 +179,26 @@ class TestLogabsdet:
         ):
             torch.testing.assert_close(transform(along)(zero), transform(plain)(zero), rtol=1e-9, atol=1e-9)
 
+    @pytest.mark.parametrize("size", [3, 66])
+    def test_value_and_gradient_in_one_loss(self, size):
+        weight = tokens(4, 2, size, size)
+
+        def slope(logabsdet):
+            matrix = (0.5 * tokens(2, 2, size, size) / size**0.5).requires_grad_()
+            value = logabsdet(matrix).sum()
+            (gradient,) = torch.autograd.grad(value, matrix, create_graph=True)
+            return torch.autograd.grad(value + (weight * gradient).sum(), matrix)[0]
+
+        mine = slope(lambda k: blocks.logabsdet_one_minus(k)[1])
+        torch.testing.assert_close(mine, slope(lambda k: torch.linalg.slogdet(torch.eye(size) - k)[1]))
+
+    def test_under_vmap_along_any_axis(self):
+        matrix = 0.3 * tokens(5, 4, 2, 3, 3)
+        expected = blocks.logabsdet_one_minus(matrix)
+        for axis in range(4):
+            found = torch.func.vmap(blocks.logabsdet_one_minus, in_dims=axis)(matrix.movedim(0, axis))
+            torch.testing.assert_close(found, expected)
+
 
 class TestSmallestSingularValue:
     def test_is_the_distance_to_the_nearest_singular_matrix(self):
@@ -224,6 +244,9 @@ class TestEigenvalues:
         for function in (blocks.largest_real_eigenvalue, blocks.spectral_abscissa):
             assert function(torch.diag(torch.tensor([-2.0, 3.0])), 5) == 3
             assert function(torch.full((2, 2), torch.nan), 3).isnan()
+            negative = -torch.eye(2).expand(3, 4, 2, 2)
+            assert (function(negative, 2) == -1).all()
+            assert (function(negative, 3) == 0).all()
 
     def test_gradients(self):
         for matrix in (self.spiral + 2 * torch.eye(2), torch.diag(torch.tensor([0.5, -0.25])).double()):

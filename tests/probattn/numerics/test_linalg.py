@@ -294,14 +294,21 @@ class TestBothRoutes:
         torch.testing.assert_close(b.grad[:, 0], torch.linalg.inv(a).sum(0))
 
 
-def test_up_to_64_rows_torch_itself_is_called():
-    def names(rows):
-        value = linalg.slogdet(matrices(2, rows, rows).requires_grad_())[1]
-        return value.grad_fn.name()
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_up_to_64_rows_torch_itself_is_called_and_beyond_one_matrix_at_a_time(name, monkeypatch):
+    shapes = []
+    for call in ("slogdet", "det", "inv_ex", "solve_ex"):
+        plain = getattr(torch.linalg, call)
 
-    assert "Slogdet" in names(65)
-    assert "LinalgSlogdet" in names(64)
-    assert "LinalgSlogdet" not in names(65)
+        def watched(matrix, *args, plain=plain, **options):
+            shapes.append(tuple(matrix.shape))
+            return plain(matrix, *args, **options)
+
+        monkeypatch.setattr(torch.linalg, call, watched)
+    for rows, expected in ((64, [(3, 64, 64)]), (65, 3 * [(65, 65)])):
+        shapes.clear()
+        FUNCTIONS[name](matrices(3, rows, rows), torch.ones(3, rows, 1, dtype=torch.float64))
+        assert shapes == expected
 
 
 BATCHED_LU = {
