@@ -137,8 +137,8 @@ def finish(state: LaplaceState, target: LogDensity, config: LaplaceConfig) -> Dr
     Raises:
         InputError: no mode, or a Hessian with a direction of growth (a saddle).
     """
-    mode = find_mode(state, target)
-    values, vectors = torch.linalg.eigh(-target.hessian(mode.unsqueeze(0))[0])
+    mode, hessian = find_mode(state, target)
+    values, vectors = torch.linalg.eigh(-hessian)
     largest, flat_below = float(values.max()), _flat_below(values)
     if float(values.min()) < -flat_below:
         raise InputError(
@@ -217,7 +217,7 @@ def fit_laplace(
     return finish(state, target, config)
 
 
-def find_mode(state: LaplaceState, target: LogDensity) -> Tensor:
+def find_mode(state: LaplaceState, target: LogDensity) -> tuple[Tensor, Tensor]:
     """The mode near the point that the search has reached, by Newton's steps in the directions that are curved.
 
     The steps go on as long as they make the gradient smaller.
@@ -227,7 +227,7 @@ def find_mode(state: LaplaceState, target: LogDensity) -> Tensor:
         target: log-density.
 
     Returns:
-        ``(D,)``.
+        The mode, ``(D,)``, and the Hessian there, ``(D, D)``.
 
     Raises:
         InputError: the gradient there is not zero to rounding: the search left the region where the density is finite,
@@ -235,8 +235,8 @@ def find_mode(state: LaplaceState, target: LogDensity) -> Tensor:
     """
     mode = state.z.detach().clone()
     gradient = target.value_and_gradient(mode.unsqueeze(0))[1][0]
+    hessian = target.hessian(mode.unsqueeze(0))[0]
     for _ in range(_POLISH):
-        hessian = target.hessian(mode.unsqueeze(0))[0]
         if not bool(torch.isfinite(hessian).all()):
             break
         values, vectors = torch.linalg.eigh(-hessian)
@@ -245,7 +245,7 @@ def find_mode(state: LaplaceState, target: LogDensity) -> Tensor:
         after = target.value_and_gradient(trial.unsqueeze(0))[1][0]
         if not float(after.norm()) < float(gradient.norm()):
             break
-        mode, gradient = trial, after
+        mode, gradient, hessian = trial, after, target.hessian(trial.unsqueeze(0))[0]
     largest = float(gradient.abs().max())
     rounding = max(_STATIONARY, torch.finfo(mode.dtype).eps) * target.data[0].numel()
     if not largest <= max(rounding, 1e-5):
@@ -253,7 +253,7 @@ def find_mode(state: LaplaceState, target: LogDensity) -> Tensor:
             f"no mode found from this start: the gradient is still {largest:.3g} after {state.step} steps; "
             "the posterior may run away (give it a tighter prior) or fold (see regime)."
         )
-    return mode
+    return mode, hessian
 
 
 def _flat_below(values: Tensor) -> float:

@@ -29,7 +29,6 @@ from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.minibatch import minibatch, sharded_gradient
 from probattn.inference.methods.starts import feasible_start
 from probattn.inference.runtime.checkpoint import identify, iterate
-from probattn.inference.runtime.distributed import my_shards
 from probattn.inference.runtime.isolation import isolated
 from probattn.inference.runtime.progress import log_step
 from probattn.inference.runtime.seeds import derived_seed
@@ -127,12 +126,8 @@ def init(target: LogDensity, config: MapConfig, start: Tensor) -> MapState:
             minibatch to N.
         config: options.
         start: point to begin at, ``(D,)``.
-
-    Raises:
-        InputError: the processes do not divide the shards.
     """
     size = min(config.batch or target.sequences, target.sequences)
-    my_shards(min(config.shards, size))  # refuses a number of processes that cannot share them
     # Copies: AutoDelta makes parameters of the very tensors it is given, which the optimiser then changes in place.
     values = {name: value.detach().clone() for name, value in target.constrain(start).items()}
     with isolated(target.data[0].device):
@@ -153,6 +148,7 @@ def update(state: MapState, target: LogDensity, config: MapConfig, evaluate: Eva
         evaluate: see :func:`fit_map`.
 
     Raises:
+        InputError: the processes do not divide the shards.
         ArithmeticError: the objective or its gradient is not finite; the state is as before the step.
     """
     total, tokens = target.sequences, target.data[-1].shape[0] * target.data[-1].shape[1]

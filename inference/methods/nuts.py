@@ -72,16 +72,16 @@ class NutsState:
     """State of C chains.
 
     Attributes:
-        point: where the chains are.
-        step_size: of the next transition, ``(C,)``.
+        point: present points of the chains.
+        step_size: step sizes of the next transition, ``(C,)``.
         metric: inverse mass matrices.
-        adaptation: what the step size is learnt by.
+        adaptation: dual averaging that learns the step sizes.
         generator: source of everything random.
         chains_per_metric: number of neighbouring chains that learn one mass matrix together.
         step: number of transitions made, warm-up included.
         window: positions since the mass matrix was learnt last, ``(C, D)`` each.
         draws: positions kept, ``(C, D)`` each.
-        statistics: of the transitions that led there, ``(C,)`` each by name.
+        statistics: statistics of the transitions that led there, ``(C,)`` each by name.
     """
 
     point: Point

@@ -38,7 +38,7 @@ from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.minibatch import minibatch, sharded_gradient
 from probattn.inference.methods.starts import feasible_start
 from probattn.inference.runtime.checkpoint import identify, iterate
-from probattn.inference.runtime.distributed import my_shards, shard
+from probattn.inference.runtime.distributed import shard
 from probattn.inference.runtime.isolation import isolated
 from probattn.inference.runtime.progress import log_step
 from probattn.inference.runtime.seeds import derived_seed
@@ -146,12 +146,11 @@ def init(target: LogDensity, config: SviConfig, start: Tensor) -> SviState:
         start: centre of a normal guide, ``(D,)``.
 
     Raises:
-        InputError: a flow in one dimension, or processes that do not divide the shards.
+        InputError: a flow in one dimension.
     """
     if config.guide == "flow" and target.dim < 2:
         raise InputError("a flow needs at least two parameters; use --guide full_rank.")
     size, shards = _sizes(target, config)
-    my_shards(shards)  # refuses a number of processes that cannot share them
     with isolated(start.device, seed=config.seed):
         guide = _build_guide(target, config, start)
         # The parameters exist only after a first call, and a flow's are single precision.
@@ -171,6 +170,7 @@ def update(state: SviState, target: LogDensity, config: SviConfig) -> None:
         config: options.
 
     Raises:
+        InputError: the processes do not divide the shards.
         ArithmeticError: the objective or its gradient is not finite; the state is as before the step.
     """
     size, shards = _sizes(target, config)

@@ -119,7 +119,7 @@ def transition(
     Args:
         value_and_gradient: see :func:`grow_trajectory`.
         origin: present points; their momenta are not used.
-        step_size: of each chain, ``(C,)``.
+        step_size: step size of each chain, ``(C,)``.
         metric: inverse mass matrices.
         generator: source of everything random.
         max_depth: largest number of doublings.
@@ -149,7 +149,7 @@ def grow_trajectory(
         value_and_gradient: log-density, ``(K,)``, and its gradient, ``(K, D)``, at points ``(K, D)`` of the chains
             whose numbers, ``(K,)``, are its second argument. Only chains whose trajectory still grows are asked for.
         origin: points where the trajectories begin.
-        step_size: of each chain, ``(C,)``.
+        step_size: step size of each chain, ``(C,)``.
         metric: inverse mass matrices.
         uniform: numbers uniform on (0, 1), ``(C,)`` at each call: once for the direction of a doubling, once at each of
             its leaves, once at its end.
@@ -221,7 +221,7 @@ def leapfrog(
     Args:
         value_and_gradient: see :func:`grow_trajectory`.
         point: points of K chains.
-        step_size: of each, negative for a step back in time, ``(K,)``.
+        step_size: step size of each, negative for a step back in time, ``(K,)``.
         metric: inverse mass matrices of the K chains.
         rows: numbers of the K chains.
     """

@@ -44,6 +44,7 @@ def test_gradient_and_hessian(name):
     model, u = MODELS[name]
     target = LogDensity(model, u)
     z = 0.2 * torch.randn(2, target.dim, dtype=torch.float64)
+    z[1, 0] = -1.0
     assert torch.autograd.gradcheck(target.log_density, z.clone().requires_grad_())
     value, gradient = target.value_and_gradient(z)
     torch.testing.assert_close(value, target.log_density(z))
@@ -146,6 +147,15 @@ def test_sizes():
     assert (target.observed, list(target.sites)) == (["u"], ["qk_matrix", "noise_scale"])
     several = LogDensity(bilinear_model(U), torch.stack([U] * 4))
     assert (several.sequences, several.data_sets) == (3, 4)
+    only = LogDensity(bilinear_model(U), torch.stack([U]))
+    assert (only.sequences, only.data_sets) == (3, 1)
+    alone = LogDensity(bilinear_model(U), U[:1]).evaluate(torch.zeros(5, 6, dtype=torch.float64))
+    assert {name: tuple(term.shape) for name, term in alone.items()} == {
+        "qk_matrix": (5,),
+        "noise_scale": (5,),
+        "u": (5, 1),
+        "lp": (5,),
+    }
     single = LogDensity(bilinear_model(U).to(torch.float32), U.float())
     assert single.origin.dtype == torch.float32
     assert torch.equal(single.origin, torch.zeros(6))
@@ -169,6 +179,17 @@ def test_prior_draws_follow_the_prior():
     # Four standard errors of a standard deviation from 16000 draws: 4 / sqrt(2 * 16000) = 2.2 %.
     assert float(drawn["qk_matrix"].std()) == pytest.approx(0.5 / 2**0.5, rel=0.022)
     assert float(drawn["noise_scale"].log().std()) == pytest.approx(0.5, rel=0.032)
+    several = LogDensity(EmbeddingModel(8, 2, heads=3, rank=1, value_dim=2), U).prior_draws(5, seed=1)
+    assert {name: tuple(value.shape) for name, value in several.items()} == {
+        "query": (5, 3, 1, 2),
+        "key": (5, 3, 1, 2),
+        "value": (5, 3, 2, 2),
+        "output": (5, 3, 2, 2),
+        "noise_scale": (5, 2),
+    }
+    again = LogDensity(bilinear_model(U), U)
+    assert torch.equal(again.prior_draws(3, seed=1)["qk_matrix"], again.prior_draws(3, seed=1)["qk_matrix"])
+    assert not torch.equal(again.prior_draws(3, seed=1)["qk_matrix"], again.prior_draws(3, seed=2)["qk_matrix"])
 
 
 class Coin(PyroModule):

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import pytest
 import torch
 from listening import listening
 
 from probattn.errors import InputError
+from probattn.inference.claims import recovery
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.recovery import recovery_claim
@@ -23,7 +25,7 @@ from probattn.inference.studies.calibration import (
     simulate_study,
 )
 
-STUDY = Study(replicates=60, sequences=6, length=10, dim=1, prior_scale=0.1, ranked=39)
+STUDY = Study(replicates=30, sequences=6, length=10, dim=1, prior_scale=0.1, ranked=39)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,38 @@ def simulated():
     return simulate_study(STUDY)
 
 
+@pytest.fixture(scope="module")
+def remembered():
+    """The methods; what those by Laplace find for a set of data is computed once for all tests here."""
+
+    def once(sampler):
+        found = {}
+
+        def sample(model, u, count, seed):
+            key = (model.prior_scale, count, seed, u.numpy().tobytes())
+            if key not in found:
+                found[key] = sampler(model, u, count, seed)
+            return found[key]
+
+        return sample
+
+    return {name: once(sampler) if name.startswith("laplace") else sampler for name, sampler in METHODS.items()}
+
+
+@pytest.fixture
+def methods(remembered, monkeypatch):
+    """Puts methods in the place of those of the study, which begin as they are."""
+
+    def put(**others):
+        monkeypatch.setattr(calibration, "METHODS", {**remembered, **others})
+
+    put()
+    return put
+
+
 def test_the_data_sets(simulated):
-    assert simulated.u.shape == (60, 6, 10, 1)
-    assert simulated.values["qk_matrix"].shape == (60, 1, 1, 1)
+    assert simulated.u.shape == (30, 6, 10, 1)
+    assert simulated.values["qk_matrix"].shape == (30, 1, 1, 1)
     assert simulated.redrawn <= 2
     assert simulated.certified > 0.9
     again = simulate_study(STUDY)
@@ -47,7 +78,7 @@ def test_a_prior_that_folds_cannot_be_calibrated():
 
 
 @pytest.mark.parametrize("sampler", ["laplace", pytest.param("nuts", marks=pytest.mark.slow)])
-def test_a_right_posterior_passes_and_the_one_without_the_jacobian_fails(simulated, sampler):
+def test_a_right_posterior_passes_and_the_one_without_the_jacobian_fails(simulated, sampler, methods):
     right = calibrate(STUDY, sampler, simulated=simulated)
     assert right.calibrated()
     naive = calibrate(STUDY, f"{sampler}_without_jacobian", simulated=simulated)
@@ -58,12 +89,12 @@ def test_a_right_posterior_passes_and_the_one_without_the_jacobian_fails(simulat
 
 
 @pytest.mark.parametrize("factor", [0.3, 3.0], ids=["too sure", "not sure enough"])
-def test_a_posterior_of_the_wrong_width_fails(simulated, factor, monkeypatch):
+def test_a_posterior_of_the_wrong_width_fails(simulated, factor, methods, remembered):
     def wrong(model, u, count, seed):
-        draws = METHODS["laplace_uncorrected"](model, u, count, seed)
+        draws = remembered["laplace"](model, u, count, seed)
         return draws.mean(1, keepdim=True) + factor * (draws - draws.mean(1, keepdim=True))
 
-    monkeypatch.setattr(calibration, "METHODS", {**METHODS, "wrong": wrong})
+    methods(wrong=wrong)
     ranks = calibrate(STUDY, "wrong", simulated=simulated)
     assert not ranks.calibrated()
     covered = ranks.coverage(0.9)["A[0, 0]"]
@@ -71,23 +102,21 @@ def test_a_posterior_of_the_wrong_width_fails(simulated, factor, monkeypatch):
 
 
 def test_workers_and_interruptions_change_nothing(simulated, tmp_path, monkeypatch):
-    small = replace(STUDY, replicates=40)
-    part = simulated._replace(values={n: v[:40] for n, v in simulated.values.items()}, u=simulated.u[:40])
-    one = calibrate(small, "laplace", simulated=part, chunk=20)
+    small = replace(STUDY, replicates=12)
+    part = simulated._replace(values={n: v[:12] for n, v in simulated.values.items()}, u=simulated.u[:12])
+    one = calibrate(small, "laplace", simulated=part, chunk=6)
     store = tmp_path / "ranks.json"
     seen = []
-    with listening(seen.append):
-        two = calibrate(small, "laplace", simulated=part, jobs=2, chunk=20, store=store)
-    assert [(record.step, record.total) for record in seen if record.name == calibration.__name__] == [
-        (20, 40),
-        (40, 40),
-    ]
+    with listening(seen.append), joblib.parallel_config(backend="threading"):
+        two = calibrate(small, "laplace", simulated=part, jobs=2, chunk=6, store=store)
+    steps = [(record.step, record.total) for record in seen if record.name == calibration.__name__]
+    assert steps == [(6, 12), (12, 12)]
 
     def never(*_):
         raise AssertionError("a finished chunk was computed again")
 
     monkeypatch.setattr(calibration, "_chunk", never)
-    resumed = calibrate(small, "laplace", simulated=part, chunk=20, store=store)
+    resumed = calibrate(small, "laplace", simulated=part, chunk=6, store=store)
     for name in one.ranks:
         np.testing.assert_array_equal(one.ranks[name], two.ranks[name])
         np.testing.assert_array_equal(one.ranks[name], resumed.ranks[name])
@@ -95,7 +124,7 @@ def test_workers_and_interruptions_change_nothing(simulated, tmp_path, monkeypat
         calibrate(replace(small, seed=1), "laplace", simulated=part, store=store)
     store.write_text(store.read_text()[:100])
     with pytest.raises(InputError, match="cannot be read"):
-        calibrate(small, "laplace", simulated=part, chunk=20, store=store)
+        calibrate(small, "laplace", simulated=part, chunk=6, store=store)
 
 
 def test_ranks_count_the_draws_below():
@@ -148,27 +177,26 @@ def test_the_claims_wait_for_full():
         assert "probattn verify --full" in claim.condition
 
 
-def test_the_claim_holds_and_turns(monkeypatch, tmp_path, caplog):
+def test_the_claim_holds_and_turns(methods, remembered, monkeypatch, tmp_path, caplog):
     from probattn.inference.claims import calibration as claim
 
-    fast = {**METHODS, "nuts_without_jacobian": METHODS["laplace_without_jacobian"]}
-    monkeypatch.setitem(calibration.__dict__, "METHODS", fast)
+    naive = remembered["laplace_without_jacobian"]
+    methods(nuts_without_jacobian=naive)
     monkeypatch.setattr(claim, "_SHORT", ("laplace", "nuts_without_jacobian"))
-    study = replace(STUDY, replicates=50)
     with caplog.at_level("INFO", logger="probattn.inference"):
-        found = calibration_claim(Settings(full=True, folder=tmp_path), study=study)
+        found = calibration_claim(Settings(full=True, folder=tmp_path), study=STUDY)
     assert found.verdict == "supported"
     assert found.measured["laplace_excess"] <= 0 < found.measured["nuts_without_jacobian_excess"]
     assert "leave the band" in found.control
     assert set(found.figures) == {"calibration"}
-    assert "calibration of laplace: 50 of 50" in caplog.messages
+    assert "calibration of laplace: 30 of 30" in caplog.messages
     # A control that passed would prove that the test is blind; a method that fails turns the verdict.
-    monkeypatch.setitem(calibration.__dict__, "METHODS", {**fast, "laplace": METHODS["laplace_without_jacobian"]})
-    turned = calibration_claim(Settings(full=True), study=study)
+    methods(nuts_without_jacobian=naive, laplace=naive)
+    turned = calibration_claim(Settings(full=True), study=STUDY)
     assert turned.verdict == "not_supported"
     assert not turned.broken  # a statistical claim, not an identity
-    monkeypatch.setitem(calibration.__dict__, "METHODS", {**METHODS, "nuts_without_jacobian": METHODS["laplace"]})
-    assert calibration_claim(Settings(full=True), study=study).verdict == "not_supported"
+    methods(nuts_without_jacobian=remembered["laplace"])
+    assert calibration_claim(Settings(full=True), study=STUDY).verdict == "not_supported"
 
 
 def test_the_ranks_that_ship_with_the_package_are_read_in():
@@ -183,11 +211,34 @@ def test_the_ranks_that_ship_with_the_package_are_read_in():
     assert claim._committed(replace(claim.STUDY, seed=1)) == ({}, "")
 
 
-def test_recovery_holds_and_turns(monkeypatch):
+def test_recovery_counts_coverage_and_needs_a_control_that_fails(monkeypatch):
+    """Ranks that are given: in even steps where all is right, at the end where the Jacobian is left out."""
+
+    def ranked(study, method, **_):
+        naive = method.endswith("without_jacobian")
+        names = [f"A[{j}, {k}]" for j in range(2) for k in range(2)]
+        ranks = np.zeros(study.replicates) if naive else np.linspace(0, study.ranked, study.replicates).round()
+        errors = np.full(study.replicates, 1.0 if naive else study.sequences**-0.5)
+        return Ranks(method, study.ranked, dict.fromkeys(names, ranks), dict.fromkeys(names, errors))
+
+    monkeypatch.setattr(recovery, "calibrate", ranked)
+    study = Study(replicates=40, sequences=4, length=6, prior_scale=0.5, noise_spread=0.5)
+    found = recovery_claim(Settings(full=True), study=study)
+    assert found.verdict == "supported_within"
+    assert found.measured["error_ratio"] == pytest.approx(2.0)
+    assert found.measured["naive_coverage_90_N16_highest"] == 0.0
+    monkeypatch.setattr(recovery, "calibrate", lambda study, method, **_: ranked(study, "without_jacobian"))
+    assert recovery_claim(Settings(full=True), study=study).verdict == "not_supported"
+    monkeypatch.setattr(recovery, "calibrate", lambda study, method, **_: ranked(study, "right"))
+    assert recovery_claim(Settings(full=True), study=study).verdict == "not_supported"
+
+
+@pytest.mark.slow
+def test_recovery_holds_and_turns(methods, remembered):
     study = Study(replicates=20, sequences=4, length=12, prior_scale=0.5, noise_spread=0.5)
     found = recovery_claim(Settings(full=True), study=study)
     assert found.verdict == "supported_within"
     assert found.measured["naive_coverage_90_N16_lowest"] < 0.5
     assert set(found.figures) == {"recovery"}
-    monkeypatch.setitem(calibration.__dict__, "METHODS", {**METHODS, "laplace": METHODS["laplace_without_jacobian"]})
+    methods(laplace=remembered["laplace_without_jacobian"])
     assert recovery_claim(Settings(full=True), study=study).verdict == "not_supported"
