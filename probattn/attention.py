@@ -1,4 +1,4 @@
-r"""Causal self-attention as a value: its parameters, weights, mean, residual map and the covariances of the past.
+r"""Causal self-attention as a value: weights, mean, residual map, and the blocks of its Jacobian.
 
 The notation is that of the whole project: a sequence :math:`u = (u_1, \dots, u_T)`, :math:`u_i \in R^p`, heads h =
 1..H,
@@ -85,7 +85,7 @@ class CausalAttention(AttentionParameters):
     def from_qk_matrix(
         cls, matrix: Tensor, *, heads: int | None = None, mask: Mask = "strict", start: Tensor | None = None
     ) -> CausalAttention:
-        """The simplest instance, l_is = u_s^T A u_i with W_V = W_O = I.
+        """Build the simplest instance, l_is = u_s^T A u_i with W_V = W_O = I.
 
         Args:
             matrix: A, (p, p) for one head or ``(*batch, H, p, p)``.
@@ -131,8 +131,8 @@ class CausalAttention(AttentionParameters):
             u: tokens, ``(*batch, T, p)``.
 
         Returns:
-            An :class:`MeanAndFactors`. Time O(H T^2 r dv), memory O(H T r dv) forward and backward: weights exist for a
-            block of rows at a time, but in derivatives beyond the first.
+            :class:`MeanAndFactors`. Time O(H T^2 r dv), memory O(H T r dv) forward and backward: weights exist for one
+            block of rows at a time, except in derivatives beyond the first.
 
         Raises:
             InputError: if the axes, the dtype or the device of u do not fit.
@@ -157,7 +157,7 @@ class CausalAttention(AttentionParameters):
 
     @in_own_precision
     def weights(self, u: Tensor) -> Tensor:
-        """Attention weights alpha, ``(*batch, H, T, T)``, dense; rows sum to one, but for row 1 of a strict mask."""
+        """Dense attention weights alpha, ``(*batch, H, T, T)``; rows sum to one, except row 1 of a strict mask."""
         query, key, _ = self._project(u)
         if self.mask == "inclusive":
             return causal_weights(query, key)
@@ -271,8 +271,7 @@ class CausalAttention(AttentionParameters):
         if u.dim() < 2 or u.shape[-1] != self.dim or u.shape[-2] < 1:
             raise InputError(
                 f"u has shape {tuple(u.shape)}; it must be (*batch, T, p) with p = {self.dim} features in the last "
-                "axis "
-                "and at least one token in the one before."
+                "axis and at least one token in the one before."
             )
         if (u.dtype, u.device) != (self.query.dtype, self.query.device):
             raise InputError(

@@ -1,4 +1,4 @@
-"""Moments of the past with torch alone, for one block of rows at a time: what the kernels do, and what they leave.
+"""Moments of the past with torch alone, one block of rows at a time: for all that the compiled kernels do not cover.
 
 The formulas are those of :mod:`probattn.moments.operators`.
 """
@@ -13,52 +13,33 @@ import torch
 from torch import Tensor
 
 from probattn.moments.dense import past_weights
+from probattn.moments.problem import Problem
 
 __all__ = ["backward", "forward"]
 
-# What a block may hold of weights and of products v (x) k, in numbers: small enough for a processor's cache.
+# Numbers that a block may hold, of weights and of products v (x) k: small enough for the cache of a CPU.
 _WEIGHTS, _PRODUCTS = 1 << 20, 1 << 20
 _ROWS, _TOKENS = 128, 32  # rows in a block, and the fewest tokens whose products are formed together
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    limit: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance, offset and log-sum of the first pass, measured from the first token; a cap of 0 is none."""
-    problem = _Problem(query, key, value, first, limit, mask, scale, softcap)
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariance, offset and log-sum of all rows, measured from the first token."""
+    query, value = problem.query, problem.value
     size, rank = value.shape[-1], query.shape[-1]
     covariance = query.new_zeros(*query.shape[:-1], size, rank)
     offset = query.new_zeros(*query.shape[:-1], size + rank)
     log_sum = query.new_full(query.shape[:-1], -torch.inf)
-    for block in problem.blocks():
+    for block in _blocks(problem):
         parts = block.moments()
         for whole, part in zip((covariance, offset, log_sum), parts, strict=True):
             whole[block.batch, :, block.rows] = part.view(*block.shape, *whole.shape[4:])
     return covariance, offset, log_sum
 
 
-def backward(
-    gradients: tuple[Tensor, Tensor | None, Tensor | None],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    limit: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from those of the three, None for zero; shaped as these."""
-    problem = _Problem(query, key, value, first, limit, mask, scale, softcap)
+def backward(gradients: tuple[Tensor, Tensor | None, Tensor | None], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from those of the three, None for zero; contiguous."""
     to_query, to_key, to_value = (torch.zeros_like(part, memory_format=torch.contiguous_format) for part in problem[:3])
-    for block in problem.blocks():
+    for block in _blocks(problem):
         # (b, K, R, dv, r), (b, K, R, dv + r) and (b, K, R)
         coming, on_mean, on_log = (
             None if part is None else part[block.batch, :, block.rows].flatten(2, 3) for part in gradients
@@ -71,39 +52,27 @@ def backward(
     return to_query, to_key, to_value
 
 
-class _Problem(NamedTuple):
-    """The arguments of :func:`forward`."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    first: Tensor
-    limit: Tensor
-    mask: Tensor | None
-    scale: float
-    softcap: float
-
-    def blocks(self) -> Iterator[_Block]:
-        """Blocks of rows with the tokens that any of them may see."""
-        batch, heads, positions, group, _ = self.query.shape
-        if 0 in self.query.shape or 0 in self.key.shape:
-            return
-        step = max(1, _ROWS // group)
-        limits = self.limit.tolist()
-        for begin in range(0, positions, step):
-            rows = slice(begin, min(begin + step, positions))
-            seen = limits[rows.stop - 1]
-            count = max(1, _WEIGHTS // max(1, heads * (rows.stop - begin) * group * seen))
-            for start in range(0, batch, count):
-                yield _Block.build(self, slice(start, min(start + count, batch)), rows, limits[rows])
+def _blocks(problem: Problem) -> Iterator[_Block]:
+    """Blocks of rows with the tokens that any of them may see."""
+    batch, heads, positions, group, _ = problem.query.shape
+    if 0 in problem.query.shape or 0 in problem.key.shape:
+        return
+    step = max(1, _ROWS // group)
+    limits = problem.limit.tolist()
+    for begin in range(0, positions, step):
+        rows = slice(begin, min(begin + step, positions))
+        seen = limits[rows.stop - 1]
+        count = max(1, _WEIGHTS // max(1, heads * (rows.stop - begin) * group * seen))
+        for start in range(0, batch, count):
+            yield _Block.build(problem, slice(start, min(start + count, batch)), rows, limits[rows])
 
 
 class _Block(NamedTuple):
-    """Some rows of some of the batch.
+    """A block of rows of a part of the batch.
 
     Attributes:
-        batch, rows: which.
-        limits: of the positions, not decreasing.
+        batch, rows: part of the batch, and positions of the block.
+        limits: limits of the positions, not decreasing.
         shape: (b, K, positions, g).
         query: c q, (b, K, R, r).
         key, value: of the tokens seen, (b, K, S, r) and (b, K, S, dv), less a constant that changes nothing.
@@ -127,7 +96,7 @@ class _Block(NamedTuple):
     pull: Tensor | None
 
     @classmethod
-    def build(cls, problem: _Problem, batch: slice, rows: slice, limits: list[int]) -> _Block:
+    def build(cls, problem: Problem, batch: slice, rows: slice, limits: list[int]) -> _Block:
         """Weights of the block."""
         seen = limits[-1]
         query = problem.query[batch, :, rows]  # (b, K, positions, g, r)
@@ -157,7 +126,7 @@ class _Block(NamedTuple):
         return self.alpha if self.slope is None else self.alpha * self.slope
 
     def products(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Stretches of tokens, who sees any of them, and their rows [v_s (x) k_s, k_s], (b, K, S', (dv + 1) r)."""
+        """Stretches of tokens, the rows that see any of them, and [v_s (x) k_s, k_s], (b, K, S', (dv + 1) r)."""
         size = self.key.shape[0] * self.key.shape[1] * self.key.shape[-1] * (self.value.shape[-1] + 1)
         step = max(_TOKENS, min(self.key.shape[2], _PRODUCTS // max(1, size)))
         for start in range(0, self.key.shape[2], step):

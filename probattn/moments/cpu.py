@@ -29,8 +29,8 @@ __all__ = [
 LARGEST = 64  # size of the matrices; kernels.c has the same number
 WIDEST = 64  # r and dv of a head
 _REAL = {torch.float32: "float", torch.float64: "double"}
-_LANES = 16  # matrices together, at most
-_SHARES = 4  # pieces a thread, so that none waits long for the last
+_LANES = 16  # matrices that are eliminated together, at most
+_SHARES = 4  # pieces per thread, so that none waits long for the last one
 _VERSION = 2  # of what the kernels compute; kernels.c has the same number
 _WORTH = 3e5  # multiplications below which a further thread costs more than it saves
 
@@ -68,7 +68,7 @@ class _Shared(ctypes.Structure):
     failed: int
 
     def run(self, name: str, dtype: torch.dtype, pieces: int, work: float) -> None:
-        """Run a kernel on it, on several threads where its work, in multiplications, is worth it."""
+        """Run a kernel, on several threads where the work, counted in multiplications, is worth it."""
         function = getattr(_LIBRARY, f"{name}_{_REAL[dtype]}")
         function.restype = None
         threads = min(torch.get_num_threads(), pieces, 1 + int(work / _WORTH))
@@ -91,7 +91,7 @@ class _Matrices(_Shared):
 
 
 class _Problem(_Shared):
-    """``problem`` of covariance.inc, which names its fields; it keeps the tensors alive that it points into."""
+    """``problem`` of covariance.inc, which explains the fields; keeps the tensors alive that it points into."""
 
     _fields_: ClassVar[Sequence[tuple[str, Any]]] = (
         *((name, ctypes.c_long) for name in ("heads", "pieces", "rows", "group", "tokens", "rank", "value")),
@@ -105,7 +105,7 @@ class _Problem(_Shared):
     def build(
         cls, query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor, scale: float, pieces: int
     ) -> _Problem:
-        """From the arguments of :func:`moments`; in so many pieces at least, where the rows are enough."""
+        """Build the structure from the arguments of :func:`moments`, in at least so many pieces if the rows suffice."""
         batch, heads, positions, group, rank = query.shape
         held = (
             *(part.contiguous() for part in (query, key, value)),
@@ -113,7 +113,7 @@ class _Problem(_Shared):
         )
         rows = positions * group
         units = batch * heads
-        # Where there are fewer heads than threads can share, the rows of each are cut up.
+        # With fewer heads than there are pieces, the rows of each head are cut up.
         cut = 1 if units >= pieces else max(1, min(pieces // units, rows // 64))
         sizes = (units, cut, rows, group, key.shape[2], rank, value.shape[-1])
         problem = cls(0, 0, *sizes, *(part.data_ptr() for part in held), scale)
@@ -121,7 +121,7 @@ class _Problem(_Shared):
         return problem
 
     def give(self, name: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
-        """Run a kernel with these contiguous tensors, by the names of their fields."""
+        """Run a kernel with contiguous tensors, given by the names of their fields."""
         for field, tensor in tensors.items():
             setattr(self, field, None if tensor is None else tensor.data_ptr())
         work = self.heads * self.rows * self.tokens * self.rank * self.value / 2
@@ -144,7 +144,7 @@ def _load() -> ctypes.CDLL | None:
 
 _LIBRARY = _load()
 AVAILABLE = _LIBRARY is not None
-"""Whether the kernels were built and loaded; the environment variable ``PROBATTN_NATIVE=0`` leaves them out."""
+"""True if the kernels were built and loaded; the environment variable ``PROBATTN_NATIVE=0`` keeps them out."""
 
 
 def determinants(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +209,7 @@ def moments_backward(
     """
     c, mean, log_sum = (None if part is None else part.contiguous() for part in gradients)
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    # Every piece has gradients of key and value of its own: half as many as there are shares.
+    # Every piece has its own gradients of key and value: half as many pieces, as they take memory.
     problem = _Problem.build(query, key, value, first, limit, scale, _SHARES // 2 * torch.get_num_threads())
     to_key, to_value = (query.new_zeros(problem.pieces, *part.shape) for part in (key, value))
     results = {"to_query": to_query, "to_key": to_key, "to_value": to_value}

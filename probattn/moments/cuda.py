@@ -44,7 +44,7 @@ from probattn.moments.kernels import triton_kernels as kernels
 __all__ = ["ENABLED", "LARGEST", "backward", "forward", "supports"]
 
 ENABLED = os.environ.get("PROBATTN_TRITON") == "1"
-"""Whether the kernels may be used; off unless the environment variable ``PROBATTN_TRITON=1`` was set on import."""
+"""True if the kernels may be used, that is, if the environment variable ``PROBATTN_TRITON=1`` was set on import."""
 
 
 LARGEST = 64  # r and dv
@@ -187,7 +187,7 @@ def backward(
 
 
 class _Problem(NamedTuple):
-    """The arguments, as the kernels take them.
+    """The arguments in the form that the kernels take.
 
     Attributes:
         query: q, (B K, P g, r), rows of one position together.
@@ -248,7 +248,7 @@ class _Problem(NamedTuple):
         return (self.group * torch.stack([begin, end], -1)).to(torch.int32)
 
     def launch(self, kernel: Any, tiles: int, *tensors: Tensor) -> None:
-        """Run a kernel on the tiles, or on the plain one where they are 0; rows or tokens are cut into blocks."""
+        """Run a kernel on the tiles, or for 0 on the plain tile; rows or tokens are cut into blocks."""
         (heads, rows, rank), size = self.query.shape, self.value.shape[-1]
         seen = self.key.shape[1]
         blocks = -(-(seen if kernel is kernels.to_tokens else rows) // _OWN)

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from probattn.moments.dense import attention_weights, median
-from probattn.moments.refine import CANCELLATION, Problem, Rows
+from probattn.moments.problem import CANCELLATION, Problem
+from probattn.moments.refine import Rows
 from probattn.numerics.derivatives import pushforward
 
 __all__ = ["causal_mean", "causal_weights"]
@@ -108,12 +109,12 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]
 
 
 class _Distant(NamedTuple):
-    """Rows whose logits or tokens are too large for the plain way, and what the plain way may take in their place.
+    """Rows whose logits or tokens are too large for the fused kernels, and what these may be given instead.
 
     Attributes:
-        rows: which, (B, H, T, 1).
+        rows: True for such rows, (B, H, T, 1).
         problem: rows and tokens as they are.
-        plain: query, key and value without those rows and without tokens that only they see.
+        plain: query without those rows, key and value without the tokens that only they see.
     """
 
     rows: Tensor
@@ -122,7 +123,7 @@ class _Distant(NamedTuple):
 
     @classmethod
     def find(cls, query: Tensor, key: Tensor, value: Tensor) -> _Distant | None:
-        """The rows; a large token counts for the rows that see it, and for no earlier one."""
+        """Find such rows, if there are any; a large token counts for the rows that see it, and for no earlier one."""
         if query.dtype not in CANCELLATION or not query.numel():
             return None
         largest = torch.linalg.vector_norm(key, dim=-1).cummax(-1).values  # (B, H, T)
@@ -189,7 +190,7 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
 
 
 def _folded(size: int, axes: tuple[int | None, ...], parts: tuple[Tensor, ...]) -> list[Tensor]:
-    """Tensors whose axis of ``torch.func.vmap`` is folded into their batch axis."""
+    """Fold the axis of ``torch.func.vmap`` into the batch axis of tensors."""
     moved = (
         part.expand(size, *part.shape) if axis is None else part.movedim(axis, 0)
         for axis, part in zip(axes, parts, strict=True)
@@ -234,7 +235,7 @@ class _Mean(torch.autograd.Function):
 
 
 class _MeanForward(_Mean):
-    """The same with derivatives in forward mode, which torch's compiler does not take from a function of one's own."""
+    """The same with forward-mode derivatives, which torch.compile does not support in custom functions."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:

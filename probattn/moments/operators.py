@@ -1,16 +1,16 @@
 r"""Moments of the past under attention weights in memory linear in T, with a backward pass derived by hand.
 
-For the rows i (a position and a query head) and the tokens s that they see,
+For a row i, which is a position and a query head, and the tokens s that it sees,
 
 .. math::
     l_{is} = c\, q_i \cdot k_s, \quad \alpha_{i\cdot} = \mathrm{softmax}(l_{i\cdot}), \quad
     C_i = \frac{1}{c} \frac{\partial}{\partial q_i} \sum_s \alpha_{is} v_s
         = \sum_s \alpha_{is} v_s k_s^T - \bar v_i \bar k_i^T ,
 
-one matrix product of the weights with the rows :math:`v_s \otimes k_s`, and beside it the means and
-:math:`\Lambda_i = \log \sum_s e^{l_{is}}`. The weights exist for one block of rows at a time and are computed again in
-the backward pass; for small heads a compiled kernel does both, in C on a processor, in Triton on a GPU. With G_i, h_i,
-g_i and w_i the gradients of a loss L by C_i, the two means and Lambda_i,
+with the means and :math:`\Lambda_i = \log \sum_s e^{l_{is}}`; the sum over s is one matrix product of the weights with
+the rows :math:`v_s \otimes k_s`. Weights exist for one block of rows at a time and are computed again in the backward
+pass. On a CPU a compiled kernel does both for small heads. With G_i, h_i, g_i and w_i the gradients of a loss L by C_i,
+the two means and Lambda_i,
 
 .. math::
     x_{is} = v_s^T G_i k_s + v_s \cdot (h_i - G_i \bar k_i) + k_s \cdot (g_i - G_i^T \bar v_i), \quad
@@ -18,9 +18,9 @@ g_i and w_i the gradients of a loss L by C_i, the two means and Lambda_i,
     \frac{\partial L}{\partial v_s} \ni \alpha_{is} [ G_i (k_s - \bar k_i) + h_i ], \quad
     \frac{\partial L}{\partial k_s} \ni \alpha_{is} [ G_i^T (v_s - \bar v_i) + g_i ] .
 
-Logits may be capped, :math:`\tau \tanh(l / \tau)`: then the slope :math:`1 - \tanh^2` of the cap multiplies the weights
-wherever a key is weighed, as the chain rule has it. What is beyond the first derivative, and forward mode, is taken
-through the same sums written out. Derived here.
+Logits may be capped, :math:`\tau \tanh(l / \tau)`: by the chain rule the slope :math:`1 - \tanh^2` of the cap then
+multiplies the weight of every key. Derivatives beyond the first, and forward mode, go through the same sums written
+out. Derived here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 from probattn.errors import InputError
 from probattn.moments import passes
 from probattn.moments.dense import dense_moments
-from probattn.moments.refine import Problem
+from probattn.moments.problem import Problem
 from probattn.numerics.derivatives import pushforward
 
 __all__ = ["OriginMoments", "PastMoments", "origin_moments", "past_moments"]
@@ -92,8 +92,8 @@ def past_moments(
         key: k, (B, K, S, r).
         value: v, (B, K, S, dv).
         first: index of the first token that a position may see, (P,).
-        limit: one more than the last, (P,), not decreasing; the tokens from limit_P on cost nothing.
-        mask: what is allowed beside, (B or 1, K g or 1, P, S): boolean, or added to the logits; None: everything.
+        limit: index behind the last one, (P,), not decreasing; the tokens from limit_P on cost nothing.
+        mask: tokens that a row may see of these, (B or 1, K g or 1, P, S): boolean, or added to the logits; None: all.
         scale: c.
         softcap: tau; None: logits are not capped.
         gain: size of what C will be multiplied by, (B or 1, K or 1), which says how much its rounding errors matter;
@@ -160,7 +160,7 @@ def origin_moments(
 
 
 def _require_fit(query: Tensor, key: Tensor, value: Tensor, first: Tensor, limit: Tensor) -> None:
-    """Refuse what a kernel, which reads memory by the sizes of the query, must not be given."""
+    """Raise unless the axes agree: the kernels read memory by the sizes of the query alone."""
     shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     fits = tuple(map(len, shapes)) == (5, 4, 4) and key.shape == (*query.shape[:2], key.shape[2], query.shape[-1])
     if not fits or value.shape[:3] != key.shape[:3]:
@@ -233,7 +233,7 @@ def _(
 class _Moments(torch.autograd.Function):
     """The two operators as one function that autograd, ``torch.func`` and ``torch.compile`` understand."""
 
-    # What torch.library.register_autograd would make of them, torch.func does not understand.
+    # Not torch.library.register_autograd, whose functions torch.func does not understand.
     generate_vmap_rule = True
 
     @staticmethod
@@ -272,7 +272,7 @@ class _Moments(torch.autograd.Function):
 
 
 class _MomentsForward(_Moments):
-    """The same with derivatives in forward mode, which torch's compiler does not take from a function of one's own."""
+    """The same with forward-mode derivatives, which torch.compile does not support in custom functions."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -285,7 +285,7 @@ class _MomentsForward(_Moments):
 
 
 class _Gradients(torch.autograd.Function):
-    """The gradients by the backward operator; theirs are those of the sums written out."""
+    """The gradients by the backward operator; their own gradients are those of the sums written out."""
 
     generate_vmap_rule = True
 
@@ -333,7 +333,7 @@ class _GradientsForward(_Gradients):
 
 
 def _dense_gradients(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], dict[int, Tensor]]:
-    """The backward operator, written out, as a function of those of its six differentiable arguments that are there."""
+    """The backward operator, written out, as a function of those of its six differentiable arguments that are given."""
     *tensors, first, limit, mask, origin, _ = ctx.saved_tensors
     given = {place: part for place, part in enumerate(tensors) if part is not None}
     wanted = [place for place in given if place < 3]
@@ -352,7 +352,7 @@ def _dense_gradients(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], dict[
 
 
 def _folded(size: int, axes: tuple[int | None, ...], parts: tuple[Any, ...]) -> list[Any]:
-    """Tensors whose axis of ``torch.func.vmap`` is folded into their batch axis; the rest as they are."""
+    """Fold the axis of ``torch.func.vmap`` into the batch axis of tensors; other arguments stay as they are."""
     folded: list[Any] = []
     for axis, part in zip(axes, parts, strict=True):
         if not isinstance(part, Tensor) or part.dim() - (axis is not None) < 4:

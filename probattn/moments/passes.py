@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from probattn.moments import blocked, cpu
-from probattn.moments.refine import Problem, Rows, lost_rows
+from probattn.moments.problem import Problem
+from probattn.moments.refine import Rows, lost_rows
 
 __all__ = ["backward", "forward"]
 
@@ -138,7 +139,7 @@ def _pass(problem: Problem) -> Three:
 
         if cuda.supports(query, key, value, mask, softcap):
             return cuda.forward(query, key, value, first, limit, scale)
-    return blocked.forward(*problem)
+    return blocked.forward(problem)
 
 
 def _pass_backward(gradients: Gradients, problem: Problem) -> Three:
@@ -150,4 +151,4 @@ def _pass_backward(gradients: Gradients, problem: Problem) -> Three:
 
         if cuda.supports(query, key, value, mask, softcap):
             return cuda.backward(gradients, query, key, value, first, limit, scale)
-    return blocked.backward(gradients, *problem)
+    return blocked.backward(gradients, problem)

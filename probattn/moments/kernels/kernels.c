@@ -2,7 +2,7 @@
 
    Plain C with the vector types of GCC and Clang, independent of Python: probattn/moments/cpu.py loads the library and
    calls it with a structure of pointers, on the threads that torch uses. Where it was not built, the same is computed
-   with torch. */
+   with torch. Checked with the address and undefined-behaviour sanitizers of GCC 12 on the shapes of the tests. */
 
 #include <math.h>
 #include <stdint.h>

@@ -9,7 +9,8 @@ import torch
 
 from probattn.moments import blocked, cpu, passes, refine
 from probattn.moments.operators import origin_moments, past_moments
-from probattn.moments.refine import Problem, Rows, norm_bound
+from probattn.moments.problem import CANCELLATION, Problem
+from probattn.moments.refine import Rows, norm_bound
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -130,7 +131,7 @@ class TestSinks:
     def test_against_forty_digits(self):
         *parts, first, limit = with_sink(9, 1e6, torch.float64, heads=1, rank=2, dim=2)
         found = past_moments(*parts, first, limit)
-        plain = blocked.forward(*parts, first, limit, None, 1.0, 0.0)[0]
+        plain = blocked.forward(Problem(*parts, first, limit, None, 1.0, 0.0))[0]
         with mpmath.workdps(40):
             query, key, value = (mpmath.matrix(part.squeeze().tolist()) for part in parts)
             for i in range(2, 9):
@@ -403,7 +404,7 @@ class TestChoice:
         return bool(found)
 
     def test_products_that_cancel(self):
-        for dtype, bound in refine.CANCELLATION.items():
+        for dtype, bound in CANCELLATION.items():
             far, pull = bound / 2, 2.0
             assert not self.lost(far, pull, 1e-3, dtype=dtype)
             assert self.lost(1.01 * far, pull, 1e-3, dtype=dtype)
@@ -412,14 +413,14 @@ class TestChoice:
             assert self.lost(0.6 * far, pull, 1e-3, dtype=dtype, gain=2.0)
 
     def test_logits_that_cancel(self):
-        bound = refine.CANCELLATION[torch.float64]
+        bound = CANCELLATION[torch.float64]
         assert not self.lost(0.1, bound, 1e-3)
         assert self.lost(0.1, bound, 1e-3, query=1.1)
         assert self.lost(0.1, bound, 1e-3, query=-1.1)
         assert not self.lost(0.1, bound, 1e-3, query=1.1, softcap=3.0)  # cannot be helped
 
     def test_means_that_cancel(self):
-        bound = refine.CANCELLATION[torch.float64]
+        bound = CANCELLATION[torch.float64]
         assert not self.lost(-98 * bound, 1e-5, 1e-3, start=100 * bound)
         assert self.lost(200 - 100 * bound, 1e-5, 1e-3, start=100 * bound) is False
         assert self.lost(50 - 100 * bound, 1e-5, 1e-3, start=100 * bound)
@@ -431,7 +432,7 @@ class TestChoice:
         assert self.lost(math.nan, 1.0, 0.0, log_sum=math.nan)
 
     def test_means_near_zero_may_lose_what_is_small_beside_one(self):
-        bound = refine.CANCELLATION[torch.float64]
+        bound = CANCELLATION[torch.float64]
         assert not self.lost(-bound, 0.0, 1e-3, start=bound)
         assert self.lost(-1.01 * bound, 0.1, 1e-3, start=1.01 * bound)
 
