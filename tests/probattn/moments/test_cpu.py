@@ -223,4 +223,4 @@ def test_a_library_of_another_version_or_with_other_structures_is_refused():
 def test_they_can_be_left_out(monkeypatch):
     for value, expected in (("0", False), ("1", True)):
         monkeypatch.setenv("PROBATTN_NATIVE", value)
-        assert copy_of_the_module().AVAILABLE == expected
+        assert copy_of_the_module().AVAILABLE is expected

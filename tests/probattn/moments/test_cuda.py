@@ -315,7 +315,7 @@ class TestWhatTheKernelsCover:
             specification = importlib.util.spec_from_file_location("copy_of_cuda", kernels.__file__)
             copy = importlib.util.module_from_spec(specification)
             specification.loader.exec_module(copy)
-            assert copy.ENABLED == expected
+            assert copy.ENABLED is expected
 
     def test_the_usual(self):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
