@@ -12,7 +12,6 @@ import pytest
 import xarray
 from posteriors import sequences
 
-from probattn.cli.app import main
 from probattn.inference.results.fit_file import Fit
 
 PROBATTN = [sys.executable, "-m", "probattn", "fit"]
@@ -52,8 +51,8 @@ def posterior(path):
 
 
 @pytest.mark.parametrize("method", QUICK)
-def test_every_method_writes_a_judged_posterior(folder, method):
-    result = run("--data", "hidden.npz", "--method", method, *QUICK[method], "--out", method, cwd=folder)
+def test_every_method_writes_a_judged_posterior(folder, here, method):
+    result = here("fit", "--data", "hidden.npz", "--method", method, *QUICK[method], "--out", method, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     out = folder / method
@@ -138,9 +137,10 @@ def test_a_sampler_in_two_processes_is_refused(folder):
     assert "--method nuts runs in one process and 2 were started; use svi or map" in result.stderr
 
 
-def test_comparison_with_the_naive_fit(folder):
-    result = run(
+def test_comparison_with_the_naive_fit(folder, here):
+    result = here(
         *(
+            "fit",
             "--data",
             "hidden.npz",
             "--method",
@@ -161,10 +161,12 @@ def test_comparison_with_the_naive_fit(folder):
     assert "compared  without the Jacobian: elpd" in result.stdout
 
 
-def test_a_text_gives_the_posterior_of_its_attention_stage(folder):
+def test_a_text_gives_the_posterior_of_its_attention_stage(folder, here):
     (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 60)
     small = ["--context", "12", "--dim", "4", "--stage-rank", "1", "--language-steps", "60", "--sequences", "6"]
-    result = run(*("--corpus", "text.txt", *small, "--method", "nuts", *QUICK["nuts"], "--out", "text"), cwd=folder)
+    result = here(
+        "fit", *("--corpus", "text.txt", *small, "--method", "nuts", *QUICK["nuts"], "--out", "text"), cwd=folder
+    )
     assert result.returncode == 0, result.stderr
     tree = Fit.load(folder / "text" / "fit.nc").to_datatree()
     assert tree["posterior"]["query"].shape[2:] == (1, 1, 4)
@@ -197,7 +199,7 @@ def test_a_text_gives_the_posterior_of_its_attention_stage(folder):
         (["--data", "hidden.npz", "--out", "damaged", "--resume"], "nuts.pt: cannot be read"),
     ],
 )
-def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_line_and_status_two(tmp_path, here, arguments, message):
     states = sequences()[:3, :6].numpy().copy()
     np.savez(tmp_path / "hidden.npz", u=states)
     np.savez(tmp_path / "several.npz", a=states, b=states)
@@ -208,23 +210,19 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys, arg
     np.save(tmp_path / "nan.npy", states)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "nuts.pt").write_bytes(b"PK")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", *arguments])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2, error
-    assert error.startswith("probattn: ")
-    assert error.count("\n") == 1
-    assert message in error
+    result = here("fit", *arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("probattn: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
     assert not list(tmp_path.rglob("fit.nc"))
 
 
-def test_a_fit_cut_short_is_named(folder):
+def test_a_fit_cut_short_is_named(folder, here):
     from probattn.errors import InputError
 
-    assert (
-        run("--data", "hidden.npz", "--method", "map", "--steps", "30", "--out", "to-cut", cwd=folder).returncode == 0
-    )
+    words = ["fit", "--data", "hidden.npz", "--method", "map", "--steps", "30", "--out", "to-cut"]
+    assert here(*words, cwd=folder).returncode == 0
     whole = (folder / "to-cut" / "fit.nc").read_bytes()
     for size in (10, len(whole) // 2):
         (folder / "cut.nc").write_bytes(whole[:size])

@@ -143,18 +143,18 @@ def test_the_wrapper_of_the_model_ends_before_the_group_of_processes(folder):
     assert result.stdout.count("wrappers: 0") == 2, result.stdout
 
 
-def test_a_yaml_file_gives_what_the_flags_do_not(folder):
+def test_a_yaml_file_gives_what_the_flags_do_not(folder, here):
     settings = "steps: 2\nlearning-rate: 1e-3\nsave_every: 0\ncorpus: text.txt\nweight: 1\n"
     (folder / "settings.yaml").write_text(settings, encoding="utf-8")
-    result = run("--config", "settings.yaml", "--out", "yaml", cwd=folder)
+    result = here("train", *SIZES, "--config", "settings.yaml", "--out", "yaml", cwd=folder)
     assert (result.returncode, result.stderr) == (0, "")
     options = json.loads((folder / "yaml" / "config.json").read_text())["options"]
     assert (options["steps"], options["save_every"]) == (2, 0)
     assert (options["weight"], options["learning_rate"]) == (0.5, 0.003)  # given as flags
 
 
-def test_what_cannot_be_used_is_one_line_and_status_two(folder):
-    result = run("--corpus", "absent.txt", cwd=folder)
+def test_what_cannot_be_used_is_one_line_and_status_two(folder, here):
+    result = here("train", *SIZES, "--corpus", "absent.txt", cwd=folder)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "absent.txt: no such file" in result.stderr

@@ -1,13 +1,12 @@
 """Training with the barrier: what is logged, what a checkpoint holds, and that going on from one changes nothing."""
 
 import json
-import logging
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from listening import listening
 
 from probattn.errors import InputError, NonFinitePenaltyError
 from probattn.hf.barrier import attach_barrier
@@ -56,26 +55,17 @@ def losses(folder):
     return {line["step"]: line["objective"] for line in lines(folder) if "objective" in line}
 
 
-@contextmanager
-def logged():
-    """The lines that are logged meanwhile."""
-    seen = []
-    logger, handler = logging.getLogger("probattn"), logging.Handler()
-    handler.emit = lambda record: seen.append(record.getMessage())
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield seen
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+def logged(seen):
+    """Collect the lines that are logged meanwhile."""
+    return listening(lambda record: seen.append(record.getMessage()))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text):
     """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("whole")
-    with logged() as seen:
+    seen = []
+    with logged(seen):
         return out, train(replace(OPTIONS, out=out, corpus=text)), seen
 
 
@@ -135,12 +125,14 @@ def test_a_half_written_checkpoint_is_passed_over_and_said(whole, text, tmp_path
     train(options)
     damaged = out / "checkpoint-12" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    with logged() as warned:
+    warned = []
+    with logged(warned):
         assert last_whole_checkpoint(out) == out / "checkpoint-8"
     assert len(warned) == 1
     assert "checkpoint-12 is not whole" in warned[0]
     if file == "model.safetensors":
-        with logged() as seen:
+        seen = []
+        with logged(seen):
             assert train(replace(options, resume=True)) == whole[1]
         assert any("checkpoint-12 is not whole" in line for line in seen)
 
