@@ -8,7 +8,8 @@ The notation is that of the whole project: a sequence :math:`u = (u_1, \dots, u_
     \alpha_{i\cdot} = \mathrm{softmax}(l_{i\cdot}), \quad
     \mu_i = \sum_h W_O^h \sum_s \alpha^h_{is} v^h_s, \quad e_i = u_i - \mu_i .
 
-Under the *strict* mask the past of i is s < i; under the *inclusive* mask it is s <= i.
+Under the *strict* mask the past of i is s < i; under the *inclusive* mask it is s <= i. With a *memory radius* rho,
+keys and values (under the inclusive mask queries too) are those of phi(u), a smooth map onto the ball of that radius.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from probattn import blocks
 from probattn.errors import InputError, require_tensor
@@ -63,11 +65,14 @@ class CausalAttention(AttentionParameters):
         scale: c, a number or a tensor that broadcasts to ``(*batch, H)``; None: 1 / sqrt(r).
         mask: "strict" (the past of i is s < i) or "inclusive" (s <= i).
         start: mu_1 under the strict mask, where nothing has been seen yet, ``(*batch, p)``; None: zero.
+        memory_radius: rho > 0, a number or ``(*batch)``: keys and values see tokens through
+            :func:`~probattn.numerics.ball.onto_ball`, and under the inclusive mask queries do too. The mean is then
+            bounded, and :attr:`contraction` bounds M_i for every past. None: tokens as they are.
         validate_args: check that the parameters are finite; None: as torch.distributions validates at the moment.
 
     Raises:
-        InputError: an axis whose size disagrees (named, with both sizes), an unknown mask, parameters that are not
-            finite.
+        InputError: an axis whose size disagrees (named, with both sizes), an unknown mask, a radius that is not
+            positive, parameters that are not finite.
 
     Note:
         Under the inclusive mask the first token attends to itself alone, so J_1 = I - sum_h W_O W_V: with value and
@@ -83,7 +88,13 @@ class CausalAttention(AttentionParameters):
 
     @classmethod
     def from_qk_matrix(
-        cls, matrix: Tensor, *, heads: int | None = None, mask: Mask = "strict", start: Tensor | None = None
+        cls,
+        matrix: Tensor,
+        *,
+        heads: int | None = None,
+        mask: Mask = "strict",
+        start: Tensor | None = None,
+        memory_radius: float | Tensor | None = None,
     ) -> CausalAttention:
         """Build the simplest instance, l_is = u_s^T A u_i with W_V = W_O = I.
 
@@ -93,6 +104,7 @@ class CausalAttention(AttentionParameters):
                 the heads axis would be.
             mask: as in the class.
             start: as in the class.
+            memory_radius: as in the class.
 
         Returns:
             The attention with W_Q = A, W_K = I and c = 1.
@@ -121,7 +133,108 @@ class CausalAttention(AttentionParameters):
                 "is passed as matrix.unsqueeze(-3) with heads=1."
             )
         identity = torch.eye(shape[-1], dtype=matrix.dtype, device=matrix.device).expand(matrix.shape)
-        return cls(matrix, identity, scale=1.0, mask=mask, start=start)
+        return cls(matrix, identity, scale=1.0, mask=mask, start=start, memory_radius=memory_radius)
+
+    @classmethod
+    def contractive(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        output: Tensor | None = None,
+        *,
+        contraction: float | Tensor,
+        memory_radius: float | Tensor,
+        scale: float | Tensor | None = None,
+        mask: Mask = "strict",
+        start: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> CausalAttention:
+        r"""Build an attention whose Jacobian blocks have norms of at most kappa < 1 for every past, by construction.
+
+        .. math:: |M_i| \le \kappa, \qquad \sigma_{\min}(J_i) \ge 1 - \kappa, \qquad
+            (1 - \kappa)^p \le \det J_i \le (1 + \kappa)^p .
+
+        The factors give the direction alone: :meth:`scaled_to` scales them to the contraction.
+
+        Args:
+            query: as in the class.
+            key: as in the class.
+            value: as in the class.
+            output: as in the class.
+            contraction: kappa in (0, 1), a number or ``(*batch)``; differentiable, so that it can have a prior.
+            memory_radius: rho > 0, a number or ``(*batch)``.
+            scale: as in the class.
+            mask: as in the class.
+            start: as in the class.
+            validate_args: as in the class.
+
+        Returns:
+            The attention, with :attr:`contraction` equal to kappa.
+
+        Raises:
+            InputError: as the class, a kappa outside (0, 1), or factors that are zero.
+
+        Example:
+            >>> query, key = torch.randn(2, 4, 3).double(), torch.randn(2, 4, 3).double()
+            >>> attention = CausalAttention.contractive(query, key, contraction=0.9, memory_radius=1.0)
+            >>> u = 1e3 * torch.randn(50, 3).double()
+            >>> bool(torch.linalg.matrix_norm(attention.mean_jacobian(u), 2).max() <= 0.9)
+            True
+        """
+        free = cls(
+            query,
+            key,
+            value,
+            output,
+            scale=scale,
+            mask=mask,
+            start=start,
+            memory_radius=memory_radius,
+            validate_args=validate_args,
+        )
+        return free.scaled_to(contraction)
+
+    def scaled_to(self, contraction: float | Tensor, *, shrink: bool = False) -> CausalAttention:
+        r"""Scale the factors to a given contraction, differentiably.
+
+        The strict mask scales W_Q, the inclusive one W_O: kappa is proportional to them. With ``shrink`` the factor is
+
+        .. math:: \frac{\kappa}{\sqrt{\kappa^2 + b^2}}, \qquad b \text{ the contraction of the factors given},
+
+        which leaves weak attentions as they are and maps all factors one-to-one onto those with a contraction below
+        kappa: smooth also at zero, where the direction of the factors is undefined.
+
+        Args:
+            contraction: kappa in (0, 1), a number or a tensor that broadcasts to ``(*batch)``.
+            shrink: whether kappa is a limit instead of the value.
+
+        Returns:
+            The attention with these factors.
+
+        Raises:
+            InputError: no memory radius, a kappa outside (0, 1), or, without ``shrink``, factors that are zero.
+
+        Example:
+            >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]]), memory_radius=1.0)
+            >>> attention.scaled_to(0.5).contraction, attention.scaled_to(0.5, shrink=True).contraction
+            (tensor(0.5000), tensor(0.4932))
+        """
+        if self.memory_radius is None:
+            raise InputError("an attention without memory_radius has no contraction for every past; give it a radius.")
+        kappa = torch.as_tensor(contraction, dtype=self.query.dtype, device=self.query.device)
+        checked = not isinstance(contraction, Tensor) or Distribution._validate_args
+        if checked and not bool(((kappa > 0) & (kappa < 1)).all()):
+            shown = float(kappa) if kappa.dim() == 0 else f"from {float(kappa.min())} to {float(kappa.max())}"
+            raise InputError(f"contraction is {shown}; it must lie strictly between 0 and 1.")
+        found = self.contraction
+        if not shrink and bool((found == 0).any()):
+            raise InputError("the factors are zero, and no multiple of them has the contraction asked for.")
+        factor = kappa * (kappa.square() + found.square()).rsqrt() if shrink else kappa / found
+        name = "query" if self.mask == "strict" else "output"
+        parts = self._parameters()
+        parts[name] = factor[..., None, None, None] * parts[name]
+        return CausalAttention(**parts, mask=self.mask, validate_args=False)
 
     @in_own_precision
     def mean_and_factors(self, u: Tensor) -> MeanAndFactors:
@@ -152,7 +265,8 @@ class CausalAttention(AttentionParameters):
             average, cov, weight, away = add_own_token(past, query, key, value)
             pull = scaled_product(query, self.key)  # c W_K^T q_i, (*batch, H, T, p)
             own = weight.unsqueeze(-1) * self.value.unsqueeze(-3) + away.unsqueeze(-1) * pull.unsqueeze(-2)
-        factors = blocks.JacobianFactors(cov, self.scaled_query, self.output, own)
+        entry = self.remember_jacobian(u) if self.mask == "inclusive" else None
+        factors = blocks.JacobianFactors(cov, self.scaled_query, self.output, own, entry)
         return MeanAndFactors(self._assemble_mean(average), factors)
 
     @in_own_precision
@@ -194,7 +308,9 @@ class CausalAttention(AttentionParameters):
         .. math::
             \text{strict: } J_i = I - \sum_h W_O \mathrm{Cov}_i(v, k)\, c W_Q, \qquad
             \text{inclusive: } J_i = I - \sum_h W_O [\mathrm{Cov}_i(v, k)\, c W_Q
-            + \alpha_{ii} (W_V + (v_i - \bar v_i)(c W_K^T q_i)^T)] .
+            + \alpha_{ii} (W_V + (v_i - \bar v_i)(c W_K^T q_i)^T)]\, \varphi'(u_i) ,
+
+        with phi' the identity where there is no memory radius.
 
         Args:
             u: tokens, ``(*batch, T, p)``.
@@ -253,8 +369,9 @@ class CausalAttention(AttentionParameters):
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries times c and keys, ``(*batch, H, T, r)``, and values, ``(*batch, H, T, dv)``, of one batch shape."""
         self._require_tokens(u)
-        tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
-        parts = tokens @ self.scaled_query.mT, tokens @ self.key.mT, tokens @ self.value.mT
+        tokens = self.remember(u).unsqueeze(-3)  # (*batch, 1, T, p)
+        asking = tokens if self.mask == "inclusive" else u.unsqueeze(-3)
+        parts = asking @ self.scaled_query.mT, tokens @ self.key.mT, tokens @ self.value.mT
         batch = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))  # (*batch, H)
         query, key, value = (part.expand(*batch, *part.shape[-2:]) for part in parts)
         return query, key, value

@@ -27,7 +27,9 @@ __all__ = [
 
 
 class JacobianFactors(NamedTuple):
-    r"""M_i = dmu_i/du_i in factors, :math:`M_i = \sum_h W_O^h (\mathrm{Cov}_i^h(v, k)\, c W_Q^h + \mathrm{own}_i^h)`.
+    r"""M_i = dmu_i/du_i in factors.
+
+    .. math:: M_i = \sum_h W_O^h (\mathrm{Cov}_i^h(v, k)\, c W_Q^h + \mathrm{own}_i^h)\, \varphi'(u_i)
 
     Attributes:
         cov: covariance of values and keys under the attention weights, ``(*batch, H, T, dv, r)``.
@@ -35,12 +37,15 @@ class JacobianFactors(NamedTuple):
         output: W_O, ``(*batch, H, p, dv)``.
         own: the inclusive mask's extra term alpha_ii (W_V + (v_i - vbar_i) (c W_K^T q_i)^T), ``(*batch, H, T, dv, p)``;
             None under the strict mask, where a token is not in its own past.
+        entry: derivative phi' of what the attention sees of the token itself, ``(*batch, T, p, p)``; None where that is
+            the token.
     """
 
     cov: Tensor
     query: Tensor
     output: Tensor
     own: Tensor | None
+    entry: Tensor | None = None
 
 
 def _stacked_output(factors: JacobianFactors) -> Tensor:
@@ -56,12 +61,17 @@ def mean_jacobian(factors: JacobianFactors) -> Tensor:
     Returns:
         M, ``(*batch, T, p, p)``. Time and memory O(T p^2 H dv) and O(T p^2).
     """
+    change: Tensor = _stacked_output(factors).unsqueeze(-3) @ _inner(factors)
+    return change
+
+
+def _inner(factors: JacobianFactors) -> Tensor:
+    """What W_O is multiplied with, the heads below each other, ``(*batch, T, H dv, p)``."""
     inner = factors.cov @ factors.query.unsqueeze(-3)  # (*batch, H, T, dv, p)
     if factors.own is not None:
         inner = inner + factors.own
     inner = inner.movedim(-4, -3).flatten(-3, -2)  # (*batch, T, H dv, p)
-    change: Tensor = _stacked_output(factors).unsqueeze(-3) @ inner
-    return change
+    return inner if factors.entry is None else inner @ factors.entry
 
 
 def sylvester_core(factors: JacobianFactors) -> Tensor:
@@ -78,7 +88,8 @@ def sylvester_core(factors: JacobianFactors) -> Tensor:
     """
     heads, value_dim, rank = factors.cov.shape[-4], factors.cov.shape[-2], factors.cov.shape[-1]
     dim = factors.output.shape[-2]
-    keys = heads * rank if factors.own is None else dim  # the own term has no factor of rank r
+    # Neither the own term nor what stands between query and token has a factor of rank r.
+    keys = heads * rank if factors.own is None and factors.entry is None else dim
     values = heads * value_dim
     if dim <= min(keys, values):
         return mean_jacobian(factors)
@@ -90,6 +101,8 @@ def sylvester_core(factors: JacobianFactors) -> Tensor:
         core: Tensor = mixing.unsqueeze(-3) @ factors.cov  # (*batch, H, T, H r, r)
         return core.movedim(-4, -2).flatten(-2)  # (*batch, T, H r, H r)
 
+    if factors.entry is not None:
+        return _inner(factors) @ output.unsqueeze(-3)  # (*batch, T, H dv, H dv)
     mixing = factors.query @ output.unsqueeze(-3)  # (*batch, H, r, H dv)
     core = factors.cov @ mixing.unsqueeze(-3)  # (*batch, H, T, dv, H dv)
     if factors.own is not None:

@@ -233,6 +233,8 @@ def _require(attention: CausalAttention, noise_covariance: Tensor) -> None:
             f"mean field needs one attention and S of shape ({attention.dim}, {attention.dim}); got batch shape "
             f"{tuple(attention.batch_shape)} and S of shape {tuple(noise_covariance.shape)}."
         )
+    if attention.memory_radius is not None:
+        raise InputError("mean field is for a Gaussian past; a memory radius makes another of it: simulate instead.")
     require_finite("noise_covariance", noise_covariance)
     if float(torch.linalg.eigvalsh(noise_covariance)[0]) <= 0:
         raise InputError("noise_covariance is not positive definite; give a covariance of full rank.")

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from probattn.errors import InputError, require_axes, require_finite, require_tensor
+from probattn.errors import InputError, require_axes, require_finite, require_positive, require_tensor
 from probattn.interface import Mask, require_mask
 from probattn.moments.dense import SUPPORTED
+from probattn.numerics.ball import onto_ball, onto_ball_jacobian
 from probattn.numerics.precision import in_own_precision
 
 __all__ = ["AttentionParameters"]
 
+_OWN = 7 / 6  # bounds the factor of the token's own share, whose supremum is 1.1635
+
 
 class AttentionParameters:
-    """The maps of an attention, its scale, its mask and the mean of the first token; broadcasting batch axes.
+    """The maps of an attention, its scale, its mask, its memory and the mean of the first token; batch axes broadcast.
 
     The arguments are those of :class:`~probattn.attention.CausalAttention`.
     """
@@ -29,6 +32,7 @@ class AttentionParameters:
     scale: Tensor
     start: Tensor
     mask: Mask
+    memory_radius: Tensor | None
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class AttentionParameters:
         scale: float | Tensor | None = None,
         mask: Mask = "strict",
         start: Tensor | None = None,
+        memory_radius: float | Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
         require_mask(mask)
@@ -77,6 +82,12 @@ class AttentionParameters:
         require_axes("start", start, {"features": dim})
         self.query, self.key, self.value, self.output, self.start, self.mask = query, key, value, output, start, mask
         self.scale = torch.as_tensor(rank**-0.5 if scale is None else scale, dtype=query.dtype, device=query.device)
+        if isinstance(memory_radius, (int, float)):
+            require_positive("memory_radius", memory_radius)
+            memory_radius = torch.as_tensor(memory_radius, dtype=query.dtype, device=query.device)
+        if memory_radius is not None:
+            require_tensor("memory_radius", memory_radius)
+        self.memory_radius = memory_radius
         for name, tensor in self._parameters().items():
             if (tensor.dtype, tensor.device) != (query.dtype, query.device):
                 raise InputError(
@@ -96,6 +107,7 @@ class AttentionParameters:
                 output.shape[:-3],
                 start.shape[:-1],
                 self.scale.shape[:-1],
+                () if memory_radius is None else memory_radius.shape,
             )
         except RuntimeError:
             shapes = {name: tuple(tensor.shape) for name, tensor in self._parameters().items()}
@@ -103,14 +115,17 @@ class AttentionParameters:
         if Distribution._validate_args if validate_args is None else validate_args:
             for name, tensor in self._parameters().items():
                 require_finite(name, tensor)
+            if memory_radius is not None and not bool((memory_radius > 0).all()):
+                raise InputError(f"memory_radius has an entry of {float(memory_radius.min())}; it must be positive.")
 
     def _parameters(self) -> dict[str, Tensor]:
-        names = ("query", "key", "value", "output", "scale", "start")
-        return {name: getattr(self, name) for name in names}
+        names = ("query", "key", "value", "output", "scale", "start", "memory_radius")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def __repr__(self) -> str:
         sizes = f"heads={self.heads}, rank={self.rank}, value_dim={self.value.shape[-2]}, dim={self.dim}"
-        return f"{type(self).__name__}({sizes}, mask={self.mask!r}, batch_shape={tuple(self.batch_shape)})"
+        memory = "" if self.memory_radius is None else f", memory_radius={_shown(self.memory_radius)}"
+        return f"{type(self).__name__}({sizes}, mask={self.mask!r}{memory}, batch_shape={tuple(self.batch_shape)})"
 
     @property
     def heads(self) -> int:
@@ -150,6 +165,50 @@ class AttentionParameters:
         """The query map times the logit scale, c W_Q, ``(*batch, H, r, p)``."""
         return self.scale[..., None, None] * self.query
 
+    def remember(self, u: Tensor) -> Tensor:
+        r"""Tokens as keys and values see them: :math:`\varphi(u)` on the ball of the memory, u without a radius.
+
+        Args:
+            u: tokens, ``(*batch, T, p)``.
+
+        Returns:
+            ``(*batch, T, p)``.
+        """
+        return u if self.memory_radius is None else onto_ball(u, self.memory_radius.unsqueeze(-1))
+
+    def remember_jacobian(self, u: Tensor) -> Tensor | None:
+        """Derivative of :meth:`remember` by each token, ``(*batch, T, p, p)``; None where it is the identity."""
+        return None if self.memory_radius is None else onto_ball_jacobian(u, self.memory_radius.unsqueeze(-1))
+
+    @property
+    @in_own_precision
+    def contraction(self) -> Tensor:
+        r"""Bound kappa on the norm of M_i that holds for **every** past of every length, from the parameters alone.
+
+        With :math:`a_h = \rho^2 |A_h|` in the spectral norm,
+
+        .. math::
+            \text{strict: } \kappa = \sum_h |C_h|\, a_h, \qquad
+            \text{inclusive: } \kappa = \sum_h |C_h| \max(1, \min(2 a_h, \tfrac76), \tfrac76 a_h) .
+
+        Below one, u_i -> e_i is a bijection whatever came before. Derived here (theory, section 11).
+
+        Returns:
+            kappa, ``(*batch)``; inf without a memory radius. Time O(H p^3).
+
+        Example:
+            >>> from probattn import CausalAttention
+            >>> CausalAttention.from_qk_matrix(torch.tensor([[0.2]]), memory_radius=2.0).contraction
+            tensor(0.8000)
+        """
+        if self.memory_radius is None:
+            return torch.full(self.batch_shape, torch.inf, dtype=self.query.dtype, device=self.query.device)
+        pull = self.memory_radius.square().unsqueeze(-1) * _product_norm(self.key.mT, self.scaled_query)  # a_h
+        if self.mask == "inclusive":
+            pull = torch.maximum((2 * pull).clamp(max=_OWN), _OWN * pull).clamp(min=1.0)
+        bound: Tensor = (_product_norm(self.output, self.value) * pull).sum(-1)
+        return bound.expand(self.batch_shape)
+
     def expand(self, batch_shape: torch.Size | tuple[int, ...] | list[int]) -> Self:
         """The same attention with its batch axes expanded to ``batch_shape``, as views."""
         batch = tuple(batch_shape)
@@ -161,6 +220,7 @@ class AttentionParameters:
             scale=self.scale.expand(*batch, self.heads),
             mask=self.mask,
             start=self.start.expand(*batch, self.dim),
+            memory_radius=None if self.memory_radius is None else self.memory_radius.expand(batch),
             validate_args=False,
         )
 
@@ -183,6 +243,17 @@ class AttentionParameters:
     def equals(self, other: AttentionParameters) -> bool:
         """True if mask and every parameter agree exactly."""
         mine, theirs = self._parameters(), other._parameters()
-        return self is other or (
-            self.mask == other.mask and all(torch.equal(mine[name], theirs[name]) for name in mine)
-        )
+        same = self.mask == other.mask and mine.keys() == theirs.keys()
+        return self is other or (same and all(torch.equal(mine[name], theirs[name]) for name in mine))
+
+
+def _product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """Spectral norm of left @ right, ``(*batch, m, n)`` and ``(*batch, n, k)``: through n x k where n < m."""
+    if left.shape[-1] < left.shape[-2]:
+        left = torch.linalg.qr(left).R
+    norm: Tensor = torch.linalg.matrix_norm(left @ right, 2)
+    return norm
+
+
+def _shown(radius: Tensor) -> str:
+    return f"{float(radius):.6g}" if radius.dim() == 0 else f"tensor of shape {tuple(radius.shape)}"

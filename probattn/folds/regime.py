@@ -15,7 +15,7 @@ from probattn.errors import require_finite
 from probattn.folds.line import largest_sensitivity
 from probattn.folds.search import find_fold
 from probattn.interface import Attention
-from probattn.solve.bound import contraction_bound, projection_slack
+from probattn.solve.bound import contraction_bound, memory_bound, projection_slack
 from probattn.solve.context import Context
 
 __all__ = ["Regime", "regime"]
@@ -50,7 +50,8 @@ def regime(attention: Attention, u: Tensor, *, search: bool = False) -> Regime |
     """Name the regime of a sequence.
 
     In one dimension under the strict mask the answer is exact up to rounding: the supremum of the sensitivity over
-    every next token is enclosed at each position. In several dimensions the contraction bound certifies, the sequence's
+    every next token is enclosed at each position. With a memory radius a contraction below one certifies every past of
+    every length, from the parameters alone. In several dimensions the contraction bound certifies, the sequence's
     own blocks are looked at, and with ``search`` tokens with det J < 0 are sought after each past.
 
     Args:
@@ -116,6 +117,9 @@ def _classify(
             return Regime("folded", seen, True, position, u[position])
         why = "which proves no fold under the inclusive mask, where u - mu(u) need not have degree one"
         return Regime("folded", f"{smallest}: negative, {why}; a fold is suspected, not proved", False, position)
+    if isinstance(attention, CausalAttention) and float(memory_bound(attention)) < 1:
+        kappa = f"contraction {float(attention.contraction):.6g} < 1 for every past of every length"
+        return Regime("certified", f"{kappa}, proved from the parameters alone", True)
     largest = float(bound.max())
     if largest < 1:
         return Regime("certified", f"contraction bound {largest:.6g} < 1 at every position and for every token", True)
@@ -141,7 +145,7 @@ def _classify(
 def _on_a_line(attention: CausalAttention, u: Tensor) -> Regime | None:
     """The exact answer in one dimension, None where it is within rounding of the boundary."""
     wide = attention.to(torch.float64)
-    slack = sum(float(part.sum()) for part in projection_slack(wide)) * float(u.abs().max())
+    slack = sum(float(part.sum()) for part in projection_slack(wide)) * float(wide.remember(u.double()).abs().max())
     highest, undecided = 0.0, False
     past = Context.of(wide, u[:1].double())
     for i in range(2, len(u)):

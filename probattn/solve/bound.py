@@ -1,11 +1,15 @@
-r"""The contraction bound: an upper bound on the norm of M_i = dmu_i/du_i for *every* next token, from its past alone.
+r"""The contraction bound: an upper bound on the norm of M_i = dmu_i/du_i for *every* next token.
+
+From its past alone,
 
 .. math::
     \|M_i\| \le \tfrac14 \sum_h \mathrm{diam}\{o^h_s : s < i\}\; \mathrm{diam}\{g^h_s : s < i\}, \qquad
     o^h_s = W_O^h W_V^h u_s, \quad g^h_s = c\, W_Q^{hT} W_K^h u_s,
 
-since a covariance of x and y has norm at most D_x D_y / 4 (Popoviciu 1935 for variances, and Cauchy-Schwarz). Below
-one, u_i -> e_i is one-to-one whatever the noise. Derived here.
+since a covariance of x and y has norm at most D_x D_y / 4 (Popoviciu 1935 for variances, and Cauchy-Schwarz). With a
+memory radius there is also a bound for every past, from the parameters alone
+(:attr:`~probattn.parameters.AttentionParameters.contraction`), and the smaller of the two counts. Below one, u_i -> e_i
+is one-to-one whatever the noise. Derived here.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.interface import Attention
 
-__all__ = ["bound_from_diameters", "contraction_bound", "projection_slack", "running_diameters"]
+__all__ = ["bound_from_diameters", "contraction_bound", "memory_bound", "projection_slack", "running_diameters"]
 
 
 def contraction_bound(attention: Attention, u: Tensor) -> Tensor:
@@ -26,11 +30,13 @@ def contraction_bound(attention: Attention, u: Tensor) -> Tensor:
     function of identified products only.
 
     Args:
-        attention: the attention; under the inclusive mask the own value is unbounded and so is the bound.
+        attention: the attention; under the inclusive mask without a memory radius the own value is unbounded and so is
+            the bound.
         u: tokens, ``(*batch, T, p)``.
 
     Returns:
-        ``(*batch, T)``, not decreasing along the sequence; +inf under the inclusive mask. Time O(H T^2 p).
+        ``(*batch, T)``, not decreasing along the sequence; +inf under the inclusive mask without a memory radius. Time
+        O(H T^2 p).
 
     Example:
         >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.5]]))
@@ -38,9 +44,12 @@ def contraction_bound(attention: Attention, u: Tensor) -> Tensor:
         tensor([0.0000, 0.0000, 0.5000])
     """
     batch = torch.broadcast_shapes(attention.batch_shape, u.shape[:-2])
-    if attention.mask == "inclusive" or not isinstance(attention, CausalAttention):
+    if not isinstance(attention, CausalAttention):
         return torch.full((*batch, u.shape[-2]), torch.inf, dtype=u.dtype, device=u.device)
-    u = u.expand(*batch, *u.shape[-2:])
+    ceiling = memory_bound(attention).expand(batch).unsqueeze(-1).expand(*batch, u.shape[-2])
+    if attention.mask == "inclusive":
+        return ceiling
+    u = attention.remember(u).expand(*batch, *u.shape[-2:])
     tokens = u.unsqueeze(-3)  # (*batch, 1, T, p)
     values, keys = tokens @ attention.ov_matrix.mT, tokens @ attention.qk_matrix  # o and g, (*batch, H, T, p)
     nothing = values.new_zeros(values.shape[:-2])
@@ -48,7 +57,25 @@ def contraction_bound(attention: Attention, u: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(u, dim=-1).movedim(-1, 0)  # (T, *batch)
     largest = torch.cat([torch.zeros_like(norms[:1]), norms[:-1].cummax(0).values])
     bound = bound_from_diameters(diameters, projection_slack(attention), largest).movedim(0, -1)  # (*batch, T)
-    return bound.where(torch.arange(u.shape[-2], device=u.device) >= 2, 0.0).expand(*batch, u.shape[-2])
+    bound = bound.where(torch.arange(u.shape[-2], device=u.device) >= 2, 0.0).expand(*batch, u.shape[-2])
+    return torch.minimum(bound, ceiling)
+
+
+def memory_bound(attention: CausalAttention) -> Tensor:
+    """Bound on the norm of M_i for every past, with what rounding may hide; inf without a memory radius.
+
+    Args:
+        attention: the attention.
+
+    Returns:
+        ``(*batch)``. Time O(H p^3).
+
+    Example:
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.2]]).double(), memory_radius=2.0)
+        >>> 0.8 <= float(memory_bound(attention)) < 0.8 + 1e-12
+        True
+    """
+    return attention.contraction * (1 + 8 * (attention.dim + 1) * torch.finfo(attention.query.dtype).eps)
 
 
 def bound_from_diameters(diameters: tuple[Tensor, Tensor], slack: tuple[Tensor, Tensor], largest: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ In the identified products :math:`A_h = c W_K^T W_Q` and :math:`C_h = W_O W_V` a
     \alpha(u) = \mathrm{softmax}_s(u \cdot g_s), \qquad \mu(u) = \sum_s \alpha_s o_s, \qquad
     \frac{\partial \mu}{\partial u} = \mathrm{Cov}_\alpha(o, g) = \sum_s \alpha_s\, o_s g_s^T - \bar o\, \bar g^T .
 
-Under the inclusive mask the token has a key and a value of its own, and its share is added in closed form. The
+Under the inclusive mask the token has a key and a value of its own, and its share is added in closed form. With a
+memory radius keys and values are those of phi(u_s), and under the inclusive mask the token enters as phi(u). The
 candidates of a head stand side by side, so that each sum is one matrix product.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.errors import InputError
 from probattn.interface import Attention
-from probattn.solve.bound import bound_from_diameters, projection_slack, running_diameters
+from probattn.solve.bound import bound_from_diameters, memory_bound, projection_slack, running_diameters
 
 __all__ = ["Context", "context_of"]
 
@@ -44,8 +45,10 @@ class Context:
         attention: the attention.
         values: o_s = C u_s, ``(*batch, H, n, p)``.
         keys: g_s = A^T u_s, ``(*batch, H, n, p)``.
+        tokens: u_s, ``(*batch, n, p)``.
         diameters: of the values and of the keys, ``(*batch, H)`` each.
-        largest: norm of the largest token, ``(*batch,)``.
+        largest: norm of the largest token as the memory holds it, ``(*batch,)``.
+        ceiling: bound on ``|dmu/du|`` that no further token can raise, ``(*batch,)``; inf without a memory radius.
         visible: tokens of the past that each of m candidates sees, at least one per candidate, boolean (m, n); None:
             all of them.
 
@@ -60,8 +63,10 @@ class Context:
     attention: CausalAttention
     values: Tensor
     keys: Tensor
+    tokens: Tensor
     diameters: tuple[Tensor, Tensor]
     largest: Tensor
+    ceiling: Tensor
     visible: Tensor | None = None
 
     @classmethod
@@ -82,14 +87,15 @@ class Context:
         values, keys = _project(attention, u)
         nothing = values.new_zeros(values.shape[:-2])
         diameters = (running_diameters(values, nothing, 0)[-1], running_diameters(keys, nothing, 0)[-1])
-        norm = torch.linalg.vector_norm(u, dim=-1)
-        largest = norm.amax(-1) if u.shape[-2] else norm.new_zeros(u.shape[:-2])
-        return cls(attention, values, keys, diameters, largest)
+        norm = torch.linalg.vector_norm(attention.remember(u), dim=-1)
+        largest = norm.amax(-1) if u.shape[-2] else norm.new_zeros(norm.shape[:-1])
+        return cls(attention, values, keys, u, diameters, largest, memory_bound(attention))
 
     def join(self, u: Tensor) -> Context:
         """The context with tokens u, ``(*batch, m, p)``, behind it and the diameters of the past, in O(H m p^2)."""
         values, keys = _project(self.attention, u)
-        return replace(self, values=_append(self.values, values), keys=_append(self.keys, keys))
+        tokens = _append(self.tokens, u)
+        return replace(self, values=_append(self.values, values), keys=_append(self.keys, keys), tokens=tokens)
 
     def extend(self, u: Tensor) -> Context:
         """The context with one more token u, ``(*batch, p)``. O(H n p)."""
@@ -98,7 +104,8 @@ class Context:
             running_diameters(joined.values, self.diameters[0], self.length)[-1],
             running_diameters(joined.keys, self.diameters[1], self.length)[-1],
         )
-        largest = torch.maximum(self.largest, torch.linalg.vector_norm(u, dim=-1))
+        norm = torch.linalg.vector_norm(self.attention.remember(u.unsqueeze(-2)), dim=-1).squeeze(-1)
+        largest = torch.maximum(self.largest, norm)
         return replace(joined, diameters=diameters, largest=largest)
 
     def first(self, n: int, diameters: tuple[Tensor, Tensor] | None = None, largest: Tensor | None = None) -> Context:
@@ -107,6 +114,7 @@ class Context:
             self,
             values=self.values[..., :n, :],
             keys=self.keys[..., :n, :],
+            tokens=self.tokens[..., :n, :],
             diameters=self.diameters if diameters is None else diameters,
             largest=self.largest if largest is None else largest,
             visible=None,
@@ -126,15 +134,18 @@ class Context:
         values, keys = (part.expand(*batch, *part.shape[-3:])[index] for part in (self.values, self.keys))
         diameters = (self.diameters[0].expand(*batch, -1)[index], self.diameters[1].expand(*batch, -1)[index])
         attention = self.attention.expand(batch).select(index)
-        return Context(attention, values, keys, diameters, self.largest.expand(batch)[index], visible)
+        tokens = self.tokens.expand(*batch, *self.tokens.shape[-2:])[index]
+        largest, ceiling = (part.expand(batch)[index] for part in (self.largest, self.ceiling))
+        return Context(attention, values, keys, tokens, diameters, largest, ceiling, visible)
 
     def to(self, dtype: torch.dtype) -> Context:
         """The same context in another precision."""
         if self.values.dtype == dtype:
             return self
         diameters = self.diameters[0].to(dtype), self.diameters[1].to(dtype)
-        attention, largest = self.attention.to(dtype), self.largest.to(dtype)
-        return Context(attention, self.values.to(dtype), self.keys.to(dtype), diameters, largest, self.visible)
+        attention, largest, ceiling = self.attention.to(dtype), self.largest.to(dtype), self.ceiling.to(dtype)
+        values, keys, tokens = self.values.to(dtype), self.keys.to(dtype), self.tokens.to(dtype)
+        return Context(attention, values, keys, tokens, diameters, largest, ceiling, self.visible)
 
     @property
     def length(self) -> int:
@@ -152,12 +163,13 @@ class Context:
         return self.values.shape[-1] == 1 and self.attention.mask == "strict"
 
     def contraction_bound(self) -> Tensor:
-        """Upper bound on ``|dmu/du|`` for every u, ``(*batch,)``; +inf under the inclusive mask."""
+        """Upper bound on ``|dmu/du|`` for every u, ``(*batch,)``; +inf under the inclusive mask without a radius."""
         if self.attention.mask == "inclusive":
-            return self.values.new_full(self.batch_shape, torch.inf)
+            return self.ceiling.expand(self.largest.shape)
         if self.length < 2:
             return self.values.new_zeros(self.batch_shape)
-        return bound_from_diameters(self.diameters, projection_slack(self.attention), self.largest)
+        bound = bound_from_diameters(self.diameters, projection_slack(self.attention), self.largest)
+        return torch.minimum(bound, self.ceiling)
 
     def mean(self, u: Tensor) -> Tensor:
         """The attention mean mu(u) of candidates u, ``(*candidates, *batch, p)``. Time O(H n p) per candidate."""
@@ -166,6 +178,7 @@ class Context:
         rows = self._rows(u)
         if self.attention.mask == "strict":
             return self._from_rows(self._fused_mean(rows).sum(-3), u)
+        rows = self.attention.remember(rows)
         mean, _, _, log_sum = self._moments(rows, covariance=False)
         return self._from_rows(self._with_own(rows, mean, log_sum)[0].sum(-3), u)
 
@@ -178,7 +191,9 @@ class Context:
         identity = torch.eye(dim, dtype=u.dtype, device=u.device)
         if self._nothing_seen:
             return self.attention.start.expand(u.shape), identity.expand(*u.shape, dim)
-        rows = self._rows(u)
+        rows, entry = self._rows(u), None
+        if self.attention.mask == "inclusive":
+            rows, entry = self.attention.remember(rows), self.attention.remember_jacobian(rows)
         mean, mean_key, change, log_sum = self._moments(rows, covariance=True)
         if self.attention.mask == "inclusive":
             mean, weight, away = self._with_own(rows, mean, log_sum)
@@ -189,13 +204,15 @@ class Context:
             through = away.unsqueeze(-1) * (key - mean_key).unsqueeze(-2)
             weight = weight.unsqueeze(-1)
             change = (1 - weight) * change + weight * (through + own)
-        jacobian = identity - change.sum(-4)  # (*batch, R, p, p)
+        moved = change.sum(-4)  # (*batch, R, p, p)
+        jacobian = identity - (moved if entry is None else moved @ entry)
         return self._from_rows(mean.sum(-3), u), self._from_rows(jacobian, u, axes=2)
 
     def pull_back(self, u: Tensor, w: Tensor) -> Tensor:
         r"""Gradient of :math:`w \cdot \mu(u)` by the tokens of the past.
 
-        With attention weights alpha it is :math:`\sum_h \alpha_s [C^T w + (o_s - \bar o) \cdot w\; A u]`.
+        With attention weights alpha it is :math:`\sum_h \alpha_s [C^T w + (o_s - \bar o) \cdot w\; A u]`, times
+        :math:`\varphi'(u_s)` with a memory radius.
 
         Args:
             u: one token, ``(*batch, p)``.
@@ -205,10 +222,11 @@ class Context:
             ``(*batch, n, p)``. Time O(H n p). Derived here.
         """
         attention = self.attention
-        token = u.unsqueeze(-2).unsqueeze(-2)  # (*batch, 1, 1, p)
+        rows = u.unsqueeze(-2)  # (*batch, 1, p)
+        token = (rows if attention.mask == "strict" else attention.remember(rows)).unsqueeze(-3)  # (*batch, 1, 1, p)
         values, keys = self.values, self.keys
         if attention.mask == "inclusive":
-            own = _project(attention, u.unsqueeze(-2))
+            own = _project(attention, rows)
             values, keys = _append(values, own[0]), _append(keys, own[1])
         weights = torch.softmax(token @ keys.mT, dim=-1)  # (*batch, H, 1, n or n + 1)
         average = weights @ values
@@ -216,7 +234,9 @@ class Context:
         carried = (attention.ov_matrix.mT @ column).mT  # C^T w, (*batch, H, 1, p)
         reach = (self.values - average) @ column  # (o_s - obar) . w, (*batch, H, n, 1)
         pull = carried + reach * (token @ attention.qk_matrix.mT)  # (*batch, H, n, p)
-        return (weights[..., : self.length].mT * pull).sum(-3)
+        gradient = (weights[..., : self.length].mT * pull).sum(-3)  # by what the memory holds, (*batch, n, p)
+        slopes = attention.remember_jacobian(self.tokens)
+        return gradient if slopes is None else (slopes @ gradient.unsqueeze(-1)).squeeze(-1)
 
     def line_cumulants(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For one-dimensional tokens, the means of the heads and the first two derivatives of the mean.
@@ -311,8 +331,14 @@ class Context:
         return mean + first[0], mean_key + first[1], change, log_sum
 
     def _with_own(self, rows: Tensor, mean: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean with the token itself, its weight (with 1 for p), its value less that mean; ``(*batch, H, R, p)``."""
-        value, key = _project(self.attention, rows)  # (*batch, H, R, p)
+        """Mean with the token itself, its weight (with 1 for p), its value less that mean; ``(*batch, H, R, p)``.
+
+        Args:
+            rows: candidates as the memory holds them.
+            mean: mean value without them.
+            log_sum: log-sum-exp without them.
+        """
+        value, key = _values_and_keys(self.attention, rows)  # (*batch, H, R, p)
         odds = (rows.unsqueeze(-3) * key).sum(-1) - log_sum
         weight, rest = odds.sigmoid().unsqueeze(-1), (-odds).sigmoid().unsqueeze(-1)
         away = rest * (value - mean)
@@ -354,8 +380,12 @@ def context_of(attention: Attention, u: Tensor) -> Context:
 
 
 def _project(attention: CausalAttention, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Values o = C u and keys g = A^T u of tokens u, ``(*batch, n, p)``: ``(*batch, H, n, p)`` each."""
-    tokens = u.unsqueeze(-3)  # (*batch, 1, n, p)
+    """Values o = C phi(u) and keys g = A^T phi(u) of tokens u, ``(*batch, n, p)``: ``(*batch, H, n, p)`` each."""
+    return _values_and_keys(attention, attention.remember(u))
+
+
+def _values_and_keys(attention: CausalAttention, remembered: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = remembered.unsqueeze(-3)  # (*batch, 1, n, p)
     return tokens @ attention.ov_matrix.mT, tokens @ attention.qk_matrix
 
 

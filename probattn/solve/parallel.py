@@ -47,7 +47,7 @@ from probattn.solve.bound import running_diameters
 from probattn.solve.context import Context
 from probattn.solve.newton import newton_step, residual_tolerance
 from probattn.solve.starts import STARTS
-from probattn.solve.token import without_rival
+from probattn.solve.token import find_token, without_rival
 
 __all__ = ["unique_prefix"]
 
@@ -64,8 +64,8 @@ def unique_prefix(context: Context, e: Tensor) -> tuple[Context, Tensor]:
     """The longest prefix whose solution is known to be unique, in every element of the batch.
 
     Args:
-        context: the empty past, with all batch axes of the attention; under the inclusive mask, where no bound exists,
-            nothing is swept.
+        context: the empty past, with all batch axes of the attention; under the inclusive mask, where without a memory
+            radius no bound exists, nothing is swept unless the bound for every past is below one.
         e: noise, ``(*batch, T, p)``, with all batch axes of the attention.
 
     Returns:
@@ -80,15 +80,20 @@ def unique_prefix(context: Context, e: Tensor) -> tuple[Context, Tensor]:
         >>> context.length, u.flatten()  # the last is 0.3 + sigmoid(0.1 u)
         (3, tensor([1.0000, 0.0000, 0.8205]))
     """
-    if context.attention.mask == "inclusive" or e.shape[-2] == 0:
+    inclusive = context.attention.mask == "inclusive"
+    if e.shape[-2] == 0 or (inclusive and not bool((context.contraction_bound() < 1).all())):
         return context, e[..., :0, :]
     noise = e.movedim(-2, 0)  # (T, *batch, p)
-    first = noise[0] + context.mean(noise[0])
+    first = find_token(context, noise[0], "unique").u if inclusive else noise[0] + context.mean(noise[0])
     context, stretches = context.extend(first), [first.unsqueeze(0)]
+    always = bool((context.ceiling < 1).all())  # the bound for every past: the sequential solver is never needed
     while context.length < len(noise):
         certified = bool((context.contraction_bound() < 1).all())  # once it is not, it stays so
         part = noise[context.length : context.length + _stretch(context, certified)]
         u = _sweep(context, part) if len(part) else None
+        while u is None and always and len(part) > 1:  # fewer tokens at a time converge in fewer sweeps
+            part = part[: len(part) // 2]
+            u = _sweep(context, part)
         if u is None:
             break
         context, count = _certified(context, u) if certified else _searched(context, part, u)
@@ -163,5 +168,5 @@ def _everywhere(holds: Tensor) -> Tensor:
 
 def _running_norms(context: Context, u: Tensor) -> Tensor:
     """The largest norm before each token of the stretch and after the last, ``(m + 1, *batch)``."""
-    norms = torch.linalg.vector_norm(u, dim=-1)
+    norms = torch.linalg.vector_norm(context.attention.remember(u.movedim(0, -2)), dim=-1).movedim(-1, 0)
     return torch.cat([context.largest.expand(norms.shape[1:]).unsqueeze(0), norms]).cummax(0).values
