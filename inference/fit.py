@@ -98,6 +98,8 @@ class FitOptions:
         value_dim: size of the factors W_V and W_O, which are then inferred too; without it both are the identity.
         mask: tokens that each token sees: those before it, or itself as well.
         prior_scale: scale s of the prior; entries of the QK matrix have standard deviation s / sqrt(p).
+        memory_radius: radius of the ball on which keys and values see tokens; without it tokens are seen as they are.
+        contraction: limit, below 1, of the contraction that holds for every past; needs a memory radius.
         jacobian: keep the Jacobian in the likelihood; without it the fit is the naive one, to see what it gets wrong.
         compare: variants that are fitted too and compared by leaving out one sequence at a time.
         text: language model behind a corpus.
@@ -119,6 +121,8 @@ class FitOptions:
     value_dim: Annotated[int | None, Range(least=1)] = None
     mask: Mask = "strict"
     prior_scale: Annotated[float, Range(above=0)] = 1.0
+    memory_radius: Annotated[float | None, Range(above=0)] = None
+    contraction: Annotated[float | None, Range(above=0, below=1)] = None
     jacobian: bool = True
     compare: tuple[Literal["jacobian", "mask", "heads"], ...] = ()
     text: TextOptions = field(default_factory=TextOptions)
@@ -133,6 +137,8 @@ class FitOptions:
         object.__setattr__(self, "method", replace(self.method, seed=self.seed))
         if (self.data is None) == (self.corpus is None):
             raise InputError("give either data (hidden states) or corpus (a text), not both and not neither.")
+        if self.contraction is not None and self.memory_radius is None:
+            raise InputError(f"contraction is {self.contraction}, which needs memory_radius; give one.")
         if self.compare and self.method_name == "map":
             raise InputError("compare needs draws; use the method nuts, svi or laplace.")
         defaults = {entry.name: entry.default for entry in fields(self)}

@@ -78,6 +78,8 @@ def _from_file(options: FitOptions, data: Path) -> Problem:
         mask=options.mask,
         parameters="qk_matrix" if options.rank is None and options.value_dim is None else "factors",
         jacobian=options.jacobian,
+        memory_radius=options.memory_radius,
+        contraction=options.contraction,
     )
     device, dtype = select_device(options.device), getattr(torch, options.dtype)
     return Problem(model.to(device, dtype), u.to(device, dtype), facts)
@@ -121,6 +123,8 @@ def _from_text(options: FitOptions, corpus_name: str) -> Problem:
         noise_scale=config.noise_scale,
         power=config.weight * len(windows.inputs) / len(u),
         jacobian=options.jacobian,
+        memory_radius=options.memory_radius,
+        contraction=options.contraction,
     )
     facts = {"name": corpus.name, "sha256": corpus.digest, "shape": list(u.shape), "windows": len(windows.inputs)}
     return Problem(model.to(device, dtype), u, facts)

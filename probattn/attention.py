@@ -228,7 +228,7 @@ class CausalAttention(AttentionParameters):
             shown = float(kappa) if kappa.dim() == 0 else f"from {float(kappa.min())} to {float(kappa.max())}"
             raise InputError(f"contraction is {shown}; it must lie strictly between 0 and 1.")
         found = self.contraction
-        if not shrink and bool((found == 0).any()):
+        if not shrink and Distribution._validate_args and bool((found == 0).any()):  # else NaN, as 0 / 0 is
             raise InputError("the factors are zero, and no multiple of them has the contraction asked for.")
         factor = kappa * (kappa.square() + found.square()).rsqrt() if shrink else kappa / found
         name = "query" if self.mask == "strict" else "output"

@@ -25,11 +25,22 @@ __all__ = ["REGIMES", "assemble"]
 
 Array = NDArray[Any]
 REGIMES = ("certified", "regular", "folded")
+_RAW = {
+    "a",
+    "qk_matrix",
+    "free_qk_matrix",
+    "query",
+    "key",
+    "value",
+    "output",
+    "contraction",
+}  # sites that give the attention
 _SHOWN = 8  # sequences whose margins are kept token by token
 _PREDICTIVE_BYTES = 32 * 2**20
 
 _DIMS: Mapping[str, Sequence[str]] = {
     "qk_matrix": ["head", "key_feature", "query_feature"],
+    "free_qk_matrix": ["head", "key_feature", "query_feature"],
     "ov_matrix": ["head", "feature", "source_feature"],
     "query": ["head", "query_dim", "feature"],
     "key": ["head", "query_dim", "feature"],
@@ -120,6 +131,8 @@ def _with_products(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tens
     products = {"qk_matrix": attention.qk_matrix}
     if "value" in sites:
         products["ov_matrix"] = attention.ov_matrix
+    if attention.memory_radius is not None:
+        products["contraction"] = attention.contraction
     return {**products, **sites}
 
 
@@ -136,7 +149,7 @@ def _match(sites: dict[str, Tensor], chains: int, count: int) -> float:
     order = torch.from_numpy(match_heads(products.reshape(chains, count, heads, -1).detach().cpu().numpy()))
     order = order.reshape(-1, heads).to(products.device)
     rows = torch.arange(len(order), device=order.device).unsqueeze(1)
-    for name in set(sites) & {"qk_matrix", "ov_matrix", "query", "key", "value", "output"}:
+    for name in set(sites) & {"qk_matrix", "free_qk_matrix", "ov_matrix", "query", "key", "value", "output"}:
         sites[name] = sites[name][rows, order]
     return float((order != torch.arange(heads, device=order.device)).any(-1).double().mean())
 
@@ -145,7 +158,7 @@ def _derived(
     model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor], u: Tensor, group: int
 ) -> dict[str, Tensor]:
     """Log-determinants, margins and regime at the tokens of some sequences, ``(S, ...)`` each, a group at a time."""
-    raw = {name: sites[name] for name in sites if name in {"a", "qk_matrix", "query", "key", "value", "output"}}
+    raw = {name: sites[name] for name in sites if name in _RAW}
     total = len(next(iter(raw.values())))
     parts: dict[str, list[Tensor]] = {name: [] for name in ("log_abs_det", "margin", "regime", "smallest_abs_det")}
     with torch.no_grad():

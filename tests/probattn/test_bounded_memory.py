@@ -337,11 +337,9 @@ def test_paths_of_an_attractive_process_stay_bounded_and_agree_however_they_are_
 )
 def test_radii_and_contractions_that_do_not_exist_are_refused(options, message):
     factor = torch.eye(2).double().unsqueeze(0)
+    build = CausalAttention.contractive if "contraction" in options else CausalAttention
     with pytest.raises(InputError, match=message):
-        if "contraction" in options:
-            CausalAttention.contractive(factor, factor, **options)
-        else:
-            CausalAttention(factor, factor, **options)
+        build(factor, factor, **options)
 
 
 def test_what_cannot_be_scaled_or_answered_is_refused():
