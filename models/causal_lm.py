@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -12,21 +12,51 @@ from torch import Tensor
 from probattn.errors import InputError, require_choice
 from probattn.models.corpus import UNKNOWN, encode_characters
 
-__all__ = ["Architecture", "CharacterTokeniser", "Tokeniser", "build_causal_lm", "load_causal_lm"]
+__all__ = [
+    "Architecture",
+    "CharacterTokeniser",
+    "PieceTokeniser",
+    "Split",
+    "Tokeniser",
+    "build_causal_lm",
+    "load_causal_lm",
+]
 
 Architecture = Literal["gpt2", "llama", "mistral", "gemma2", "qwen3"]
 _VOCABULARY = "vocabulary.json"
 _REACH = 16  # number of preceding tokens on which the decoding of a token may depend
+_BROKEN = "\ufffd"  # what bytes that are no whole character decode to
+
+
+class Split(NamedTuple):
+    """A text in tokens, each with the place in the text that it stands for.
+
+    Attributes:
+        tokens: token ids, ``(n,)``.
+        spans: first character, and one more than the last, of each token. Tokens that share a character, as the bytes
+            of one do, have the same span; a token that stands for no text, such as one that begins a text, has an empty
+            one.
+    """
+
+    tokens: Tensor
+    spans: list[tuple[int, int]]
 
 
 class Tokeniser(Protocol):
-    """Text to tokens and back."""
+    """Text to tokens, with their places in the text."""
+
+    @property
+    def size(self) -> int:
+        """Number of tokens that it knows."""
 
     def encode(self, text: str) -> Tensor:
         """Encode text as tokens, ``(n,)``."""
 
-    def pieces(self, tokens: Tensor) -> list[str]:
-        """Text of each token."""
+    def split(self, text: str) -> Split:
+        """Encode text as tokens, and find the characters of each."""
+
+    def name(self, token: int) -> str:
+        """Name of a token in the vocabulary, for those that stand for no text."""
 
     def save(self, folder: Path) -> None:
         """Write the tokeniser into the folder of a model."""
@@ -53,13 +83,22 @@ class CharacterTokeniser:
                 f"characters has {len(characters)} entries; each must be a single character, with U+FFFD among them."
             )
 
+    @property
+    def size(self) -> int:
+        """Number of characters that it knows, U+FFFD included."""
+        return len(self._characters)
+
     def encode(self, text: str) -> Tensor:
         """Encode text as tokens, ``(n,)``."""
         return encode_characters(text, self._characters)
 
-    def pieces(self, tokens: Tensor) -> list[str]:
-        """Characters of the tokens."""
-        return [self._characters[int(token)] for token in tokens]
+    def split(self, text: str) -> Split:
+        """Encode text as tokens; the token i stands for the character i, whether it is known or not."""
+        return Split(self.encode(text), [(place, place + 1) for place in range(len(text))])
+
+    def name(self, token: int) -> str:
+        """The character of a token."""
+        return self._characters[token]
 
     def save(self, folder: Path) -> None:
         """Write ``vocabulary.json``."""
@@ -67,27 +106,63 @@ class CharacterTokeniser:
         (folder / _VOCABULARY).write_text(content + "\n", encoding="utf-8")
 
 
-class _PieceTokeniser:
-    """Tokeniser of ``transformers``."""
+class PieceTokeniser:
+    """Tokeniser of ``transformers``.
+
+    Args:
+        tokenizer: the library's object.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def encode(self, text: str) -> Tensor:
-        return torch.tensor(self._tokenizer.encode(text), dtype=torch.long)
+    @property
+    def size(self) -> int:
+        """Number of tokens that it knows, added ones included."""
+        return len(self._tokenizer)
 
-    def pieces(self, tokens: Tensor) -> list[str]:
-        # The text that each token adds; decoding token by token would lose the spaces between words.
-        found = []
-        for end in range(1, len(tokens) + 1):
-            begin = max(0, end - _REACH)
-            before, text = (self._tokenizer.decode(tokens[begin:stop].tolist()) for stop in (end - 1, end))
-            alone = self._tokenizer.decode([int(tokens[end - 1])])
-            found.append(text[len(before) :] if text.startswith(before) else alone)
-        return found
+    def encode(self, text: str) -> Tensor:
+        """Encode text as tokens, ``(n,)``, with those that the model's family puts around a text."""
+        return torch.tensor(self._tokenizer.encode(text, verbose=False), dtype=torch.long)
+
+    def split(self, text: str) -> Split:
+        """Encode text as tokens, and find the characters of each."""
+        if getattr(self._tokenizer, "is_fast", False):
+            found = self._tokenizer(text, return_offsets_mapping=True, verbose=False)
+            spans = [(int(first), int(last)) for first, last in found["offset_mapping"]]
+            return Split(torch.tensor(found["input_ids"], dtype=torch.long), spans)
+        tokens = self.encode(text)
+        return Split(tokens, _spans_by_decoding(self._tokenizer, tokens.tolist(), text))
+
+    def name(self, token: int) -> str:
+        """The token as the vocabulary writes it."""
+        return str(self._tokenizer.convert_ids_to_tokens(token))
 
     def save(self, folder: Path) -> None:
+        """Write the library's files."""
         self._tokenizer.save_pretrained(folder)
+
+
+def _spans_by_decoding(tokenizer: Any, tokens: list[int], text: str) -> list[tuple[int, int]]:
+    """The characters that each token adds to the text before it, where the library does not tell.
+
+    Decoding token by token would lose the spaces between words. A token that leaves a character incomplete shares it
+    with those that follow. What is not found in the text, as after a change of case, gets an empty span.
+    """
+    spans: list[tuple[int, int]] = []
+    place, waiting = 0, 0
+    for end in range(1, len(tokens) + 1):
+        begin = max(0, end - 1 - waiting - _REACH)
+        before, whole = (tokenizer.decode(tokens[begin:stop]) for stop in (end - 1 - waiting, end))
+        if whole.endswith(_BROKEN) and end < len(tokens):
+            waiting += 1
+            continue
+        piece = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens[end - 1 - waiting : end])
+        first = text.find(piece, place) if piece else -1
+        span = (first, first + len(piece)) if first >= 0 else (place, place)
+        spans += [span] * (waiting + 1)
+        place, waiting = span[1], 0
+    return spans
 
 
 def build_causal_lm(
@@ -188,7 +263,7 @@ def load_causal_lm(folder: Path) -> tuple[Any, Tokeniser]:
         ) from None
     if len(tokenizer) < 2 or not tokenizer.encode("a text"):  # without files the library makes an empty one
         raise InputError(f"--model {folder}: has no tokeniser; save one beside the model.")
-    return model, _PieceTokeniser(tokenizer)
+    return model, PieceTokeniser(tokenizer)
 
 
 def _transformers() -> Any:

@@ -9,12 +9,17 @@ __all__ = ["OPTIONS", "app", "run"]
 
 
 def run(options: SupportOptions) -> None:
-    """Show which tokens of a text a model holds nearest to the boundary: support.html, and support.json beside it.
+    """Show which tokens of a text a language model holds nearest to the boundary, in which layer, and why.
+
+    Writes support.html, support.json beside it, and all margins as margins.nc. A short text takes seconds; the time
+    grows with tokens times layers, so try a long one with --limit first.
 
     Exit status: 0 done, 2 bad usage or input.
     """
     support(options)
-    print(f"page: {options.out / 'support.html'}, numbers: {options.out / 'support.json'}")
+    print(
+        f"page: {options.out / 'support.html'}, numbers: {options.out / 'support.json'}, {options.out / 'margins.nc'}"
+    )
 
 
 OPTIONS = SupportOptions

@@ -1,0 +1,109 @@
+"""What the page of support tokens says in words: margins, maps, scales, and what a margin does not mean."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from probattn.hf.margins import Kind, Map
+
+__all__ = ["KINDS", "MAP_WORDS", "KindWords", "sensitivity_words"]
+
+
+class KindWords(NamedTuple):
+    """A margin in words, with the scale of its colours, which is the same for every text and model.
+
+    Attributes:
+        title: its symbol.
+        short: its name in the list of margins.
+        meaning: one or two sentences.
+        neutral: its value where attention does nothing, J = I, shown without colour.
+        toward: the value at which the colours of the boundary are deepest.
+        away: the value at which those of the other side are.
+        ticks: the three of them in words.
+        beyond: how many blocks lie beyond the boundary, in words; empty where the margin cannot tell.
+    """
+
+    title: str
+    short: str
+    meaning: str
+    neutral: float
+    toward: float
+    away: float
+    ticks: tuple[str, str, str]
+    beyond: str
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain values for the page's script."""
+        return self._asdict()
+
+
+KINDS: dict[Kind, KindWords] = {
+    "sigma_min": KindWords(
+        "σ_min",
+        "singular value",
+        "The smallest singular value of J: the distance from J to the nearest singular matrix.",
+        1.0,
+        0.0,
+        2.0,
+        ("0, the boundary", "1", "2 and more"),
+        "",
+    ),
+    "logabsdet": KindWords(
+        "log|det J|",
+        "log-determinant",
+        "The factor by which the map changes volume at the token, as a logarithm. The list ranks by |det J|, whatever "
+        "its sign; the boundary is at minus infinity, and beyond it det J is negative.",
+        0.0,
+        -30.0,
+        30.0,
+        ("−30 and less", "0", "30 and more"),
+        "have a negative determinant",
+    ),
+    "spectral": KindWords(
+        "1 − λ",
+        "real eigenvalue",
+        "1 minus the largest real eigenvalue of I − J. Attention that is turned up from nothing to its full strength "
+        "meets a singular block on the way where this is negative.",
+        1.0,
+        0.0,
+        2.0,
+        ("0, the boundary", "1", "2 and more"),
+        "have a real eigenvalue beyond 1",
+    ),
+    "complex": KindWords(
+        "1 − Re λ",
+        "complex eigenvalue",
+        "1 minus the largest real part of all eigenvalues of I − J, complex pairs included: where it is positive, "
+        "relaxation towards the token's solution converges.",
+        1.0,
+        0.0,
+        2.0,
+        ("0, the boundary", "1", "2 and more"),
+        "have an eigenvalue beyond 1",
+    ),
+}
+
+MAP_WORDS: dict[Map, dict[str, str]] = {
+    "generator": {
+        "title": "generator, u − μ(u)",
+        "meaning": "J = I − M with M = dμ/du: the map whose determinant makes the density of tokens.",
+    },
+    "update": {
+        "title": "update, u + μ(u)",
+        "meaning": "J = I + M with M = dμ/du: what the network itself does to the token. Its boundary is elsewhere.",
+    },
+}
+
+# Spearman, mean over layers of log sigma_min against the KL divergence of the prediction under noise on the embeddings,
+# SmolLM2-135M-Instruct, texts of 53, 126 and 129 tokens.
+_TRIAL = (0.36, 0.17, -0.13)
+
+
+def sensitivity_words() -> str:
+    """How well margins tell the sensitivity of a network to noise, as it was measured."""
+    shown = [f"{value:.2f}".replace("-", "\u2212") for value in _TRIAL]
+    return (
+        "In a small trial with SmolLM2-135M, the rank correlation of σ_min (its logarithm, mean over layers) with the "
+        f"change of the prediction under noise on the embeddings was {shown[0]}, {shown[1]} and {shown[2]} on three "
+        "texts."
+    )
