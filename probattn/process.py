@@ -11,6 +11,7 @@ from probattn.errors import InputError
 from probattn.next_token import NextToken
 from probattn.numerics.random import isolated_seed
 from probattn.solve.context import Context
+from probattn.solve.parallel import extend_unique
 from probattn.solve.selection import Selection
 from probattn.solve.token import solve_token
 
@@ -91,8 +92,9 @@ class Path:
     """One realisation of an :class:`AttentionProcess`, lazily extended; index it like a list of tokens that never ends.
 
     ``path[0:100]`` and later ``path[0:10000]`` agree to the bit, as each token is solved for once, from noise that
-    depends on seed and position alone, the choice among several solutions included. Memory and the time of the next
-    token grow with the furthest token asked for.
+    depends on seed and position alone, the choice among several solutions included. Where a memory radius makes the
+    attention a contraction for every past, 256 tokens are solved for at once. Memory and the time of the next token
+    grow with the furthest token asked for.
     """
 
     def __init__(self, process: AttentionProcess, seed: int) -> None:
@@ -145,6 +147,10 @@ class Path:
             block, offset = divmod(position, _BLOCK)
             if offset == 0:
                 self._noise, self._uniform = self.process._draw(self.seed, block)
+                if bool(self._context.ceiling < 1):  # always a whole block, however far it is asked for
+                    self._context, tokens = extend_unique(self._context, self._noise)
+                    self._tokens.extend(tokens)
+                    continue
             noise, uniform = self._noise[offset], self._uniform[offset]
             token, _ = solve_token(self._context, noise, self.process.selection, position, uniform)
             self._context = self._context.extend(token)

@@ -49,7 +49,7 @@ from probattn.solve.newton import newton_step, residual_tolerance
 from probattn.solve.starts import STARTS
 from probattn.solve.token import find_token, without_rival
 
-__all__ = ["unique_prefix"]
+__all__ = ["extend_unique", "unique_prefix"]
 
 _FIRST = 31  # tokens of the first stretch
 _LEAST = 16  # tokens of any other
@@ -83,13 +83,31 @@ def unique_prefix(context: Context, e: Tensor) -> tuple[Context, Tensor]:
     inclusive = context.attention.mask == "inclusive"
     if e.shape[-2] == 0 or (inclusive and not bool((context.contraction_bound() < 1).all())):
         return context, e[..., :0, :]
-    noise = e.movedim(-2, 0)  # (T, *batch, p)
-    first = find_token(context, noise[0], "unique").u if inclusive else noise[0] + context.mean(noise[0])
-    context, stretches = context.extend(first), [first.unsqueeze(0)]
+    context, u = extend_unique(context, e.movedim(-2, 0))
+    return context, u.movedim(0, -2)
+
+
+@torch.no_grad()
+def extend_unique(context: Context, noise: Tensor) -> tuple[Context, Tensor]:
+    """Tokens after a past, for as long as their solutions are known to be unique in every element of the batch.
+
+    Args:
+        context: the past, with all batch axes.
+        noise: of the tokens after it, ``(m, *batch, p)``, m > 0.
+
+    Returns:
+        The context with the tokens that were found behind it, and these tokens, ``(k, *batch, p)``, k <= m.
+    """
+    done, stretches = -context.length, []
+    if context.length == 0:
+        known = context.attention.mask == "strict"
+        first = noise[0] + context.mean(noise[0]) if known else find_token(context, noise[0], "unique").u
+        context, stretches = context.extend(first), [first.unsqueeze(0)]
     always = bool((context.ceiling < 1).all())  # the bound for every past: the sequential solver is never needed
-    while context.length < len(noise):
+    while done + context.length < len(noise):
         certified = bool((context.contraction_bound() < 1).all())  # once it is not, it stays so
-        part = noise[context.length : context.length + _stretch(context, certified)]
+        begin = done + context.length
+        part = noise[begin : begin + _stretch(context, certified)]
         u = _sweep(context, part) if len(part) else None
         while u is None and always and len(part) > 1:  # fewer tokens at a time converge in fewer sweeps
             part = part[: len(part) // 2]
@@ -100,7 +118,7 @@ def unique_prefix(context: Context, e: Tensor) -> tuple[Context, Tensor]:
         stretches.append(u[:count])
         if count == 0 or (not certified and count < len(u)):
             break
-    return context, torch.cat(stretches).movedim(0, -2)
+    return context, torch.cat(stretches) if stretches else noise[:0]
 
 
 def _stretch(context: Context, certified: bool) -> int:
