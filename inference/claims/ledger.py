@@ -13,7 +13,7 @@ from probattn.inference.claims.barrier_training import barrier_training_claim
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Claim, Settings, Subject
 from probattn.inference.claims.consistency import consistency_claim
-from probattn.inference.claims.decoding import PROMPT, decoding_claim
+from probattn.inference.claims.decoding import decoding_claim
 from probattn.inference.claims.implementation import implementation_claim
 from probattn.inference.claims.jacobian import jacobian_claim
 from probattn.inference.claims.margin import margin_claim
@@ -24,6 +24,7 @@ from probattn.inference.claims.robustness import robustness_claim
 from probattn.inference.claims.stationarity import stationarity_claim
 from probattn.inference.claims.stationary_distribution import stationary_distribution_claim
 from probattn.inference.claims.tightness import tightness_claim
+from probattn.inference.claims.trained import trained_claim
 
 __all__ = ["CLAIMS", "require_claims", "run_claims"]
 
@@ -45,9 +46,8 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),
         "robustness": robustness_claim,
-        "decoding": lambda subject, settings: decoding_claim(
-            subject, settings, prompt=min(PROMPT, subject.inputs.shape[-1] // 2)
-        ),
+        "trained": trained_claim,
+        "decoding": decoding_claim,
         "tightness": lambda subject, settings: tightness_claim(subject, settings, end=subject.line_feed),
     }
 )

@@ -33,6 +33,7 @@ EXPECTED = {
     "recovery": "not run (it takes minutes: run probattn verify --full)",
     "calibration": "not run (it takes minutes: run probattn verify --full)",
     "robustness": "does not hold",
+    "trained": "does not hold",
     "decoding": "does not hold",
     "tightness": "holds",
 }

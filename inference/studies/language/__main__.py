@@ -19,7 +19,7 @@ from probattn.inference.runtime.files import prepare_folder, write_json
 from probattn.inference.studies.language.plan import Plan
 from probattn.inference.studies.language.run import IncompleteStudyError, measure
 from probattn.inference.studies.language.source import load_source
-from probattn.models.corpus import load_corpus
+from probattn.models.corpus import load_corpus, read_text
 from probattn.models.options import Device, Range, as_plain, check_options
 
 __all__ = ["StudyOptions", "main", "study"]
@@ -67,7 +67,7 @@ def study(options: StudyOptions) -> int:
     """
     prepare_folder(options.out)
     device, start = select_device(options.device), time.monotonic()
-    source = load_source(options.corpus, options.model, options.plan)
+    source = load_source(*read_text(options.corpus), options.model, options.plan)
     model = source.model.to(device)
     environment = describe(device, next(model.parameters()).dtype, options.plan.seed)
     environment["command"] = shlex.join(["python", "-m", "probattn.inference.studies.language", *sys.argv[1:]])

@@ -24,7 +24,7 @@ from probattn.numerics import linalg
 
 __all__ = ["head_alone"]
 
-_STEPS = 30  # of the power iteration; a rank needs no more digits
+_SQUARINGS = 8
 
 
 @torch.no_grad()
@@ -73,13 +73,17 @@ def _rotations(heads: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _smallest_singular_value(covariance: Tensor) -> Tensor:
-    """sigma_min(I - C) by power iteration with the inverse, whose batches are fast on every device, ``(*batch,)``."""
+    """sigma_min(I - C), ``(*batch,)``, by squaring the inverse, whose batches are fast on every device.
+
+    The power 2^8 of (J J^T)^-1 leaves of the other singular values what differs from sigma_min by less than a percent.
+    """
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    inverse = linalg.inverse(identity - covariance, check=False)
-    vector, size = torch.ones_like(covariance[..., :1]), torch.ones_like(covariance[..., 0, 0])
-    for _ in range(_STEPS):
-        vector = inverse.mT @ vector
-        vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-        vector = inverse @ vector
-        size = torch.linalg.vector_norm(vector, dim=(-2, -1))
-    return 1 / size
+    block = identity - covariance
+    inverse = linalg.inverse(block, check=False)
+    power = inverse.mT @ inverse
+    for _ in range(_SQUARINGS):
+        power = power / torch.linalg.matrix_norm(power)[..., None, None]
+        power = power @ power
+    vector = power.sum(-1, keepdim=True)
+    vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+    return torch.linalg.vector_norm(block.mT @ vector, dim=(-2, -1))

@@ -87,7 +87,9 @@ def noise_sensitivity(
     run = _run_copies if form == "last" else _run
     plain = run(model, u, u)
     if form == "last":
-        _require_copies(plain, _run(model, u, u))
+        changed = u.clone()
+        changed[:, 1::2] += level * scale  # a copy must see its token's past, and no other copy
+        _require_copies(run(model, u, changed)[:, ::2], _run(model, u, u)[:, ::2])
     total = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
     for _ in range(draws):
         z = torch.randn(u.shape[1:], generator=generator, dtype=torch.float64).to(u)
@@ -119,7 +121,7 @@ def _run_copies(model: Any, u: Tensor, copies: Tensor) -> Tensor:
 
 
 def _require_copies(copies: Tensor, own: Tensor) -> None:
-    gap, spread = float((copies - own).abs().max()), float(own.std())
+    gap, spread = float((copies - own).detach().abs().max()), float(own.detach().std())
     if not gap <= _AGREEMENT * spread:
         raise InputError(
             f"the copies of the tokens have logits that differ by {gap:.2g} from the tokens' own: this model does not "

