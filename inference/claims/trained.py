@@ -89,7 +89,7 @@ def draw_location(location: Location) -> dict[str, Figure]:
     Returns:
         Figures by name.
     """
-    titles = {"logabsdet": "log|det J|", "sigma_min": r"$\sigma_{\min}(J)$"}
+    titles = {"logabsdet": "log|det J|", "sigma_min": "smallest singular value of J"}
     profiles: dict[str, dict[str, tuple[Any, Any, Any]]] = {}
     for statistic in STATISTICS.values():
         shown = {

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from probattn.plotting.style import COLOURS, STYLES, Array, finish, label_rows, outside_legend, panels
+from probattn.plotting.style import COLOURS, STYLES, Array, finish, label_rows, outside_legend, panels, words
 
 __all__ = ["plot_layer_map", "plot_layer_profiles", "plot_predictors", "plot_profiles_in_training"]
 
@@ -54,7 +53,7 @@ def plot_layer_map(
         bar = axis.inset_axes((1.01, 0.0, 0.015, 1.0))  # within the panel, so that it takes no place of others
         figure.colorbar(image, cax=bar, extend="both")
         axis.set_ylabel("layer")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(words(title), fontsize=10)
     drawn[-1].set_xlabel("token")
     return figure
 
@@ -95,10 +94,10 @@ def plot_layer_profiles(
             colour, line = looks[name]
             axis.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
             width = 2.2 if name == names[0] else 1.2
-            axis.plot(layers, centre, line, color=colour, linewidth=width, marker=".", markersize=4, label=name)
+            axis.plot(layers, centre, line, color=colour, linewidth=width, marker=".", markersize=4, label=words(name))
         if level is not None and title in level:
             axis.axhline(level[title], color="black", linewidth=0.8, linestyle=":")
-        finish(axis, "layer", title=title)
+        finish(axis, "layer", title=words(title))
     outside_legend(axes, figure, max(drawn, key=lambda axis: len(axis.lines)), "lower center", columns=3)
     return figure
 
@@ -115,8 +114,7 @@ def plot_profiles_in_training(
     Args:
         steps: numbers of steps, S of them, from 0; drawn on a logarithmic scale of steps plus one.
         loss: held-out loss of each run in nats, (R, S).
-        profiles: numbers by title, run, step and layer, (R, S, L) each: thin lines for runs, thick ones for their mean,
-            from dark (the first layer) to light (the last).
+        profiles: numbers by title, run, step and layer, (R, S, L) each: thin lines for runs, thick ones for their mean.
         axes: one panel for the loss, and one per title.
 
     Returns:
@@ -138,12 +136,11 @@ def plot_profiles_in_training(
     for axis, (title, values) in zip(drawn[1:], profiles.items(), strict=True):
         layers = values.shape[-1]
         for layer in range(layers):
-            colour = colormaps["viridis"](0.9 * layer / max(1, layers - 1))
+            colour, line = STYLES[layer % len(STYLES)]
             for run in values[:, :, layer]:
-                axis.plot(time, run, color=colour, linewidth=0.6, alpha=0.5)
-            axis.plot(time, values[:, :, layer].mean(0), color=colour, linewidth=2, label=f"layer {layer}")
-        finish(axis, "steps + 1", title=title)
-    drawn[-1].legend(fontsize=7)
+                axis.plot(time, run, line, color=colour, linewidth=0.6, alpha=0.5)
+            axis.plot(time, values[:, :, layer].mean(0), line, color=colour, linewidth=2, label=f"layer {layer}")
+        finish(axis, "steps + 1", title=words(title), legend=axis is drawn[-1])
     for axis in drawn:
         axis.set_xscale("log")
     return figure
@@ -183,8 +180,8 @@ def plot_predictors(
             height = rows + 0.6 / max(1, len(targets)) * (middle - k)
             colour = COLOURS[k % len(COLOURS)]
             axis.hlines(height, low, high, color=colour, linewidth=1.3)
-            axis.plot(centre, height, _MARKERS[k % len(_MARKERS)], color=colour, markersize=3.5, label=target)
+            axis.plot(centre, height, _MARKERS[k % len(_MARKERS)], color=colour, markersize=3.5, label=words(target))
         axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
-        finish(axis, label, title=title)
+        finish(axis, label, title=words(title))
     outside_legend(axes, figure, drawn[0], "upper center", columns=4)
     return figure

@@ -67,11 +67,15 @@ def inputs(seed=0):
         ),
         "plot_rotation": ((90 * grid, positive(5), np.array([0.0, 60.0]), positive(2)), 1),
         "plot_arm_differences": ((["a", "b", "c"], {family: triple() for family in two}, {"one": 0.1}), 2),
+        "plot_layer_map": (({name: rng.normal(size=(3, 6)) for name in two}, {"one": 0.0}), 2),
+        "plot_layer_profiles": (([0, 1, 2], {title: {arm: triple() for arm in two} for title in two}, {"one": 0.0}), 2),
         "plot_loss_curves": ((losses,), 2),
         "plot_norms_and_margins": (
             ({arm: positive(4) for arm in two}, {"det J": {arm: np.sort(positive(5)) for arm in two}}),
             2,
         ),
+        "plot_predictors": (({title: (["a", "b", "c"], {"KL": triple()}) for title in two}, "rho"), 2),
+        "plot_profiles_in_training": (([0, 1, 10], positive(2, 3), {title: positive(2, 3, 4) for title in two}), 3),
         "plot_sensitivity": ((["a", "b", "c"], {"last": triple(), "all": triple()}, *positive(3, 2, 4)), 2),
         "plot_survival": ((positive(4), positive(4) / 9, rng.integers(0, 6, 9), positive(4), positive(6), -3.0), 2),
     }
@@ -111,6 +115,8 @@ WIDTH = {
     "plot_rank_bands": [0],
     "plot_growth": [2],
     "plot_arm_differences": [1],
+    "plot_layer_map": [0],
+    "plot_layer_profiles": [1],
     "plot_loss_curves": [0],
     "plot_norms_and_margins": [1],
 }
@@ -132,6 +138,7 @@ def content(axis):
     shown += [(path.vertices.tolist(),) for group in axis.collections for path in group.get_paths()]
     shown += [(np.asarray(group.get_offsets()).tolist(),) for group in axis.collections]
     shown += [(patch.get_path().vertices.tolist(), patch.get_extents().bounds[2] > 0) for patch in axis.patches]
+    shown += [(np.asarray(image.get_array()).tolist(),) for image in axis.images]
     return repr((shown, axis.get_xscale(), axis.get_yscale()))
 
 

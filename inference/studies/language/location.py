@@ -72,9 +72,9 @@ STATISTICS: Mapping[Name, Statistic] = {
 NAMES: Mapping[str, str] = {
     "text": "as trained",
     "random_weights": "random weights",
-    "turned_output": "W_O turned, one layer at a time",
-    "turned_outputs": "W_O turned in all layers",
-    "exchanged_output": "W_O of another layer",
+    "turned_output": "output map turned, one layer at a time",
+    "turned_outputs": "output maps turned in all layers",
+    "exchanged_output": "output map of another layer",
     "shuffled_text": "shuffled text",
 }
 """Groups of measurements in words."""
