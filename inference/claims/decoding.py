@@ -30,12 +30,12 @@ _SHOWN = {
     "entropy": "entropy of the prediction",
     "norm": "norm of the embedding",
     "position": "position",
-    "head_alone_sigma_min": "heads alone, σ_min (depends on the basis)",
-    "turned_head_alone_sigma_min": "heads alone in another basis, σ_min",
-    "head_alone_logabsdet": "heads alone, log|det| (depends on the basis)",
-    "turned_head_alone_logabsdet": "heads alone in another basis, log|det|",
-    "local_all": "local sensitivity, all embeddings (control)",
-    "local_last": "local sensitivity, last embedding (control)",
+    "head_alone_sigma_min": "heads alone, σ_min\n(depends on the basis)",
+    "turned_head_alone_sigma_min": "heads alone, σ_min,\nin another basis",
+    "head_alone_logabsdet": "heads alone, log|det|\n(depends on the basis)",
+    "turned_head_alone_logabsdet": "heads alone, log|det|,\nin another basis",
+    "local_all": "local sensitivity,\nall embeddings (control)",
+    "local_last": "local sensitivity,\nlast embedding (control)",
 }
 
 
@@ -134,7 +134,7 @@ def draw_prediction(prediction: Prediction) -> Figure:
             {words: _interval(prediction.bands[target][_GIVEN], rows) for target, words in targets.items()},
         )
     rows = [OTHERS.index(name) for name in _SHOWN]
-    groups["simpler predictors and controls (given position)"] = (
+    groups["others, given position alone"] = (
         list(_SHOWN.values()),
         {words: _interval(prediction.others[target]["given position"], rows) for target, words in targets.items()},
     )

@@ -147,10 +147,10 @@ def _finding(results: Results) -> str:
     location, facts = results.location, results.location.facts
     layers = len(location.layers)
     words = [
-        f"det J_i < 0 in {_share(facts, 'negative_text')} of the blocks of {facts['tokens']:,.0f} tokens behind the "
-        "first 16"
+        f"Of {facts['tokens']:,.0f} tokens, det J_i < 0 in {_share(facts, 'negative_text')} of the blocks behind the "
+        "first 16 of each text"
         + "".join(
-            f", {_share(facts, f'negative_{control}')} with {NAMES[control]}"
+            f", {_share(facts, f'negative_{control}')} ({NAMES[control]})"
             for control in ("random_weights", "turned_output")
             if f"negative_{control}" in facts
         )

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from probattn.plotting.style import COLOURS, STYLES, Array, finish, label_rows, outside_legend, panels, words
 
@@ -53,6 +54,7 @@ def plot_layer_map(
         bar = axis.inset_axes((1.01, 0.0, 0.015, 1.0))  # within the panel, so that it takes no place of others
         figure.colorbar(image, cax=bar, extend="both")
         axis.set_ylabel("layer")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(words(title), fontsize=10)
     drawn[-1].set_xlabel("token")
     return figure
@@ -97,6 +99,7 @@ def plot_layer_profiles(
             axis.plot(layers, centre, line, color=colour, linewidth=width, marker=".", markersize=4, label=words(name))
         if level is not None and title in level:
             axis.axhline(level[title], color="black", linewidth=0.8, linestyle=":")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         finish(axis, "layer", title=words(title))
     outside_legend(axes, figure, max(drawn, key=lambda axis: len(axis.lines)), "lower center", columns=3)
     return figure

@@ -18,10 +18,10 @@ __all__ = ["QUICK", "quick_tables"]
 
 QUICK = Plan(
     windows=12,
-    length=48,
+    length=40,
     control_windows=12,
-    control_stride=1,
-    eigenvalue_stride=1,
+    control_stride=2,
+    eigenvalue_stride=2,
     draws=12,
     chunk=12,
     growth=Growth(
@@ -34,7 +34,7 @@ QUICK = Plan(
         learning_rate=1e-2,
         looks=4,
         measured_windows=6,
-        stride=4,
+        stride=8,
         runs=0,  # the model itself is the one that is looked at while it grows
     ),
 )
