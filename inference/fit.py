@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,8 +25,9 @@ from probattn.inference.results.comparison import AS_ASKED, Compared, compare, v
 from probattn.inference.results.diagnosis import Diagnosis, diagnose
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.posterior import assemble
-from probattn.inference.runtime.distributed import process_group, rank, world_size
+from probattn.inference.runtime.distributed import launched_rank, process_group, rank, world_size
 from probattn.inference.runtime.environment import describe, select_device
+from probattn.inference.runtime.lock import hold_folder
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.options import Device, Dtype, Range, Seed, as_plain, check_options
 
@@ -166,9 +168,9 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
         The fit and its diagnosis. Under ``torchrun`` all processes return the same and the first one writes.
 
     Raises:
-        InputError: input that cannot be used.
+        InputError: input that cannot be used, or an output folder that another run holds.
     """
-    with process_group():
+    with _sole_run(options.out), process_group():
         if world_size() > 1 and options.method_name in _ALONE:
             raise InputError(
                 f"--method {options.method_name} runs in one process and {world_size()} were started; use svi or map, "
@@ -196,6 +198,11 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
             if compared:
                 write_comparison(options.out, compared)
     return found, diagnosis
+
+
+def _sole_run(out: Path) -> AbstractContextManager[Any]:
+    """The lock of the output folder, held by the first of the processes."""
+    return nullcontext() if launched_rank() else hold_folder(out)
 
 
 def _infer(options: FitOptions, target: LogDensity, variant: str = "") -> Draws:

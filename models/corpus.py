@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from probattn.errors import InputError, require_at_least
+from probattn.models.reading import read_regular
 
 __all__ = ["UNKNOWN", "Corpus", "Windows", "encode_characters", "load_corpus", "read_text"]
 
 UNKNOWN = "\ufffd"
 _LIMIT = 255
+_MOST = 2**30  # bytes of a text
 
 
 class Windows(NamedTuple):
@@ -115,7 +117,8 @@ def load_corpus(spec: str = "python-docs", *, heldout: str | None = None, fracti
         The corpus.
 
     Raises:
-        InputError: a text is missing, empty, binary, not UTF-8, or too short to split.
+        InputError: a text is missing, empty, binary, not UTF-8, above 1 GiB, no regular file, or too short
+            to split.
     """
     if not 0 < fraction < 1:
         raise InputError(f"fraction is {fraction}; the fraction to hold out must lie between 0 and 1.")
@@ -141,13 +144,11 @@ def read_text(spec: str) -> tuple[str, str]:
         return spec, _hugging_face(spec)
     path = Path(spec)
     try:
-        data = path.read_bytes()
+        data = read_regular(path, f"corpus {spec}", most=_MOST)
     except FileNotFoundError:
         raise InputError(
             f"corpus {spec}: no such file; give python-docs, a path to a UTF-8 text, or hf:NAME[:CONFIG]."
         ) from None
-    except OSError as error:
-        raise InputError(f"corpus {spec}: cannot be read ({error.strerror}); give a readable text file.") from None
     if not data.strip():
         raise InputError(f"corpus {spec}: the file is empty; give a text.")
     if b"\0" in data:

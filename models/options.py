@@ -46,7 +46,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # an integer may be too large for a float
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
@@ -147,11 +147,16 @@ def _fit(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{name} is {_shown(value)}; it must be a list.")
         return tuple(_fit(name, part, get_args(hint)[0]) for part in value)
+    if isinstance(value, (str, Path)) and "\0" in str(value):
+        raise InputError(f"{name} is {_shown(value)}; a NUL character is in no name of a file.")
     for kind, accepted, words in _KINDS:
         if hint is kind:
             if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
                 raise InputError(f"{name} is {_shown(value)}; it must be {words}.")
-            return kind(value)
+            try:
+                return kind(value)
+            except OverflowError:
+                raise InputError(f"{name} is {_shown(value)}; it must be {words} below 1e308.") from None
     if not isinstance(value, hint):
         allowed = [option.__name__ for option in (hint if isinstance(hint, tuple) else (hint,))]
         raise InputError(f"{name} is {_shown(value)}; it must be of type {' or '.join(allowed)}.")
@@ -168,7 +173,10 @@ _KINDS: tuple[tuple[type, Any, str], ...] = (
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "an integer of thousands of digits"
     # An array's repr is no part of a line.
     if len(text) <= 60 and "\n" not in text and not is_dataclass(value):
         return text

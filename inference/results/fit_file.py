@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probattn.errors import InputError
-from probattn.inference.runtime.files import write_atomically
+from probattn.inference.runtime.checksum import seal, unseal
+from probattn.inference.runtime.files import write_bytes
+from probattn.models.reading import read_regular
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Fit"]
 
 Array = NDArray[Any]
+_MOST = 2**36  # bytes of a file: more than one run writes
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Fit:
         return tree
 
     def save(self, path: Path) -> None:
-        """Write netCDF atomically; plain xarray and ArviZ open it.
+        """Write netCDF atomically, with a checksum after its last byte; plain xarray and ArviZ open it.
+
+        The bytes are made in memory: HDF5 itself does not survive a disk that becomes full while it writes.
 
         Args:
             path: file to write; its folder exists.
@@ -68,18 +74,15 @@ class Fit:
         Raises:
             InputError: the file cannot be written.
         """
-        tree = self.to_datatree()
-        try:
-            write_atomically(path, lambda partial: tree.to_netcdf(partial, engine="h5netcdf"))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error}).") from None
+        write_bytes(path, seal(bytes(self.to_datatree().to_netcdf(engine="h5netcdf"))))
 
     @classmethod
-    def load(cls, path: Path) -> Fit:
+    def load(cls, path: Path, *, verify: bool = True) -> Fit:
         """Read a file that :meth:`save` wrote.
 
         Args:
             path: file to read.
+            verify: compare the checksum; False reads what another program saved again, which has none.
 
         Raises:
             InputError: the file is missing, damaged or of another kind.
@@ -87,10 +90,14 @@ class Fit:
         from xarray import open_datatree
 
         try:
-            with open_datatree(path, engine="h5netcdf") as opened:
-                tree = opened.load()
+            data = read_regular(path, str(path), most=_MOST)
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; give the fit.nc of a run.") from None
+        remedy = "it is damaged or not netCDF: fit again; verify=False reads what another program saved"
+        content = unseal(data, str(path), remedy) if verify else data
+        try:
+            with open_datatree(io.BytesIO(content), engine="h5netcdf") as opened:
+                tree = opened.load()
         except Exception as error:  # HDF5 has no common class for what a damaged file may cause
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: cannot be read ({reason}); it is damaged or not netCDF: fit again.") from None

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
+import os
+import uuid
 from collections.abc import Callable, Mapping
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -12,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from probattn.errors import InputError
+from probattn.inference.runtime.checksum import DamagedFileError, seal, unseal
 from probattn.inference.runtime.distributed import rank
-from probattn.inference.runtime.files import write_atomically
+from probattn.inference.runtime.files import write_bytes
 from probattn.inference.runtime.interrupt import deferred_interrupt
+from probattn.models.reading import read_regular
 
-__all__ = ["Resumable", "identify", "iterate", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Resumable", "identify", "iterate", "load_checkpoint", "previous_checkpoint", "save_checkpoint"]
 
-_SCHEMA = 2
+_LOG = logging.getLogger(__name__)
+_SCHEMA = 3
+_MOST = 2**36  # bytes of a checkpoint: more than one run writes
 
 
 class Resumable(Protocol):
@@ -52,6 +60,8 @@ def iterate(
 ) -> None:
     """Update a state until it is finished, with a checkpoint now and then, after the last step, and at Ctrl-C.
 
+    SIGTERM and SIGHUP count as Ctrl-C. Where the last checkpoint is damaged, the one before is used, and said so.
+
     Args:
         state: state to begin with, changed in place.
         update: one step.
@@ -66,11 +76,7 @@ def iterate(
         KeyboardInterrupt: after Ctrl-C, once the step is complete and its state saved.
     """
     if resume and checkpoint is not None and checkpoint.exists():
-        content = load_checkpoint(checkpoint, identity)
-        try:
-            state.load_state_dict(content["state"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"checkpoint {checkpoint}: does not fit the model ({_first_line(error)}).") from None
+        _continue_from(state, checkpoint, identity)
     with deferred_interrupt() as interrupted:
         while not finished(state):
             update(state)
@@ -83,18 +89,42 @@ def iterate(
 
 
 def save_checkpoint(path: Path, identity: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically.
+    """Write a checkpoint atomically, with its checksum, and keep the one before beside it.
 
     Args:
         path: file to write; its folder exists.
         identity: names and values that tell its run from others.
         content: what is kept, by name.
+
+    Raises:
+        InputError: the file cannot be written; the checkpoints are as they were.
     """
-    write_atomically(path, partial(torch.save, {"schema": _SCHEMA, "identity": dict(identity), **content}))
+    written = io.BytesIO()
+    torch.save({"schema": _SCHEMA, "identity": dict(identity), **content}, written)
+    kept = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    # A second name for the old file, so that at no time the run is without a checkpoint.
+    with suppress(FileNotFoundError, OSError):
+        os.link(path, kept)
+        kept.replace(previous_checkpoint(path))
+    kept.unlink(missing_ok=True)  # of two names of one file, POSIX renames neither
+    write_bytes(path, seal(written.getvalue()))
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Name of the checkpoint before the last.
+
+    Args:
+        path: file of the last checkpoint.
+
+    Example:
+        >>> previous_checkpoint(Path("nuts.pt")).name
+        'nuts.previous.pt'
+    """
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a checkpoint with ``weights_only``, so that nothing in it is executed.
+    """Read a checkpoint with ``weights_only``, so that nothing in it is executed, and compare its checksum.
 
     Args:
         path: file to read.
@@ -104,19 +134,26 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> di
         Its content by name.
 
     Raises:
-        InputError: the file is cut short, is no checkpoint, has another schema, or belongs to another run.
+        DamagedFileError: its bytes are not those that were written.
+        InputError: the file is no checkpoint, has another schema, or belongs to another run.
     """
+    remedy = "delete it and start anew"
     try:
-        content = torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged archive
-        raise InputError(
-            f"checkpoint {path}: cannot be read ({_first_line(error)}); delete it and start anew."
-        ) from None
+        data = read_regular(path, f"checkpoint {path}", most=_MOST)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path}: no such file; omit --resume.") from None
+    written = unseal(data, f"checkpoint {path}", remedy)
+    try:
+        content = torch.load(io.BytesIO(written), weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is no archive of its own
+        raise InputError(f"checkpoint {path}: cannot be read ({_first_line(error)}); {remedy}.") from None
     if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
-        raise InputError(f"checkpoint {path}: not a checkpoint of this version; delete it and start anew.")
+        raise InputError(f"checkpoint {path}: not a checkpoint of this version; {remedy}.")
     if identity is not None:
-        saved = content["identity"]
-        for name in sorted(set(saved) | set(identity), key=lambda name: (name != "model", name)):
+        saved = content.get("identity")
+        if not isinstance(saved, dict):
+            raise InputError(f"checkpoint {path}: does not say of which run it is; {remedy}.")
+        for name in sorted({*map(str, saved), *identity}, key=lambda name: (name != "model", name)):
             if saved.get(name) != identity.get(name):
                 raise InputError(
                     f"checkpoint {path}: of another fit: {name} is {saved.get(name)!r} there and "
@@ -149,6 +186,65 @@ def identify(model: nn.Module, data: tuple[Tensor, ...]) -> dict[str, str]:
         digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
         digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {"model": f"{type(model).__name__} {sorted(plain.items())}", "data": digest.hexdigest()}
+
+
+def _continue_from(state: Resumable, checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Load the last checkpoint into a state, or the one before where the last is damaged."""
+    used = checkpoint
+    try:
+        content = load_checkpoint(used, identity)
+    except DamagedFileError as damage:
+        used = previous_checkpoint(checkpoint)
+        if not used.exists():
+            raise
+        content = load_checkpoint(used, identity)
+        _LOG.warning("checkpoint %s is damaged; going on from the one before, %s", checkpoint, used.name)
+        _LOG.debug("%s", damage)
+    fault = _difference(content.get("state"), state.state_dict(), "state")
+    if fault:
+        raise InputError(f"checkpoint {used}: does not fit the model ({fault}).")
+    try:
+        state.load_state_dict(content["state"])
+    except Exception as error:  # of torch's optimisers, modules and generators: no common class
+        raise InputError(f"checkpoint {used}: does not fit the model ({_first_line(error)}).") from None
+
+
+def _difference(found: Any, expected: Any, name: str) -> str:
+    """The first entry that is missing or of another type than a fresh state's; empty where there is none.
+
+    Further entries may be there: lists that a fresh state does not have yet.
+    """
+    number = (int, float)
+    if isinstance(expected, Mapping):
+        if not isinstance(found, Mapping):
+            return f"{name} is {type(found).__name__}, not a mapping"
+        for key, value in expected.items():
+            if key not in found:
+                return f"{name} has no {key}"
+            if words := _difference(found[key], value, f"{name}.{key}"):
+                return words
+        return ""
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor):
+            return f"{name} is {type(found).__name__}, not a tensor"
+        # Chains that share a mass matrix have fewer of them later than at the start.
+        if (found.dim(), found.shape[-1:], found.dtype) != (expected.dim(), expected.shape[-1:], expected.dtype):
+            there, here = (f"{part.dtype} {tuple(part.shape)}" for part in (found, expected))
+            return f"{name} is {there} there and {here} here"
+        return ""
+    if isinstance(expected, bool) or isinstance(found, bool):
+        return "" if type(found) is type(expected) else f"{name} is {type(found).__name__}"
+    if isinstance(expected, number) and isinstance(found, number):
+        whole = isinstance(expected, int) and not isinstance(found, int)
+        return f"{name} is {found!r}, not an integer" if whole else ""
+    if isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)):
+        if isinstance(expected, tuple) and len(found) != len(expected):
+            return f"{name} has {len(found)} parts, not {len(expected)}"
+        pairs = zip(found, expected, strict=False)
+        return next(filter(None, (_difference(*pair, f"{name}[{k}]") for k, pair in enumerate(pairs))), "")
+    if expected is None or isinstance(found, type(expected)):
+        return ""
+    return f"{name} is {type(found).__name__}, not {type(expected).__name__}"
 
 
 def _first_line(error: Exception) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +21,18 @@ from probattn.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["finite_or_null", "prepare_folder", "write_atomically", "write_figure", "write_json", "write_text"]
+__all__ = [
+    "finite_or_null",
+    "prepare_folder",
+    "remove_partial_files",
+    "write_atomically",
+    "write_bytes",
+    "write_figure",
+    "write_json",
+    "write_text",
+]
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
 
 
 def prepare_folder(path: Path) -> Path:
@@ -40,22 +56,50 @@ def prepare_folder(path: Path) -> Path:
     return path
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes that exist already whole, atomically; after a crash of the machine there is the old file or the new.
+
+    Args:
+        path: file to write; its folder exists.
+        data: content.
+
+    Raises:
+        InputError: the disk is full, a limit of the process or a quota is reached, or the folder cannot be written;
+            ``path`` is as it was.
+    """
+    with _named(path, len(data)), _partial(path) as partial:
+        partial.write_bytes(data)
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let a function fill a file beside ``path`` and move it into place; should it fail, ``path`` is as it was.
 
     Args:
         path: file to write; its folder exists. Of several writers at once the last to finish wins.
         write: called with the path of the file to fill.
+
+    Raises:
+        InputError: as :func:`write_bytes`, to be preferred where the bytes fit in memory.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    partial.touch(exist_ok=False)
-    try:
+    with _named(path), _partial(path) as partial:
         write(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> list[str]:
+    """Remove the files that killed writers left half written, in a folder and those in it.
+
+    Only for a folder that no other process writes to, see :func:`probattn.inference.runtime.lock.hold_folder`.
+
+    Args:
+        folder: output folder.
+
+    Returns:
+        Names of the files removed.
+    """
+    found = [path for path in folder.rglob(".*.partial") if _PARTIAL.fullmatch(path.name)]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return sorted(path.name for path in found)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,7 +109,7 @@ def write_text(path: Path, text: str) -> None:
         path: file to write; its folder exists.
         text: content.
     """
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -86,7 +130,9 @@ def write_figure(path: Path, figure: Figure) -> None:
         path: file to write; its folder exists.
         figure: matplotlib figure, drawn at 130 dots per inch.
     """
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=130))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
+    write_bytes(path, drawn.getvalue())
 
 
 def finite_or_null(value: Any) -> Any:
@@ -107,3 +153,51 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_or_null(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to fill, moved into place at the end."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.touch(exist_ok=False)
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last; where folders cannot be opened (no POSIX system), there is nothing to do."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _named(path: Path, size: int | None = None) -> Iterator[None]:
+    """Errors of the system as one line: which file, why, what to do."""
+    try:
+        yield
+    except OSError as error:
+        needed = "" if size is None else f"{size / 2**20:.1f} MiB to write, "
+        if error.errno == errno.ENOSPC:
+            with suppress(OSError):
+                needed += f"{shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free, "
+            reason, remedy = f"the disk is full ({needed}{path.parent})", "free space there, or name another --out"
+        elif error.errno == errno.EFBIG:
+            reason, remedy = f"it is larger than this process may write ({needed}ulimit -f)", "raise the limit"
+        elif error.errno == errno.EDQUOT:
+            reason, remedy = f"the quota of the disk is used up ({needed}{path.parent})", "free space, or ask for more"
+        else:
+            reason, remedy = error.strerror or str(error) or type(error).__name__, "name a folder that can be written"
+        raise InputError(
+            f"{path}: cannot be written: {reason}; {remedy}. What was there before is as it was."
+        ) from None

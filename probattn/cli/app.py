@@ -10,7 +10,9 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 import probattn
+from probattn.cli.output import forgiving_output
 from probattn.cli.progress import shown_progress
+from probattn.inference.runtime.interrupt import signals_interrupt
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -40,17 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
     The status is 0 when done, 1 where an identity that must hold did not, 2 for bad usage or input, 3 for an unexpected
-    failure, and 130 after Ctrl-C.
+    failure, and 130 after Ctrl-C, SIGTERM or SIGHUP. A reader of the output that goes away ends nothing.
 
     Args:
         arguments: words of the command line; those of the process where it is None.
     """
+    with forgiving_output():
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     if not debug:
         warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     try:
-        with shown_progress():
+        with signals_interrupt(), shown_progress():
             status = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(f"{_words(error)} See probattn {' '.join([*_command(words), '--help'])}.", 2)

@@ -19,8 +19,12 @@ from cyclopts.config import Dict
 
 from probattn.errors import InputError
 from probattn.models.options import Range, field_types
+from probattn.models.reading import read_regular
 
 __all__ = ["Flag", "command", "flags", "in_words", "read_settings", "variants"]
+
+_MOST = 2**20  # bytes of a file of options
+_DEPTH = 8  # a mapping of options, lists in it, and what is nested by mistake, which has a message of its own
 
 Options = TypeVar("Options")
 Run = Callable[[Options], int | None]
@@ -364,11 +368,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        text = read_regular(path, f"--config {path}", most=_MOST).decode("utf-8")
+        _require_flat(path, text)
+        content = yaml.safe_load(text)
+    except FileNotFoundError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror}); name a YAML file.") from None
+    except InputError:
+        raise
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}).") from None
+    except Exception as error:  # numbers and dates that YAML allows and Python does not
+        raise InputError(f"--config {path}: holds a value that cannot be read ({error}).") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -381,3 +391,16 @@ def read_settings(path: Path) -> dict[str, Any]:
                 f"--config {path}: {key} holds a mapping; write its options on lines of their own, they are not nested."
             )
     return {str(key): value for key, value in content.items()}
+
+
+def _require_flat(path: Path, text: str) -> None:
+    """Refuse nesting and references, by which a small file becomes large or exhausts the stack."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise InputError(f"--config {path}: uses references (& and *); write each value out.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEPTH:
+            raise InputError(f"--config {path}: nested more than {_DEPTH} deep; write one option: value per line.")

@@ -69,10 +69,8 @@ def _write(path: Path, page: str) -> None:
         raise InputError(f"--save {path}: a folder; name a file in it, such as {path / 'explorer.html'}.")
     try:
         write_text(path, page)
-    except OSError as error:
-        raise InputError(
-            f"--save {path}: cannot be written ({error.strerror}); name a file in a folder that can."
-        ) from None
+    except InputError as error:
+        raise InputError(f"--save {error}") from None
 
 
 def _open(address: str) -> None:

@@ -1,6 +1,7 @@
 """One source of options: flags, YAML keys, help, reference and the Python call are one dataclass per command."""
 
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -323,10 +324,28 @@ def fails(tmp_path, monkeypatch, capsys):
         ("warmup: [1\n", "not YAML"),
         ("rank: 0\n", "It must be at least 1"),
         ("context: 16\n", "context goes with corpus, and data is given"),
+        ("[" * 5000 + "]" * 5000, "nested more than 8 deep"),
+        ("a: " + "{b: " * 5000 + "}" * 5000, "nested more than 8 deep"),
+        (f"warmup: {'9' * 5000}\n", "warmup"),
+        (f"warmup: {'9' * 2000}\n", "warmup"),
+        (f"prior-scale: {'9' * 2000}\n", "prior"),
+        ("prior-scale: 1e999\n", "prior"),
+        ("warmup: 2001-99-99\n", "holds a value that cannot be read|unable to convert"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "uses references"),
+        ('data: "a\\0b.npz"\n', "NUL"),
+        ("a\0b: 3\n", "not YAML"),
     ],
 )
 def test_a_yaml_file_that_cannot_be_used(fails, content, message):
     assert re.search(message, fails(content))
+
+
+def test_pipes_devices_and_floods_for_a_file_are_refused_unread(fails, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "a pipe, not a regular file" in fails("", "--config", tmp_path / "pipe")
+    assert "a device, not a regular file" in fails("", "--config", "/dev/zero")
+    (tmp_path / "large").write_bytes(b"#" * (2**20 + 1))
+    assert "1,048,577 bytes; at most 1,048,576 are read" in fails("", "--config", tmp_path / "large")
 
 
 def test_a_file_that_is_not_there(fails):

@@ -1,3 +1,4 @@
+import os
 import sys
 import types
 
@@ -101,3 +102,17 @@ class TestHub:
         monkeypatch.setitem(sys.modules, "datasets", module)
         with pytest.raises(InputError, match=r"could not be loaded \(no route\); check the name"):
             read_text("hf:nowhere")
+
+
+def test_devices_pipes_and_floods_are_refused_unread(tmp_path, monkeypatch):
+    """/dev/zero never ends, and a pipe that nobody writes to never begins."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in (("/dev/zero", "a device"), (tmp_path / "pipe", "a pipe"), (tmp_path, "a folder")):
+        with pytest.raises(InputError, match=f"cannot be read \\({kind}, not a regular file\\); give a file"):
+            load_corpus(str(path))
+    with (tmp_path / "sparse.txt").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"1,099,511,627,776 bytes; at most 1,073,741,824 are read"):
+        load_corpus(str(tmp_path / "sparse.txt"))
+    with pytest.raises(InputError, match="a name with a NUL character"):
+        load_corpus("a\0b")

@@ -34,5 +34,23 @@ def test_plain_xarray_opens_the_file(tmp_path):
 
 
 def test_an_unwritable_place_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"fit\.nc: cannot be written"):
+    with pytest.raises(InputError, match=r"fit\.nc: cannot be written: No such file or directory; name a folder"):
         FIT.save(tmp_path / "missing" / "fit.nc")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "fit.nc"
+    FIT.save(path)
+    assert Fit.load(path).method == FIT.method
+    whole = path.read_bytes()
+    for k in range(0, len(whole), len(whole) // 60):
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 4]) + whole[k + 1 :])
+        with pytest.raises(InputError, match=r"fit\.nc: cannot be read"):
+            Fit.load(path)
+
+
+def test_what_another_program_saved_is_read_on_demand(tmp_path):
+    FIT.to_datatree().to_netcdf(tmp_path / "fit.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match="no checksum at its end"):
+        Fit.load(tmp_path / "fit.nc")
+    assert Fit.load(tmp_path / "fit.nc", verify=False).method == FIT.method

@@ -1,5 +1,7 @@
 """Iterations that go on from where they were stopped, and refuse what is not theirs."""
 
+import io
+import os
 import signal
 
 import pytest
@@ -8,7 +10,21 @@ from torch import nn
 
 from probattn.errors import InputError
 from probattn.inference.runtime import checkpoint as module
-from probattn.inference.runtime.checkpoint import identify, iterate, load_checkpoint, save_checkpoint
+from probattn.inference.runtime.checkpoint import (
+    identify,
+    iterate,
+    load_checkpoint,
+    previous_checkpoint,
+    save_checkpoint,
+)
+from probattn.inference.runtime.checksum import DamagedFileError, seal
+
+
+def write_sealed(path, content):
+    """A file with a right checksum and any content."""
+    written = io.BytesIO()
+    torch.save(content, written)
+    path.write_bytes(seal(written.getvalue()))
 
 
 class Sum:
@@ -129,14 +145,14 @@ def test_a_state_that_does_not_fit_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"does not fit the model \(Error in loading state_dict\)"):
         iterate(Wrong(), add, bool, save_every=1, checkpoint=path, resume=True, identity={"name": "sum"})
     save_checkpoint(path, {"name": "sum"}, {"state": {"step": 3}})
-    with pytest.raises(InputError, match=r"does not fit the model \('total'\)"):
+    with pytest.raises(InputError, match=r"does not fit the model \(state has no total\)"):
         run(path, resume=True)
 
 
 @pytest.mark.parametrize("content", [{"schema": 1, "identity": {}}, [1, 2], {"state": 3}])
 def test_what_is_no_checkpoint_of_this_version(tmp_path, content):
     path = tmp_path / "state.pt"
-    torch.save(content, path)
+    write_sealed(path, content)
     with pytest.raises(InputError, match="not a checkpoint of this version; delete it and start anew"):
         load_checkpoint(path)
 
@@ -155,7 +171,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
             return (pytest.fail, ("executed",))
 
     path = tmp_path / "state.pt"
-    torch.save({"schema": 2, "identity": {}, "state": Bomb()}, path)
+    write_sealed(path, {"schema": 3, "identity": {}, "state": Bomb()})
     with pytest.raises(InputError, match="cannot be read"):
         load_checkpoint(path)
 
@@ -181,3 +197,97 @@ def test_what_tells_models_and_data_apart():
     ):
         assert identify(Model(), other)["data"] != same["data"]
     assert identify(Model(), (torch.zeros(2, 3).mT, torch.arange(3)))["data"] == same["data"]  # laid out otherwise
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, caplog, damage):
+    path = tmp_path / "state.pt"
+    run(path)  # checkpoints at 3, 6 and 7
+    whole = path.read_bytes()
+    flipped = bytes([whole[len(whole) // 2] ^ 1])
+    path.write_bytes(
+        {"flip": whole[: len(whole) // 2] + flipped + whole[len(whole) // 2 + 1 :], "cut": whole[:-9]}.get(damage, b"")
+    )
+    with pytest.raises(DamagedFileError, match=r"state\.pt: cannot be read \(.+\); delete it and start anew"):
+        load_checkpoint(path)
+    assert load_checkpoint(previous_checkpoint(path))["state"]["step"] == 6
+    steps = []
+    state = run(path, resume=True, update=lambda state: (steps.append(state.step), add(state)))
+    assert steps == [6]  # the one step after the checkpoint before the last
+    assert float(state.total) == 28
+    assert [record.getMessage() for record in caplog.records] == [
+        f"checkpoint {path} is damaged; going on from the one before, state.previous.pt"
+    ]
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    path = tmp_path / "state.pt"
+    save_checkpoint(path, {"a": 1}, {"x": torch.zeros(3)})
+    whole = path.read_bytes()
+    for k in range(0, len(whole), 7):
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ (1 << k % 8)]) + whole[k + 1 :])
+        with pytest.raises(DamagedFileError):
+            load_checkpoint(path)
+
+
+def test_both_checkpoints_damaged_is_one_line(tmp_path):
+    path = tmp_path / "state.pt"
+    run(path)
+    for file in (path, previous_checkpoint(path)):
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"state\.previous\.pt: cannot be read"):
+        run(path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"schema": 3, "state": {}}, "does not say of which run"),
+        ({"schema": 3, "identity": [], "state": {}}, "does not say of which run"),
+        ({"schema": 3, "identity": {"name": "sum"}}, "state is NoneType, not a mapping"),
+        ({"schema": 3, "identity": {"name": "sum"}, "state": {"step": 3}}, "state has no total"),
+        (
+            {"schema": 3, "identity": {"name": "sum"}, "state": {"step": "3", "total": torch.zeros(())}},
+            "state.step is str",
+        ),
+        (
+            {"schema": 3, "identity": {"name": "sum"}, "state": {"step": 2.5, "total": torch.zeros(())}},
+            "not an integer",
+        ),
+        (
+            {"schema": 3, "identity": {"name": "sum"}, "state": {"step": 3, "total": 6}},
+            "state.total is int, not a tensor",
+        ),
+        ({"schema": 3, "identity": {"name": "sum"}, "state": {"step": 3, "total": torch.zeros(2)}}, "here"),
+    ],
+)
+def test_missing_and_mistyped_fields_are_one_line(tmp_path, content, words):
+    path = tmp_path / "state.pt"
+    write_sealed(path, content)
+    with pytest.raises(InputError, match=words) as caught:
+        run(path, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_for_a_checkpoint_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "state.pt")
+    with pytest.raises(InputError, match="a pipe, not a regular file"):
+        load_checkpoint(tmp_path / "state.pt")
+
+
+def test_sigterm_and_sighup_are_as_ctrl_c(tmp_path):
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        path = tmp_path / f"{number}.pt"
+
+        def press(state, number=number):
+            add(state)
+            if state.step == 2:
+                os.kill(os.getpid(), number)
+
+        before = signal.signal(number, lambda *_: pytest.fail("not deferred"))
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run(path, update=press)
+        finally:
+            signal.signal(number, before)
+        assert load_checkpoint(path)["state"]["step"] == 2

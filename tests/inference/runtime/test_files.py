@@ -1,5 +1,6 @@
 """Files are written whole or not at all, whoever else writes and whatever becomes of the writer."""
 
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from probattn.errors import InputError
 from probattn.inference.runtime.files import (
     finite_or_null,
     prepare_folder,
+    remove_partial_files,
     write_atomically,
     write_figure,
     write_json,
@@ -163,3 +165,59 @@ def test_folders_are_made_and_tried(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match=r"--out .*file: cannot be written \(.+\); name a folder that can"):
         prepare_folder(tmp_path / "file")
+
+
+def test_a_limit_on_the_size_of_files_is_named_and_nothing_lost(tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: the bytes do not fit, and the file is as it was."""
+    path = tmp_path / "result.bin"
+    path.write_bytes(b"before")
+    program = """
+import resource, sys
+from pathlib import Path
+from probattn.errors import InputError
+from probattn.inference.runtime.files import write_bytes
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_bytes(Path(sys.argv[1]), bytes(5000))
+except InputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    assert (
+        "result.bin: cannot be written: it is larger than this process may write (0.0 MiB to write, ulimit -f)"
+        in done.stdout
+    )
+    assert path.read_bytes() == b"before"
+    assert names(tmp_path) == ["result.bin"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "the disk is full (0.0 MiB to write, "), (errno.EDQUOT, "the quota of the disk is used up")],
+)
+def test_a_full_disk_is_named(tmp_path, monkeypatch, number, words):
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError) as caught:
+        write_json(path, {"a": 2})
+    assert words in str(caught.value)
+    assert path.read_bytes() == before
+    assert names(tmp_path) == ["result.json"]
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "figures").mkdir()
+    ours = [tmp_path / f".fit.nc.{'0f' * 16}.partial", tmp_path / "figures" / f".a.png.{'a' * 32}.partial"]
+    others = [tmp_path / ".mine.partial", tmp_path / "fit.nc.partial", tmp_path / ".x.0f0f.partial"]
+    for file in ours + others:
+        file.write_text("half")
+    assert remove_partial_files(tmp_path) == sorted(file.name for file in ours)
+    assert all(file.exists() for file in others)
+    assert not any(file.exists() for file in ours)
