@@ -109,7 +109,7 @@ def draw_location(location: Location) -> dict[str, Figure]:
         figures["trained-growth"] = plotting.plot_profiles_in_training(
             location.growth["steps"],
             growth["loss"],
-            {STATISTICS[name].words: growth[name] for name in ("volume", "nearest")},  # type: ignore[index]
+            {STATISTICS[name].words: growth[name] for name in ("volume", "nearest")},
         )
     return figures
 

@@ -69,7 +69,8 @@ def _rotations(heads: int, size: int, generator: torch.Generator) -> Tensor:
     """One random orthogonal matrix per head, ``(H, size, size)``."""
     square = torch.randn(heads, size, size, generator=generator, dtype=torch.float64)
     orthogonal, upper = torch.linalg.qr(square)
-    return orthogonal * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    turns: Tensor = orthogonal * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return turns
 
 
 def _smallest_singular_value(covariance: Tensor) -> Tensor:
@@ -86,4 +87,5 @@ def _smallest_singular_value(covariance: Tensor) -> Tensor:
         power = power @ power
     vector = power.sum(-1, keepdim=True)
     vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-    return torch.linalg.vector_norm(block.mT @ vector, dim=(-2, -1))
+    smallest: Tensor = torch.linalg.vector_norm(block.mT @ vector, dim=(-2, -1))
+    return smallest

@@ -1,4 +1,4 @@
-r"""Where the blocks of a trained model lie, by layer, and whether its controls lie there too.
+r"""Place of the blocks of a trained model with respect to the boundary, by layer, beside that of its controls.
 
 Two statistics were chosen before anything was measured, for tokens behind the first 16 (which hold the sinks of the
 attention):
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from probattn.errors import InputError
 from probattn.inference.studies.language.plain import rounded
@@ -155,11 +156,11 @@ def locate(tables: Tables, *, resamples: int = 1000, seed: int = 0) -> Location:
     differences: dict[str, dict[str, dict[str, list[float]]]] = {}
     apart: dict[str, dict[str, list[int]]] = {}
     for name, statistic in STATISTICS.items():
-        bands = _differences(tables, [group for group in groups if group != "text"], statistic, resamples, seed)
-        differences[name] = {control: band.as_lists() for control, band in bands.items()}
+        found = _differences(tables, [group for group in groups if group != "text"], statistic, resamples, seed)
+        differences[name] = {control: band.as_lists() for control, band in found.items()}
         apart[name] = {
             control: [layer for layer, is_apart in zip(layers, _is_apart(band, statistic), strict=True) if is_apart]
-            for control, band in bands.items()
+            for control, band in found.items()
         }
     return Location(
         _facts(tables, groups, resamples, seed),
@@ -270,16 +271,16 @@ def _differences(
     band = simultaneous_band(np.concatenate(list(samples.values()), 1), _LEVEL, texts=texts)
     ends = np.cumsum([0, *(found.shape[1] for found in samples.values())])
     return {
-        control: Band(*(part[first:last] for part in band[:3]), band.factor)
+        control: Band(band.estimate[first:last], band.low[first:last], band.high[first:last], band.factor)
         for control, first, last in zip(samples, ends[:-1], ends[1:], strict=True)
     }
 
 
-def _is_apart(band: Band, statistic: Statistic) -> Array:
+def _is_apart(band: Band, statistic: Statistic) -> NDArray[np.bool_]:
     """True for the layers that are apart, ``(L,)``; NaN is not."""
     below = (band.high < 0) & (band.estimate <= -statistic.relevant)
     above = (band.low > 0) & (band.estimate >= statistic.relevant)
-    found: Array = below if statistic.sign < 0 else above if statistic.sign > 0 else below | above
+    found: NDArray[np.bool_] = below if statistic.sign < 0 else above if statistic.sign > 0 else below | above
     return found
 
 

@@ -1,10 +1,10 @@
-"""What the study of margins measures: sizes, controls, and the jobs in the order of their importance."""
+"""Sizes, controls and jobs of the study of margins, the jobs in the order of their importance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, get_args
 
 from probattn.hf.margins import Control, Kind, Map
 from probattn.models.options import Range, Seed, check_options
@@ -66,7 +66,8 @@ class Growth:
         return sorted({0, *steps, last})
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """One piece of work, whose result is saved.
 
     Attributes:

@@ -1,4 +1,4 @@
-r"""Whether margins predict where a language model is sensitive to noise, and where it is surprised.
+r"""Margins as predictors of a language model's sensitivity to noise, and of its surprise.
 
 Everything below was listed before anything was measured. A predictor is a score per token, large where the margin is
 small, so that the predicted correlation is positive: -log|det J|, -log sigma_min, minus the spectral or the complex

@@ -113,7 +113,8 @@ def _run(job: Job, model: Any, ids: Tensor, plan: Plan, scale: float, corpus: Co
     if job.what == "noise":
         return _noise(model, chosen, plan, scale).assign_coords(sequence=numbers)
     positions = list(range(0, ids.shape[1], job.stride))
-    seed = derived_seed(plan.seed, job.first) if job.control == "shuffled_text" else plan.seed
+    control: str = job.control
+    seed = derived_seed(plan.seed, job.first) if control == "shuffled_text" else plan.seed
     table = margins(model, chosen, job.kinds, positions=positions, maps=job.maps, control=job.control, seed=seed)
     table.attrs = {name: str(value) for name, value in table.attrs.items()}
     return table.assign_coords(sequence=numbers)
