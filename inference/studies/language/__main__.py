@@ -19,7 +19,7 @@ from probattn.inference.runtime.files import prepare_folder, write_json
 from probattn.inference.studies.language.plan import Plan
 from probattn.inference.studies.language.run import IncompleteStudyError, measure
 from probattn.inference.studies.language.source import load_source
-from probattn.models.corpus import load_corpus, read_text
+from probattn.models.corpus import Corpus, load_corpus, read_text
 from probattn.models.options import Device, Range, as_plain, check_options
 
 __all__ = ["StudyOptions", "main", "study"]
@@ -71,10 +71,12 @@ def study(options: StudyOptions) -> int:
     model = source.model.to(device)
     environment = describe(device, next(model.parameters()).dtype, options.plan.seed)
     environment["command"] = shlex.join(["python", "-m", "probattn.inference.studies.language", *sys.argv[1:]])
+    own = _own_corpus(options.corpus)
     record = {
         "schema": 1,
         "environment": environment,
         **source.record,
+        "growth_corpus": {"name": own.name, "sha256": own.digest},
         "plan": as_plain(options.plan),
     }
     write_json(options.out / "study.json", record)
@@ -84,7 +86,7 @@ def study(options: StudyOptions) -> int:
             model,
             source.ids,
             options.plan,
-            corpus=load_corpus(),
+            corpus=own,
             folder=options.out,
             minutes=options.minutes,
             only=options.tables,
@@ -97,6 +99,14 @@ def study(options: StudyOptions) -> int:
         record["memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     write_json(options.out / "study.json", record)
     return status
+
+
+def _own_corpus(spec: str) -> Corpus:
+    """The text that small models are trained on: python-docs, or the study's own where this Python ships without it."""
+    try:
+        return load_corpus()
+    except ImportError:
+        return load_corpus(spec)
 
 
 def main() -> None:
