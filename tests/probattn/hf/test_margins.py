@@ -90,8 +90,8 @@ def test_it_goes_to_netcdf_and_to_a_data_frame(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"input_ids": torch.rand(1, 3)}, "input_ids is torch.float32; it must be a tensor of whole numbers"),
-        ({"input_ids": [1, 2]}, "input_ids is list"),
+        ({"input_ids": torch.rand(1, 3)}, "input_ids is torch.float32; it must hold whole numbers"),
+        ({"input_ids": "text"}, "input_ids is str"),
         ({"input_ids": torch.tensor([[1, 99]])}, "input_ids go from 1 to 99; the model has .* its own tokeniser"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one token"),
         ({"input_ids": IDS, "kinds": ("size",)}, "'size'"),
@@ -99,7 +99,7 @@ def test_it_goes_to_netcdf_and_to_a_data_frame(model, tmp_path):
         ({"input_ids": IDS, "control": "shuffled"}, "'shuffled'"),
         ({"input_ids": IDS, "layers": [2]}, r"layers is \[2\]; it must hold increasing whole numbers from 0 to 1"),
         ({"input_ids": IDS, "positions": [3, 1]}, "positions is .* increasing"),
-        ({"input_ids": IDS, "attention_mask": torch.zeros(2, 7)}, "with a token in each sequence"),
+        ({"input_ids": IDS, "attention_mask": torch.zeros(2, 7)}, "leave a token in each sequence"),
     ],
 )
 def test_bad_input(arguments, message):
