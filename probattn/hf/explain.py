@@ -3,15 +3,15 @@ r"""What brings a token to the boundary: the share of each head and of each toke
 The block of a layer is a sum over heads h and over the tokens s that a token i sees,
 
 .. math::
-    M_i = \sum_h \sum_{s \le i} M_i^{hs}, \qquad
-    M_i^{hs} = O_i'^h\, c\, \alpha_{is} (v_s - \bar v_i)(\sigma_{is} k_s - \bar k_i)^T Q_i'^h
-               + [s = i]\,(\text{its own value and key}),
+    M_i = \sum_h \Bigl( \sum_{s \le i} M_i^{hs} + A_i^h \Bigr), \qquad
+    M_i^{hs} = O_i'^h\, c\, \alpha_{is} (v_s - \bar v_i)(\sigma_{is} k_s - \bar k_i)^T Q_i'^h,
     \qquad \bar k_i = \sum_s \alpha_{is} \sigma_{is} k_s,
 
-and so is the derivative of a margin by the gain of a part, :math:`\langle G, M_i^{hs} \rangle` with
-:math:`G = \partial(\text{margin}) / \partial M_i`. A positive share moves the margin up as that part is turned up, a
-negative one moves it down. Keys and values are measured from their means, so that no share depends on the basis of a
-head, nor on a bias of keys or values that the network does not see. Derived here.
+with A_i^h for the token's own value and key, and so is the derivative of a margin by the gains of these parts,
+:math:`\langle G, M_i^{hs} \rangle` with :math:`G = \partial(\text{margin}) / \partial M_i`. A positive share moves
+the margin up as that part is turned up, a negative one moves it down. Keys and values are measured from their means, so
+that no share depends on the basis of a head, nor on a bias of keys or values that the network does not see. Derived
+here.
 """
 
 from __future__ import annotations
@@ -28,10 +28,27 @@ from probattn.hf.layers.sublayer import Projected, Sublayer, project
 from probattn.hf.margins import Kind
 from probattn.numerics import linalg
 
-__all__ = ["MarginGradient", "margin_gradient", "past_shares"]
+__all__ = ["MarginGradient", "Shares", "margin_gradient", "past_shares"]
 
 _STEPS = 3  # of inverse iteration beside an eigenvalue that is known: each gains many digits
 _ALIKE = 1e-4  # how near a known eigenvalue is taken to be, relative to its size or one
+
+
+class Shares(NamedTuple):
+    """Shares of the parts of a block in a derivative by the block.
+
+    Attributes:
+        past: of the covariance of values and keys, by head and by the token of the past that carries it, ``(H, T)``;
+            the token itself is among them, and those that it does not see have zero.
+        own: of what the token's own value and key do, by head, ``(H,)``.
+    """
+
+    past: Tensor
+    own: Tensor
+
+    def heads(self) -> Tensor:
+        """What each head does in all, ``(H,)``."""
+        return self.past.sum(-1) + self.own
 
 
 class MarginGradient(NamedTuple):
@@ -95,7 +112,7 @@ def margin_gradient(
     return MarginGradient(1 - found.real, -sign * share)
 
 
-def past_shares(layer: AttentionLayer, u: Tensor, row: int, gradient: Tensor) -> Tensor:
+def past_shares(layer: AttentionLayer, u: Tensor, row: int, gradient: Tensor) -> Shares:
     r"""Shares of heads and of past tokens in a derivative by the block, :math:`\langle G, M_i^{hs} \rangle`.
 
     Args:
@@ -105,9 +122,7 @@ def past_shares(layer: AttentionLayer, u: Tensor, row: int, gradient: Tensor) ->
         gradient: G, ``(p, p)``, such as from :func:`margin_gradient`.
 
     Returns:
-        ``(H, T)``, zero for tokens that the position does not see; what the token's own value and key do stands at s =
-        i. The sum over s is what the head does, the sum over both is the inner product of G and M_i. Time
-        O(p^2 H dv + H T r dv).
+        :class:`Shares`; together they are the inner product of G and M_i. Time O(p^2 H dv + H T r dv).
 
     Raises:
         InputError: a row that is not there, or tokens with a batch axis.
@@ -119,7 +134,7 @@ def past_shares(layer: AttentionLayer, u: Tensor, row: int, gradient: Tensor) ->
         ...     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
         ... )
         >>> layer, u = attention_layer(LlamaForCausalLM(config), 0), torch.randn(4, 8)
-        >>> past_shares(layer, u, 2, torch.eye(8)).shape
+        >>> past_shares(layer, u, 2, torch.eye(8)).past.shape
         torch.Size([2, 4])
     """
     if u.dim() != 2 or not 0 <= row < len(u):
@@ -152,9 +167,7 @@ def past_shares(layer: AttentionLayer, u: Tensor, row: int, gradient: Tensor) ->
     key = slope.unsqueeze(-1) * tokens.key[0].repeat_interleave(group, 0)  # (H, T, r)
     value = tokens.value[0].repeat_interleave(group, 0)  # (H, T, dv)
     key, value = (part - weight.unsqueeze(1) @ part for part in (key, value))
-    shares: Tensor = sublayer.scale * weight * ((value @ by_query) * key).sum(-1)
-    shares[:, row] += own
-    return shares
+    return Shares(sublayer.scale * weight * ((value @ by_query) * key).sum(-1), own)
 
 
 def _weights(layer: AttentionLayer, sublayer: Sublayer, tokens: Projected, row: int) -> tuple[Tensor, Tensor]:

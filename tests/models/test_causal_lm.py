@@ -3,9 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from probattn.errors import InputError
-from probattn.models.causal_lm import CharacterTokeniser, build_causal_lm, load_causal_lm
+from probattn.models.causal_lm import CharacterTokeniser, PieceTokeniser, build_causal_lm, load_causal_lm
 from probattn.models.corpus import UNKNOWN
 
 transformers = pytest.importorskip("transformers")
@@ -26,7 +27,9 @@ def test_what_was_saved_is_what_is_loaded(folder):
     model, tokeniser = load_causal_lm(folder)
     tokens = tokeniser.encode("abz")
     assert tokens.tolist() == [0, 1, 3]
-    assert tokeniser.pieces(tokens) == ["a", "b", UNKNOWN]
+    assert [tokeniser.name(token) for token in tokens.tolist()] == ["a", "b", UNKNOWN]
+    assert tokeniser.split("abz").spans == [(0, 1), (1, 2), (2, 3)]  # what is not known keeps its place
+    assert tokeniser.size == 4
     torch.testing.assert_close(model(tokens[None]).logits, saved.eval()(tokens[None]).logits)
 
 
@@ -60,18 +63,58 @@ def test_a_vocabulary_that_is_none_is_refused(folder, content):
         load_causal_lm(folder)
 
 
-def test_pieces_of_a_tokeniser_join_to_the_text(folder):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+TEXT = "the foxes 猫🙂 e\u0301 مر the"
 
-    words = {"▁the": 0, "▁fox": 1, "es": 2, "▁": 3}
-    inner = Tokenizer(models.BPE(words, [], unk_token="▁"))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+
+def of_bytes():
+    """The library's tokeniser of bytes, with a few words."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(["the fox the foxes"] * 9, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+class Slow:
+    """The same without places, as tokenisers without the compiled library."""
+
+    def __init__(self, tokenizer, text=str):
+        self.tokenizer, self.text = tokenizer, text
+
+    def encode(self, text, verbose=True):
+        return self.tokenizer.encode(self.text(text))
+
+    def decode(self, tokens):
+        return self.tokenizer.decode(tokens)
+
+
+def test_spans_are_places_in_the_text(folder):
+    of_bytes().save_pretrained(folder)
     (folder / "vocabulary.json").unlink()
     _, tokeniser = load_causal_lm(folder)
-    assert tokeniser.pieces(torch.tensor([0, 1, 2, 1])) == ["the", " fox", "es", " fox"]
-    many = torch.tensor([0, 1, 2] * 20)
-    assert "".join(tokeniser.pieces(many)) == "the foxes" + " the foxes" * 19
+    split = tokeniser.split(TEXT)
+    assert split.tokens.equal(tokeniser.encode(TEXT))
+    assert tokeniser.size == len(of_bytes())
+    assert tokeniser.name(int(split.tokens[0])) == "the"
+    covered = dict.fromkeys(split.spans)  # bytes of a character have the same span
+    assert "".join(TEXT[first:last] for first, last in covered) == TEXT
+    assert split.spans.count((10, 11)) == 3  # 猫
+
+
+def test_spans_are_found_by_decoding_where_the_library_has_none():
+    tokenizer = of_bytes()
+    slow, fast = PieceTokeniser(Slow(tokenizer)), PieceTokeniser(tokenizer)
+    assert slow.split(TEXT).spans == fast.split(TEXT).spans
+    long = TEXT * 9
+    assert slow.split(long).spans == fast.split(long).spans
+
+
+def test_what_decoding_does_not_find_in_the_text_has_no_span():
+    split = PieceTokeniser(Slow(of_bytes(), str.lower)).split("The fox")
+    assert split.spans[0] == (1, 1) or split.spans[0][0] == split.spans[0][1]
+    assert split.spans[-1] == (3, 7)
 
 
 def test_an_architecture_that_does_not_exist():

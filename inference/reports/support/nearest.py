@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probattn.errors import InputError, require_at_least
 from probattn.hf import attention_layer
-from probattn.hf.explain import margin_gradient, past_shares
+from probattn.hf.explain import Shares, margin_gradient, past_shares
 from probattn.hf.margins import Kind, Map, residual_streams
 from probattn.inference.reports.support.measure import MAPS, Reading, variable
 
@@ -36,8 +36,9 @@ class Nearest(NamedTuple):
         beyond: whether it lies beyond the boundary there.
         head: the head that pulls it there most; None: no head does, or the margin has no derivative.
         head_share: this head's part of the pull of all heads that pull.
-        past: tokens by which this head pulls, strongest first, with their parts of its pull; the token itself may be
-            one of them.
+        own: part of this head's pull that its token's own value and key make.
+        past: tokens that carry the covariance by which this head pulls, strongest first, with their parts of its pull;
+            the token itself may be one of them.
     """
 
     token: int
@@ -46,6 +47,7 @@ class Nearest(NamedTuple):
     beyond: bool
     head: int | None
     head_share: float
+    own: float
     past: list[tuple[int, float]]
 
 
@@ -85,7 +87,7 @@ def nearest_tokens(reading: Reading, model: Any, count: int = 10) -> dict[Map, d
     }
     places = sorted({place for lists in wanted.values() for ranked in lists.values() for place in ranked})
     _LOG.info("explaining %d blocks", len(places))
-    reasons: dict[tuple[Map, Kind, int, int], Tensor | None] = {}
+    reasons: dict[tuple[Map, Kind, int, int], Shares | None] = {}
     for window, (first, last) in enumerate(reading.windows):
         here = [(row, token) for row, token in places if first <= token < last]
         if here:
@@ -123,20 +125,20 @@ def _pulls(
     tokens: Sequence[int],
     first: int,
     wanted: dict[Map, dict[Kind, list[tuple[int, int]]]],
-) -> dict[tuple[Map, Kind, int, int], Tensor | None]:
-    """What pulls some tokens of a window in one layer, ``(H, tokens of the window)`` each."""
+) -> dict[tuple[Map, Kind, int, int], Shares | None]:
+    """Shares in the derivatives of the margins of some tokens of a window in one layer."""
     number = int(reading.margins.layer[row])
     layer = attention_layer(model, number, dtype=torch.float64, check=False).detach()
     u = streams[number][0].double()
     at = torch.tensor([token - first for token in tokens], device=u.device)
     blocks = layer.mean_jacobian(u, at)
-    found: dict[tuple[Map, Kind, int, int], Tensor | None] = {}
+    found: dict[tuple[Map, Kind, int, int], Shares | None] = {}
     for token, block in zip(tokens, blocks, strict=True):
         for which, lists in wanted.items():
             for kind, ranked in lists.items():
                 if (row, token) in ranked:
                     gradient = _gradient(reading, block, kind, which, row, token)
-                    pulls = None if gradient is None else -past_shares(layer, u, token - first, gradient)
+                    pulls = None if gradient is None else past_shares(layer, u, token - first, gradient)
                     found[which, kind, row, token] = pulls
     return found
 
@@ -160,21 +162,22 @@ def _gradient(reading: Reading, block: Tensor, kind: Kind, which: Map, row: int,
     return gradient if bool(gradient.isfinite().all()) else None
 
 
-def _described(reading: Reading, kind: Kind, which: Map, place: tuple[int, int], pulls: Tensor | None) -> Nearest:
+def _described(reading: Reading, kind: Kind, which: Map, place: tuple[int, int], pulls: Shares | None) -> Nearest:
     row, token = place
     margin = float(reading.margins[variable(kind, which)].values[row, token])
     signs = reading.margins[variable("sign", which)].values if kind == "logabsdet" else None  # type: ignore[arg-type]
     beyond = bool(signs[row, token] < 0) if signs is not None else margin < 0
     layer = int(reading.margins.layer[row])
     if pulls is None:
-        return Nearest(token, layer, margin, beyond, None, 0.0, [])
-    heads = pulls.sum(1)
+        return Nearest(token, layer, margin, beyond, None, 0.0, 0.0, [])
+    heads = -pulls.heads()
     head = int(heads.argmax())
     if float(heads[head]) <= 0:
-        return Nearest(token, layer, margin, beyond, None, 0.0, [])
+        return Nearest(token, layer, margin, beyond, None, 0.0, 0.0, [])
     first = next(first for first, last in reading.windows if first <= token < last)
-    parts = pulls[head].clamp(min=0)
+    parts, own = -pulls.past[head].clamp(max=0), max(0.0, -float(pulls.own[head]))
+    total = float(parts.sum()) + own
     order = parts.argsort(descending=True, stable=True)[:_CARRIERS].tolist()
-    past = [(first + one, float(parts[one] / parts.sum())) for one in order if float(parts[one]) > 0]
+    past = [(first + one, float(parts[one]) / total) for one in order if float(parts[one]) > 0]
     share = float(heads[head] / heads.clamp(min=0).sum())
-    return Nearest(token, layer, margin, beyond, head, share, past)
+    return Nearest(token, layer, margin, beyond, head, share, own / total, past)

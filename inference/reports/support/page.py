@@ -21,8 +21,7 @@ from probattn.models.checkpoint import Checkpoint
 
 __all__ = ["SupportPage", "support_page"]
 
-_CONTEXT = 8  # units on either side of a token in the list
-_LETTERS = 28  # that are shown of them
+_LETTERS = 32  # on either side of a token in the list, in whole units
 
 
 class SupportPage(NamedTuple):
@@ -41,8 +40,9 @@ class _Entry(NamedTuple):
     before: str
     here: str
     after: str
-    past: list[tuple[int, str, int]]
     head_share: int
+    own: int
+    past: list[tuple[int, str, int]]
 
 
 def support_page(
@@ -206,19 +206,27 @@ def _entry(reading: Reading, one: Nearest, labels: Sequence[str], texts: Sequenc
     number = next(k for k, unit in enumerate(reading.units) if unit.first <= one.token < unit.last)
     window = next(window for window in reading.windows if window[0] <= one.token < window[1])
     inside = [k for k, unit in enumerate(reading.units) if window[0] <= unit.first < window[1]]
-    before = "".join(texts[max(inside[0], number - _CONTEXT) : number])
-    after = "".join(texts[number + 1 : min(inside[-1] + 1, number + 1 + _CONTEXT)])
-    cut = before[-_LETTERS:], after[:_LETTERS]
+    before, cut_before = _nearby([texts[k] for k in reversed(range(inside[0], number))])
+    after, cut_after = _nearby([texts[k] for k in range(number + 1, inside[-1] + 1)])
     return _Entry(
         nearest=one,
         label=labels[one.token],
         margin=_number(one.margin),
-        before=("…" if len(cut[0]) < len(before) or number - _CONTEXT > inside[0] else "") + cut[0],
+        before=("…" if cut_before else "") + "".join(reversed(before)),
         here=texts[number],
-        after=cut[1] + ("…" if len(cut[1]) < len(after) or number + _CONTEXT < inside[-1] else ""),
-        past=[(token, labels[token], round(100 * share)) for token, share in one.past],
+        after="".join(after) + ("…" if cut_after else ""),
         head_share=round(100 * one.head_share),
+        own=round(100 * one.own),
+        past=[(token, labels[token], round(100 * share)) for token, share in one.past if share >= 0.01],
     )
+
+
+def _nearby(texts: Sequence[str]) -> tuple[list[str], bool]:
+    """The first few of some texts, and whether there are more."""
+    found: list[str] = []
+    while len(found) < len(texts) and sum(map(len, found)) + len(texts[len(found)]) <= _LETTERS:
+        found.append(texts[len(found)])
+    return found, len(found) < len(texts)
 
 
 def _number(value: float) -> str:

@@ -45,7 +45,7 @@ KINDS: dict[Kind, KindWords] = {
         1.0,
         0.0,
         2.0,
-        ("0, the boundary", "1", "2 and more"),
+        ("0, boundary", "1, no attention", "≥ 2, away"),
         "",
     ),
     "logabsdet": KindWords(
@@ -54,9 +54,9 @@ KINDS: dict[Kind, KindWords] = {
         "The factor by which the map changes volume at the token, as a logarithm. The list ranks by |det J|, whatever "
         "its sign; the boundary is at minus infinity, and beyond it det J is negative.",
         0.0,
-        -30.0,
-        30.0,
-        ("−30 and less", "0", "30 and more"),
+        -60.0,
+        60.0,
+        ("≤ −60, nearer", "0, no attention", "≥ 60, away"),
         "have a negative determinant",
     ),
     "spectral": KindWords(
@@ -67,7 +67,7 @@ KINDS: dict[Kind, KindWords] = {
         1.0,
         0.0,
         2.0,
-        ("0, the boundary", "1", "2 and more"),
+        ("0, boundary", "1, no attention", "≥ 2, away"),
         "have a real eigenvalue beyond 1",
     ),
     "complex": KindWords(
@@ -78,7 +78,7 @@ KINDS: dict[Kind, KindWords] = {
         1.0,
         0.0,
         2.0,
-        ("0, the boundary", "1", "2 and more"),
+        ("0, boundary", "1, no attention", "≥ 2, away"),
         "have an eigenvalue beyond 1",
     ),
 }

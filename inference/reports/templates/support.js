@@ -62,6 +62,8 @@ function choose(map, kind) {
   }
 }
 
+const layerOf = i => element("layer").value === "nearest" ? nearest[i] : Number(element("layer").value);
+
 function paint() {
   const [map, kind] = chosen(), table = margins[map][kind], over = beyond[map][kind], words = data.kinds[kind];
   choose(map, kind);
@@ -77,7 +79,7 @@ function paint() {
   }
   for (const span of spans) {
     const [first, last] = data.units[span.dataset.unit];
-    const colours = Array.from({length: last - first}, (_, k) => at(nearest[first + k], first + k));
+    const colours = Array.from({length: last - first}, (_, k) => at(layerOf(first + k), first + k));
     span.style.background = stripes(colours);
     span.style.color = ink(colours[0]);
     span.classList.toggle("support", colours.some((_, k) => rank.has(first + k)));
@@ -90,6 +92,8 @@ function paint() {
   ["toward", "neutral", "away"].forEach((id, k) => { element(id).textContent = words.ticks[k]; });
   element("meaning").textContent = words.meaning;
   element("which").textContent = data.maps[map].meaning;
+  const layer = element("layer").value;
+  element("seen").textContent = layer === "nearest" ? "the layer where it is nearest to the boundary" : `layer ${data.layers[layer]}`;
   const outside = over.reduce((sum, one) => sum + one, 0);
   element("count").textContent = words.beyond ? `${outside} of ${over.length} blocks ${words.beyond}.` : "";
 }
@@ -131,7 +135,7 @@ function go(i, l) {
 rows.forEach((row, i) => {
   for (const [cell, value] of [[row.cells[3], data.surprisal[i]], [row.cells[4], data.entropy[i]]]) {
     cell.textContent = nats(value);
-    cell.style.setProperty("--part", `${value === null ? 0 : Math.min(100, 100 * value / 12)}%`);
+    cell.style.setProperty("--part", value === null ? 0 : Math.min(1, value / 12));
   }
   const strip = strips[i];
   strip.tabIndex = i ? -1 : 0;
@@ -159,7 +163,7 @@ function read(unit) {
   const [first, last] = data.units[unit];
   let i = first;
   for (let k = first; k < last; k++) if (rank.has(k)) { i = k; break; }
-  tell(i, nearest[i]);
+  tell(i, layerOf(i));
 }
 function step(unit) {
   spans[shown].tabIndex = -1;
@@ -185,14 +189,14 @@ for (const text of document.querySelectorAll(".text")) {
 for (const button of document.querySelectorAll(".nearest button")) {
   button.addEventListener("click", () => go(Number(button.dataset.token), data.layers.indexOf(Number(button.dataset.layer))));
 }
-const tick = Math.max(1, Math.ceil(depth / 8 / 5) * 5) ;
-element("axis").append(...data.layers.map((layer, l) => [layer, l]).filter(([, l]) => depth <= 8 || l % tick === 0).map(([layer, l]) => {
+const tick = [1, 2, 5, 10, 20, 50].find(step => depth / step <= 6) ?? 100;
+element("axis").append(...data.layers.map((layer, l) => [layer, l]).filter(([, l]) => l % tick === 0).map(([layer, l]) => {
   const span = document.createElement("span");
   span.textContent = layer;
   span.style.left = `${100 * (l + 0.5) / depth}%`;
   return span;
 }));
-for (const id of ["kind", "map"]) element(id).addEventListener("input", paint);
+for (const id of ["kind", "map", "layer"]) element(id).addEventListener("input", paint);
 document.querySelector("form").addEventListener("submit", event => event.preventDefault());
 dark.addEventListener("change", paint);
 addEventListener("beforeprint", () => { printing = true; paint(); });

@@ -1,64 +1,64 @@
-"""The page of support tokens: numbers that are the library's, text that stays text, nothing fetched."""
+"""The page of support tokens: margins that are the library's, text that stays text, nothing fetched."""
 
 import base64
 import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
-from cyclopts import CycloptsError
 
-from probattn.cli.progress import shown_progress
-from probattn.cli.support import app
 from probattn.errors import InputError
-from probattn.hf.decoding import MarginMonitor, head_margins
-from probattn.hf.hooks import observe
-from probattn.inference.reports.support import support_page, text_margins
-from probattn.inference.support import read_source
+from probattn.hf import attention_layer
+from probattn.hf.margins import margins, residual_streams
+from probattn.inference.reports.support import nearest_tokens, read_margins, support_page
+from probattn.inference.reports.support.measure import MAPS, variable
 from probattn.models.causal_lm import CharacterTokeniser
+from probattn.models.checkpoint import Checkpoint
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
-KINDS = ("determinant", "spectral", "singular_value")
+KINDS = ("sigma_min", "logabsdet", "spectral", "complex")
 CONTEXT = 16
 HOSTILE = "a</script><script>alert('x')</script><!-- &amp; \u202e\u2028\x07\t\n\n  <b>é"
 CHARACTERS = (*sorted(set(HOSTILE) | set("the cat sat on")), "\ufffd")
 
 
-def gpt2(vocabulary, context=CONTEXT):
+def gpt2(vocabulary, context=CONTEXT, dtype=torch.float64):
     torch.manual_seed(3)
     config = transformers.GPT2Config(
         vocab_size=vocabulary, n_positions=context, n_embd=12, n_layer=2, n_head=3, initializer_range=0.5,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).eval()
+    return transformers.GPT2LMHeadModel(config).eval().to(dtype)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return gpt2(len(CHARACTERS)).to(torch.float64)
+def checkpoint():
+    model = gpt2(len(CHARACTERS))
+    return Checkpoint(model, CharacterTokeniser(CHARACTERS), "<i>mine</i>", torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def tokeniser():
-    return CharacterTokeniser(CHARACTERS)
+def reading(checkpoint):
+    return read_margins(HOSTILE, checkpoint, KINDS)
 
 
 @pytest.fixture(scope="module")
-def page(model, tokeniser):
-    return support_page(HOSTILE, model, tokeniser, threshold=0.9, support=4, name="<i>mine</i>")
+def page(reading, checkpoint):
+    return support_page(reading, checkpoint, count=4)
 
 
 class Page(HTMLParser):
-    """Collects what would be fetched, the tokens, the selectors and the scripts; raises where tags do not close."""
+    """Collects what would be fetched, units, rows, lists and scripts; fails where tags do not close."""
 
     void = ("meta", "input")
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.open, self.sources, self.tokens, self.scripts, self.options, self.ids = [], [], [], [], {}, []
+        self.open, self.sources, self.units, self.scripts, self.options, self.ids = [], [], [], [], {}, []
+        self.lists, self.shown, self.words = {}, [], ""
         self.feed(text)
         assert self.open == []
 
@@ -73,10 +73,17 @@ class Page(HTMLParser):
             self.options.setdefault(self.select, []).append(attributes["value"])
         if tag == "script":
             self.scripts.append("")
+        if "data-list" in attributes:
+            self.list = attributes["data-list"]
+            self.lists[self.list] = []
+            if "hidden" not in attributes:
+                self.shown.append(self.list)
+        if "data-token" in attributes:
+            self.lists[self.list].append((int(attributes["data-token"]), int(attributes["data-layer"])))
+        if "data-unit" in attributes:
+            self.units.append("")
         if tag not in self.void:
-            self.open.append((tag, attributes.get("class")))
-        if tag == "span" and ("div", "text") in self.open:
-            self.tokens.append("")
+            self.open.append((tag, "data-unit" in attributes))
 
     def handle_endtag(self, tag):
         assert self.open.pop()[0] == tag
@@ -84,20 +91,152 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1][0] == "script":
             self.scripts[-1] += data
-        if ("div", "text") in self.open and self.open[-1][0] == "span":
-            self.tokens[-1] += data
+        elif self.open and self.open[-1][1]:
+            self.units[-1] += data
+        else:
+            self.words += data
+
+
+class TestReading:
+    def test_margins_are_those_of_the_library_in_each_window(self, reading, checkpoint):
+        ids = checkpoint.tokeniser.encode(HOSTILE)
+        assert reading.tokens.equal(ids)
+        assert list(reading.windows) == [(0, 16), (16, 32), (32, 48), (48, len(HOSTILE))]
+        for number, (first, last) in enumerate(reading.windows):
+            expected = margins(checkpoint.model, ids[first:last], KINDS)
+            found = reading.margins.sel(token=slice(first, last - 1))
+            assert (found.window == number).all()
+            assert found.position.values.tolist() == list(range(last - first))
+            for which in MAPS:
+                for kind in KINDS:
+                    name = variable(kind, which)
+                    np.testing.assert_array_equal(found[name], expected[name][0])
+        assert "".join(reading.margins.text.values) == HOSTILE
+
+    def test_a_limit_ends_at_a_whole_character(self, checkpoint):
+        short = read_margins(HOSTILE, checkpoint, ("logabsdet",), limit=5, layers=[1])
+        assert short.text == HOSTILE[:5]
+        assert (short.total, len(short.tokens)) == (len(HOSTILE), 5)
+        assert short.margins.layer.values.tolist() == [1]
+        page = support_page(short, checkpoint)
+        assert f"The text has {len(HOSTILE)} tokens; the first 5 were read." in page.html
+        assert len(page.record["nearest"]["generator"]["logabsdet"]) == 5
+
+    def test_a_limit_inside_a_character_drops_it(self, checkpoint):
+        class Bytes(CharacterTokeniser):
+            def split(self, text):
+                split = super().split(text)
+                return split._replace(
+                    tokens=split.tokens.repeat_interleave(2), spans=[s for s in split.spans for _ in "ab"]
+                )
+
+        twice = checkpoint._replace(tokeniser=Bytes(CHARACTERS))
+        assert read_margins("cat", twice, ("logabsdet",), limit=5).text == "ca"
+        assert read_margins("cat", twice, ("logabsdet",), limit=6).text == "cat"
+
+    def test_bad_arguments(self, checkpoint, monkeypatch):
+        for kinds, options, words in (
+            (("logdet",), {}, "kinds is 'logdet'"),
+            ((), {}, "kinds is empty"),
+            (KINDS, {"limit": 1}, "limit is 1"),
+            (KINDS, {"layers": [2]}, "layers is"),
+        ):
+            with pytest.raises(InputError, match=words):
+                read_margins("the cat", checkpoint, kinds, **options)
+        with pytest.raises(InputError, match="is one token"):
+            read_margins("a", checkpoint, KINDS)
+        with pytest.raises(InputError, match="another model"):
+            read_margins("the cat", checkpoint._replace(model=gpt2(3)), KINDS)
+        monkeypatch.setattr("probattn.inference.reports.support.measure._NUMBERS", 2 * 4 * 2 * 20)
+        with pytest.raises(InputError, match="--limit 20"):
+            read_margins("the cat sat on the cat", checkpoint, KINDS)
+
+    def test_nan_is_no_margin(self, checkpoint):
+        broken = gpt2(len(CHARACTERS))
+        broken.transformer.h[0].mlp.c_proj.weight.data[0, 0] = 1e308  # finite, and overflows in the stream
+        broken.transformer.h[0].mlp.c_fc.bias.data[0] = 1e10
+        with pytest.raises(InputError, match="NaN in layer 1"):
+            read_margins("the cat", checkpoint._replace(model=broken), KINDS)
+
+    def test_a_model_that_is_not_covered_is_named(self, checkpoint):
+        config = transformers.OpenAIGPTConfig(vocab_size=60, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+        model = transformers.OpenAIGPTLMHeadModel(config).eval()
+        with pytest.raises(InputError, match="openai-gpt"):
+            read_margins("the cat", checkpoint._replace(model=model), KINDS)
+
+
+class TestNearest:
+    def test_they_are_nearest_by_size_whatever_the_sign(self, reading, checkpoint):
+        found = nearest_tokens(reading, checkpoint.model, 4)
+        for which in MAPS:
+            for kind in KINDS:
+                values = reading.margins[variable(kind, which)].values
+                distance = values if kind == "logabsdet" else np.abs(values)
+                expected = np.argsort(distance.min(0), kind="stable")[:4]
+                assert [one.token for one in found[which][kind]] == expected.tolist()
+                for one in found[which][kind]:
+                    assert one.layer == distance[:, one.token].argmin()
+                    assert one.margin == values[one.layer, one.token]
+
+    def test_control_the_ranking_by_the_signed_determinant_is_another(self, reading, checkpoint):
+        """A large negative determinant is far from zero; a list by sign would begin with it."""
+        signed = reading.margins.update_sign.values * np.exp(reading.margins.update_logabsdet.values)
+        first = int(signed.min(0).argmin())
+        assert signed.min() < -1
+        assert first not in [one.token for one in nearest_tokens(reading, checkpoint.model, 4)["update"]["logabsdet"]]
+
+    def test_a_head_pulls_by_its_gain(self, reading, checkpoint):
+        """Turned up by a little, the named head lowers the margin most, by its part of what all of them do."""
+        for one in nearest_tokens(reading, checkpoint.model, 3)["generator"]["sigma_min"]:
+            first, last = next(window for window in reading.windows if window[0] <= one.token < window[1])
+            streams, _ = residual_streams(checkpoint.model, reading.tokens[None, first:last])
+            layer, u = attention_layer(checkpoint.model, one.layer).detach(), streams[one.layer][0]
+            row = torch.tensor([one.token - first])
+            slopes = []
+            for head in range(3):
+                output = layer.sublayer.output
+                turned = []
+                for gain in (1 - 1e-6, 1 + 1e-6):
+                    scaled = output.clone()
+                    scaled[:, head] *= gain
+                    whole = torch.eye(12, dtype=u.dtype) - with_output(layer, scaled).mean_jacobian(u, row)[0]
+                    turned.append(float(torch.linalg.svdvals(whole)[-1]))
+                slopes.append((turned[1] - turned[0]) / 2e-6)
+            pulls = -torch.tensor(slopes)
+            assert one.head == int(pulls.argmax())
+            assert one.head_share == pytest.approx(float(pulls.max() / pulls.clamp(min=0).sum()), abs=1e-5)
+            assert one.own + sum(share for _, share in one.past) <= 1 + 1e-9
+            assert all(first <= token <= one.token for token, _ in one.past)
+
+    def test_an_infinite_margin_has_no_reason(self, reading, checkpoint):
+        changed = reading.margins.copy(deep=True)
+        changed["spectral"][:] = np.inf
+        nearest = nearest_tokens(replaced(reading, changed), checkpoint.model, 2)["generator"]["spectral"]
+        assert [one.head for one in nearest] == [None, None]
+
+
+def with_output(layer, output):
+    from dataclasses import replace
+
+    own = layer.sublayer
+    return replace(layer, read=lambda: own._replace(output=output))
+
+
+def replaced(reading, changed):
+    from dataclasses import replace
+
+    return replace(reading, margins=changed)
 
 
 class TestPage:
     def test_text_stays_text(self, page):
         found = Page(page.html)
         assert len(found.scripts) == 2
-        assert "".join(found.tokens) == HOSTILE.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(
-            "\x07", "\u2407"
-        )
+        expected = HOSTILE.replace("\n", "↵").replace("\t", "⇥").replace("\x07", "␇").replace("\u202e", "[U+202E]")
+        assert "".join(found.units) == expected
         assert "<i>mine" not in page.html
         assert "alert(" not in found.scripts[1]
-        assert json.loads(found.scripts[0])["tokens"] == found.tokens
+        assert len(json.loads(found.scripts[0])["labels"]) == len(HOSTILE)
 
     def test_nothing_is_fetched(self, page):
         assert Page(page.html).sources == []
@@ -105,232 +244,43 @@ class TestPage:
         assert len(shell) > 5000
         assert not re.search(r"https?:|//[a-z]|url\(|@import|\bimport\b|fetch\(|XMLHttp", shell)
 
-    def test_selectors(self, page):
+    def test_selectors_and_lists(self, page):
         found = Page(page.html)
-        assert found.options["kind"] == list(KINDS)
-        assert found.options["layer"] == ["all", "0", "1"]
-        assert found.options["head"] == ["all", "0", "1", "2"]
-        assert {"count", "threshold", "status", "low", "high", "bar", "list"} <= set(found.ids)
+        assert found.options == {"kind": list(KINDS), "map": list(MAPS), "layer": ["nearest", "0", "1"]}
         assert len(found.ids) == len(set(found.ids))
+        assert set(found.lists) == {f"{which}-{kind}" for which in MAPS for kind in KINDS}
+        assert found.shown == ["generator-sigma_min"]
+        for which in MAPS:
+            for kind in KINDS:
+                nearest = page.record["nearest"][which][kind]
+                assert found.lists[f"{which}-{kind}"] == [(one["token"], one["layer"]) for one in nearest]
 
-    def test_the_page_holds_the_numbers_of_the_record(self, page):
+    def test_the_page_holds_the_numbers(self, page, reading):
         data = json.loads(Page(page.html).scripts[0])
-        for kind in KINDS:
-            packed = torch.frombuffer(bytearray(base64.b64decode(data["margins"][kind])), dtype=torch.float32)
-            record = [
-                [[float("inf") if x is None else x for x in row] for row in rows]
-                for rows in page.record["margins"][kind]
-            ]
-            assert packed.view(2, 3, -1).equal(torch.tensor(record, dtype=torch.float64).float())
+        for which in MAPS:
+            for kind in KINDS:
+                packed = np.frombuffer(base64.b64decode(data["margins"][which][kind]), "<f4")
+                values = reading.margins[variable(kind, which)].values
+                np.testing.assert_array_equal(packed, values.astype("<f4").ravel())
+                beyond = np.frombuffer(base64.b64decode(data["beyond"][which][kind]), "u1")
+                assert beyond.sum() == page.record["beyond"][which][kind]
+        signs = reading.margins.update_sign.values
+        assert page.record["beyond"]["update"]["logabsdet"] == (signs < 0).sum() > 0
 
-    def test_windows_are_told(self, page, model, tokeniser):
-        assert f"longer than the {CONTEXT} tokens" in page.html
-        assert page.record["windows"] == [[0, 16], [16, 32], [32, 48], [48, len(HOSTILE)]]
-        short = support_page("the cat", model, tokeniser)
-        assert "longer than" not in short.html
-        assert short.record["windows"] == [[0, 7]]
-        assert short.record["below"] == []
+    def test_what_is_said(self, page, checkpoint):
+        words = Page(page.html).words
+        assert f"longer than the {CONTEXT} tokens" in words
+        assert "stored in bfloat16; everything was computed in float64" in words
+        assert "A large margin is not good by itself." in words
+        assert "0.36, 0.17 and −0.13" in words
+        short = support_page(read_margins("the cat", checkpoint, ("logabsdet",)), checkpoint).html
+        assert "longer than" not in short
+        assert "were read" not in short
 
-
-class TestRecord:
-    def test_margins_are_those_of_the_library(self, page, model, tokeniser):
-        assert page.record["schema"] == 1
+    def test_the_record_is_strict_json(self, page, reading):
+        assert json.loads(json.dumps(page.record, allow_nan=False)) == page.record
+        assert page.record["schema"] == 2
         assert page.record["tokens"] == list(HOSTILE)
-        ids = tokeniser.encode(HOSTILE)
-        assert page.record["ids"] == ids.tolist()
-        for kind in KINDS:
-            expected = []
-            for part in ids.split(CONTEXT):
-                layers = []
-                stop = observe(
-                    model,
-                    lambda call, output, kind=kind, layers=layers: layers.append(head_margins(call, kind)[0]) or output,
-                )
-                with torch.no_grad():
-                    model(part[None])
-                stop()
-                expected.append(torch.stack(layers))
-            expected = torch.cat(expected, -1).tolist()
-            assert page.record["margins"][kind] == [
-                [[None if x == float("inf") else x for x in row] for row in rows] for rows in expected
-            ]
-        json.dumps(page.record, allow_nan=False)
-
-    def test_margins_are_those_of_decoding(self, page, model, tokeniser):
-        ids = tokeniser.encode(HOSTILE)[None, :CONTEXT]
-        forced = iter(ids[0, 4:].tolist())
-
-        def force(seen, scores):
-            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([next(forced)]), 0.0)
-
-        with MarginMonitor(model) as monitor:
-            output = model.generate(
-                ids[:, :4], attention_mask=torch.ones(1, 4, dtype=torch.long), max_new_tokens=CONTEXT - 4,
-                do_sample=False, pad_token_id=0, logits_processor=[monitor.processor(), force],
-            )  # fmt: skip
-        assert output.equal(ids)
-        record = monitor.record(output)
-        found = torch.cat([record.prompt, record.steps], -1)[:, 0]
-        margins = torch.tensor(page.record["margins"]["singular_value"], dtype=torch.float64)
-        torch.testing.assert_close(found, margins[..., : CONTEXT - 1], rtol=1e-8, atol=1e-8)
-
-    def test_support_tokens_are_the_smallest(self, page):
-        margins = torch.tensor(page.record["margins"]["singular_value"], dtype=torch.float64)
-        least = margins.amin((0, 1))
-        support = page.record["support"]
-        assert [token["position"] for token in support] == least.sort(stable=True).indices[:4].tolist()
-        for token in support:
-            assert token["text"] == HOSTILE[token["position"]]
-            assert token["margin"] == margins[token["layer"], token["head"], token["position"]]
-        assert page.record["below"] == (least < 0.9).nonzero().flatten().tolist()
-        assert 0 < len(page.record["below"]) < len(HOSTILE)
-
-    def test_infinity_is_null(self, model, tokeniser, monkeypatch):
-        seen = text_margins("the cat", model, tokeniser)
-        seen.margins["spectral"][0, 0, 3] = torch.inf
-        monkeypatch.setattr("probattn.inference.reports.support.text_margins", lambda *_: seen)
-        page = support_page("the cat", model, tokeniser, kind="spectral")
-        assert page.record["margins"]["spectral"][0][0][3] is None
-        json.dumps(page.record, allow_nan=False)
-
-
-class TestRefusals:
-    def test_arguments(self, model, tokeniser):
-        for options, words in (
-            ({"kind": "logdet"}, "kind is 'logdet'"),
-            ({"threshold": float("nan")}, "threshold is nan"),
-            ({"support": 0}, "support is 0"),
-        ):
-            with pytest.raises(InputError, match=words):
-                support_page("the cat", model, tokeniser, **options)
-        with pytest.raises(InputError, match="is one token"):
-            support_page("a", model, tokeniser)
-
-    def test_a_tokeniser_of_another_model(self, tokeniser):
-        with pytest.raises(InputError, match="do not belong together"):
-            support_page("the cat", gpt2(3), tokeniser)
-
-    def test_a_model_that_cannot_be_observed(self, tokeniser):
-        config = transformers.OpenAIGPTConfig(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
-        with pytest.raises(InputError, match="does not use the attention interface"):
-            support_page("the cat", transformers.OpenAIGPTLMHeadModel(config).eval(), tokeniser)
-
-    def test_nan_is_no_margin(self, tokeniser):
-        broken = gpt2(len(CHARACTERS))
-        broken.transformer.h[1].attn.c_attn.weight.data[0, 0] = float("nan")
-        with pytest.raises(InputError, match="nan at layer 1, head 0"):
-            support_page("the cat", broken, tokeniser)
-        assert broken.config._attn_implementation == "sdpa"
-
-    def test_too_much_for_a_page(self, model, tokeniser, monkeypatch):
-        monkeypatch.setattr("probattn.inference.reports.support._NUMBERS", 18 * 20)
-        with pytest.raises(InputError, match="at most 20 tokens"):
-            support_page("the cat sat on the cat", model, tokeniser)
-
-
-@pytest.fixture(scope="module")
-def command():
-    def run(*arguments):
-        with shown_progress():
-            app(list(map(str, arguments)), exit_on_error=False, print_error=False, result_action="return_value")
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def characters(tmp_path_factory):
-    """A checkpoint of characters."""
-    folder = tmp_path_factory.mktemp("characters")
-    gpt2(len(CHARACTERS)).save_pretrained(folder)
-    (folder / "vocabulary.json").write_text(json.dumps({"schema": 1, "characters": CHARACTERS}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
-    """A checkpoint with a byte-level tokeniser."""
-    folder = tmp_path_factory.mktemp("pieces")
-    words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
-    words.train_from_iterator(["the cat sat on the cat"] * 9, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
-    tokenizer.save_pretrained(folder)
-    gpt2(len(tokenizer), 64).save_pretrained(folder)
-    return folder
-
-
-class TestCommand:
-    def test_a_file(self, command, characters, tmp_path, capsys):
-        (tmp_path / "story.txt").write_text("the cat sat on\nthe cat\n")
-        command(
-            tmp_path / "story.txt",
-            "--model",
-            characters,
-            "--out",
-            tmp_path / "out",
-            "--threshold",
-            "0.9",
-            "--tokens",
-            3,
-        )
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["support.html", "support.json"]
-        record = json.loads((tmp_path / "out" / "support.json").read_text())
-        assert "".join(record["tokens"]) == "the cat sat on\nthe cat\n"
-        assert record["environment"]["versions"]["transformers"] == transformers.__version__
-        assert record["environment"]["dtype"] == "float32"
-        assert record["model"]["name"] == characters.name
-        printed = capsys.readouterr().out.splitlines()
-        assert printed[0] == "story.txt: 23 tokens in 2 windows of the model's context"
-        assert printed[1].startswith(f"margin {record['support'][0]['margin']:.4f} at position")
-        assert printed[4] == f"{len(record['below'])} of 23 tokens have a singular_value margin below 0.9"
-        Page((tmp_path / "out" / "support.html").read_text())
-
-    def test_a_text_and_a_tokeniser(self, command, pieces, tmp_path):
-        command(
-            "the cat </script>", "--model", pieces, "--out", tmp_path, "--kind", "determinant", "--dtype", "float64"
-        )
-        record = json.loads((tmp_path / "support.json").read_text())
-        assert "".join(record["tokens"]) == "the cat </script>"
-        assert len(record["tokens"]) < len("the cat </script>")
-        assert record["kind"] == "determinant"
-
-    def test_bad_input_is_one_line(self, command, characters, pieces, tmp_path):
-        (tmp_path / "empty.txt").write_text(" \n")
-        (tmp_path / "binary").write_bytes(b"a\0b")
-        (tmp_path / "latin").write_bytes(b"the c\xe4t")
-        bare, silent = tmp_path / "bare", tmp_path / "silent"
-        bare.mkdir()
-        gpt2(5).save_pretrained(silent)
-        for source, model, options, words in (
-            ("the cat", tmp_path / "none", (), "no such folder"),
-            ("the cat", bare, (), "config.json"),
-            ("the cat", silent, (), "tokeniser"),
-            ("a", characters, (), "give a longer text"),
-            (" ", characters, (), "the text is empty"),
-            ("a\0b", characters, (), "binary text"),
-            ("a\udc80b", characters, (), "not UTF-8"),
-            (tmp_path, characters, (), "a folder"),
-            (tmp_path / "empty.txt", characters, (), "the file is empty"),
-            (tmp_path / "binary", characters, (), "a binary file"),
-            (tmp_path / "latin", characters, (), "not UTF-8"),
-            ("the cat", characters, ("--kind", "logdet"), 'Invalid value "logdet" for --kind'),
-            ("the cat", characters, ("--dtype", "bf16"), 'Invalid value "bf16" for --dtype'),
-            ("the cat", characters, ("--device", "tpu"), 'Invalid value "tpu" for --device'),
-        ):
-            with pytest.raises((InputError, CycloptsError), match=words) as caught:
-                command(source, "--model", model, "--out", tmp_path / "out", *options)
-            assert "\n" not in str(caught.value)
-        assert list(tmp_path.glob("out/support*")) == []
-
-    def test_weights_that_are_pickled_are_not_read(self, command, characters, tmp_path):
-        (tmp_path / "config.json").write_bytes((characters / "config.json").read_bytes())
-        (tmp_path / "vocabulary.json").write_bytes((characters / "vocabulary.json").read_bytes())
-        torch.save(gpt2(len(CHARACTERS)).state_dict(), tmp_path / "pytorch_model.bin")
-        with pytest.raises(InputError, match="cannot be loaded"):
-            command("the cat", "--model", tmp_path, "--out", tmp_path / "out")
-
-    def test_a_long_text_is_no_path(self):
-        assert read_source("x" * 5000) == ("text", "x" * 5000)
+        assert page.record["surprisal"][0] is None
+        values = reading.margins.sigma_min.values
+        assert page.record["smallest"]["generator"]["sigma_min"]["margin"] == values.min(0).tolist()

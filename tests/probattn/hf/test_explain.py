@@ -67,9 +67,9 @@ def test_shares_add_up_to_the_models_own_block(name):
         blocks = own_blocks(model, 1, u)
         for row in (0, 4, 6):
             shares = past_shares(layer, u, row, gradient)
-            assert shares.shape == (layer.heads, 7)
-            assert (shares[:, row + 1 :] == 0).all()
-            torch.testing.assert_close(shares.sum(), (gradient * blocks[row]).sum(), rtol=0, atol=1e-8)
+            assert shares.past.shape == (layer.heads, 7)
+            assert (shares.past[:, row + 1 :] == 0).all()
+            torch.testing.assert_close(shares.heads().sum(), (gradient * blocks[row]).sum(), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -79,7 +79,7 @@ def test_heads_of_the_volume_are_the_layers_attribution(name):
     with torch.no_grad():
         expected = layer.head_attribution(u, torch.tensor([5]))[0]
         gradient = margin_gradient(layer.mean_jacobian(u, torch.tensor([5]))[0], "logabsdet").gradient
-        torch.testing.assert_close(past_shares(layer, u, 5, gradient).sum(1), expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(past_shares(layer, u, 5, gradient).heads(), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "mistral"])
@@ -114,10 +114,8 @@ def test_the_share_of_a_past_token_is_what_its_weight_does(name):
     carried = torch.autograd.functional.jacobian(output, average)  # (p, H, dv)
     gradient = drawn(layer.dim, layer.dim)
     expected = torch.einsum("ab,ahd,hsd,hsb->hs", gradient, carried, value - average.unsqueeze(1), slope)
-    found = past_shares(layer, u, row, gradient).detach()
-    others = torch.arange(6) != row
-    torch.testing.assert_close(found[:, others], expected[:, others].detach(), rtol=0, atol=1e-10)
-    assert (found[:, row] - expected[:, row]).abs().max() > 1e-3  # where its own value and key come in
+    found = past_shares(layer, u, row, gradient).past.detach()
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -137,7 +135,8 @@ def turn_values(layer):
 
 def shares_of(layer, u, kind):
     block = layer.mean_jacobian(u, torch.tensor([5]))[0]
-    return past_shares(layer, u, 5, margin_gradient(block, kind).gradient)
+    found = past_shares(layer, u, 5, margin_gradient(block, kind).gradient)
+    return torch.cat([found.past, found.own.unsqueeze(1)], 1)
 
 
 @pytest.mark.parametrize("kind", ["logabsdet", "sigma_min", "complex"])
@@ -190,8 +189,8 @@ def test_what_a_mask_hides_has_no_share():
     with torch.no_grad():
         gradient = drawn(layer.dim, layer.dim)
         shares = past_shares(layer.seeing(visible), u, 4, gradient)
-        assert (shares[:, 1] == 0).all()
+        assert (shares.past[:, 1] == 0).all()
         block = layer.seeing(visible).mean_jacobian(u, torch.tensor([4]))[0]
-        torch.testing.assert_close(shares.sum(), (gradient * block).sum(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(shares.heads().sum(), (gradient * block).sum(), rtol=0, atol=1e-9)
     with pytest.raises(InputError, match="row is 6"):
         past_shares(layer, u, 6, gradient)
