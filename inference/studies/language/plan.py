@@ -47,9 +47,9 @@ class Growth:
     batch: Annotated[int, Range(least=1)] = 32
     learning_rate: Annotated[float, Range(above=0)] = 2e-3
     looks: Annotated[int, Range(least=1)] = 14
-    measured_windows: Annotated[int, Range(least=2)] = 16
-    stride: Annotated[int, Range(least=1)] = 6
-    runs: Annotated[int, Range(least=0)] = 3
+    measured_windows: Annotated[int, Range(least=2)] = 12
+    stride: Annotated[int, Range(least=1)] = 8
+    runs: Annotated[int, Range(least=0)] = 2
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -103,6 +103,7 @@ class Plan:
         eigenvalue_stride: distance of the positions at which eigenvalues are computed.
         draws: number of noise draws.
         chunk: number of windows that are measured, and saved, at a time.
+        eigenvalue_chunk: the same where eigenvalues are computed.
         controls: controls to measure.
         seed: random seed of noise and controls.
     """
@@ -114,6 +115,7 @@ class Plan:
     eigenvalue_stride: Annotated[int, Range(least=1)] = 4
     draws: Annotated[int, Range(least=1)] = 16
     chunk: Annotated[int, Range(least=1)] = 4
+    eigenvalue_chunk: Annotated[int, Range(least=1)] = 2
     controls: tuple[str, ...] = CONTROLS
     growth: Growth = field(default_factory=Growth)
     seed: Seed = 0
@@ -139,7 +141,7 @@ class Plan:
         ]
         found += [Job("growth", "growth", run, 1) for run in range(self.growth.runs)]
         groups: list[Control] = ["none", *controls]
-        for first, count in self._parts(self.windows):
+        for first, count in self._parts(self.windows, self.eigenvalue_chunk):
             for control in groups:
                 if control == "none":
                     found.append(
@@ -155,12 +157,13 @@ class Plan:
                         )
                     )
                 elif first < self.control_windows:
-                    count = min(count, self.control_windows - first)
+                    own = min(count, self.control_windows - first)
                     name = f"{control}-eigenvalues"
-                    found.append(Job(name, "margins", first, count, control, EIGENVALUES, one, self.eigenvalue_stride))
+                    found.append(Job(name, "margins", first, own, control, EIGENVALUES, one, self.eigenvalue_stride))
         return found
 
-    def _parts(self, windows: int) -> Iterator[tuple[int, int]]:
+    def _parts(self, windows: int, chunk: int | None = None) -> Iterator[tuple[int, int]]:
         """First window and number of windows of each chunk."""
-        for first in range(0, windows, self.chunk):
-            yield first, min(self.chunk, windows - first)
+        chunk = chunk or self.chunk
+        for first in range(0, windows, chunk):
+            yield first, min(chunk, windows - first)

@@ -24,6 +24,7 @@ QUICK = Plan(
     eigenvalue_stride=2,
     draws=12,
     chunk=12,
+    eigenvalue_chunk=12,
     growth=Growth(
         layers=3,
         dim=24,
