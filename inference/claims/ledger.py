@@ -10,6 +10,7 @@ from types import MappingProxyType
 from probattn.errors import require_choice
 from probattn.inference.claims.barrier import barrier_claim
 from probattn.inference.claims.barrier_training import barrier_training_claim
+from probattn.inference.claims.bounded import bounded_claim
 from probattn.inference.claims.calibration import calibration_claim
 from probattn.inference.claims.claim import Claim, Settings, Subject
 from probattn.inference.claims.consistency import consistency_claim
@@ -43,6 +44,7 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
         "implementation": lambda subject, _: implementation_claim(subject),
         "stationarity": lambda _, settings: stationarity_claim(settings),
         "stationary-distribution": lambda _, settings: stationary_distribution_claim(settings),
+        "bounded": bounded_claim,
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),
         "robustness": robustness_claim,

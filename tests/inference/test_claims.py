@@ -30,6 +30,7 @@ EXPECTED = {
     "implementation": "holds",
     "stationarity": "holds",
     "stationary-distribution": "does not hold",
+    "bounded": "holds",
     "recovery": "not run (it takes minutes: run probattn verify --full)",
     "calibration": "not run (it takes minutes: run probattn verify --full)",
     "robustness": "does not hold",
