@@ -38,11 +38,14 @@ class AttentionStage(nn.Module):
         noise_scale: sigma of the full prior.
         normalise: divide the embeddings of a sequence by their root mean square first, so that scaling them does not
             change the penalty.
+        memory_radius: radius rho of the ball that keys and values see embeddings on; None leaves them as they are.
+        contraction: limit kappa in (0, 1) of the contraction, needs a radius: the penalty then has a floor for all
+            embeddings and parameters (theory, section 11). None sets no limit.
 
     Example:
         >>> stage = AttentionStage(4, rank=2)
         >>> stage.penalty(torch.randn(3, 5, 4), "one_sided").values.shape
-        torch.Size([3, 1, 5])
+        torch.Size([3, 5])
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class AttentionStage(nn.Module):
         prior: Prior = "margin",
         noise_scale: float = 1.0,
         normalise: bool = False,
+        memory_radius: float | None = None,
+        contraction: float | None = None,
     ) -> None:
         super().__init__()
         require_mask(mask)
@@ -62,13 +67,18 @@ class AttentionStage(nn.Module):
         for name, size in (("dim", dim), ("heads", heads), ("rank", rank)):
             require_at_least(name, size)
         require_positive("noise_scale", noise_scale)
+        self.memory_radius, self.contraction = memory_radius, contraction
         self.mask, self.prior, self.noise_scale, self.normalise = mask, prior, noise_scale, normalise
         self.query = nn.Parameter(torch.randn(heads, rank, dim) / dim**0.5)
         self.key = nn.Parameter(torch.randn(heads, rank, dim) / dim**0.5)
+        self.attention()  # refuses a radius or a contraction that cannot be used
 
     def attention(self) -> CausalAttention:
         """Return the attention as a value, which does not follow the parameters through an optimiser's step."""
-        return CausalAttention(self.query, self.key, mask=self.mask, validate_args=False)
+        free = CausalAttention(
+            self.query, self.key, mask=self.mask, memory_radius=self.memory_radius, validate_args=False
+        )
+        return free if self.contraction is None else free.scaled_to(self.contraction, shrink=True)
 
     def penalty(
         self,
@@ -92,7 +102,7 @@ class AttentionStage(nn.Module):
             sharpness: beta of the ``smooth`` kind.
 
         Returns:
-            A :class:`Penalty` of one head; its values hold the Gaussian term of the full prior.
+            A :class:`Penalty`; its values hold the Gaussian term of the full prior.
         """
         require_penalty(kind, sharpness)
         require_tensor("u", u)
@@ -104,21 +114,23 @@ class AttentionStage(nn.Module):
                 return self._exact(u, kind, padding, sharpness)
             if self.prior == "full":
                 raise InputError("the full prior needs sequences without padding; use prior='margin', or pack them.")
-            query, key = (u.unsqueeze(1) @ part.mT for part in (self.query, self.key))  # (batch, H, T, r)
-            value = u.unsqueeze(1).expand(-1, query.shape[1], -1, -1)  # W_V = I, (batch, H, T, p)
+            attention = self.attention()
+            seen = attention.remember(u).unsqueeze(1)  # (batch, 1, T, p)
+            query, key = u.unsqueeze(1) @ attention.query.mT, seen @ attention.key.mT  # (batch, H, T, r)
+            value = seen.expand(-1, query.shape[1], -1, -1)  # W_V = I, (batch, H, T, p)
             eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
             return attention_penalty(
                 query,
                 key,
                 value,
+                eye.repeat(1, query.shape[1]),  # (p, H p)
+                attention.query.flatten(0, 1),  # (H r, p)
                 kind=kind,
                 causal="strict",
                 mask=None if padding is None else padding.bool()[:, None, None].expand(-1, 1, u.shape[1], -1),
                 padding=padding,
                 positions=positions,
                 share=share,
-                output=eye.repeat(1, query.shape[1]),  # (p, H p)
-                query_map=self.query.flatten(0, 1),  # (H r, p)
                 sharpness=sharpness,
             )
 
@@ -134,7 +146,7 @@ class AttentionStage(nn.Module):
             values = values + (u - evaluation.mean).square().sum(-1) / (2 * self.noise_scale**2) + constant
         valid = torch.ones(u.shape[:2], dtype=torch.bool, device=u.device)
         where = torch.arange(u.shape[1], device=u.device)
-        return Penalty(values.unsqueeze(1), margins.detach().unsqueeze(1), where, valid, u.shape[1], valid.sum())
+        return Penalty(values, margins.detach(), where, valid, u.shape[1], valid.sum())
 
 
 def _root_mean_square(u: Tensor, padding: Tensor | None) -> Tensor:
