@@ -36,6 +36,7 @@ from probattn.numerics.derivatives import first_order_only
 __all__ = ["largest_real_eigenvalue", "spectral_abscissa"]
 
 _ROUNDINGS = 8.0  # backward error of LAPACK's eigenvalues in units of m eps |K|
+_LOST = 1e-280  # smaller entries count as zero
 _NEAR = 1e-3  # pairs with a larger imaginary part, relative to |K|, are complex without a closer look
 
 
@@ -83,6 +84,7 @@ def _rightmost(matrix: Tensor, real: bool) -> Tensor:
     whole = matrix.reshape(-1, *matrix.shape[-2:]).double()
     finite = torch.isfinite(whole).all(-1).all(-1)
     whole = whole.where(finite[:, None, None], 0.0)  # on NaN LAPACK returns nonsense, or does not return
+    whole = whole.where(whole.abs() > _LOST, 0.0)  # on numbers near the smallest ones it does not converge
     eigenvalues = torch.linalg.eigvals(whole)  # (N, m)
     eligible = eigenvalues.real.masked_fill((eigenvalues.imag != 0) & real, -torch.inf)
     value, index = eligible.max(-1)

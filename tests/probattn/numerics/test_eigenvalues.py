@@ -262,3 +262,11 @@ def test_pairs_far_from_the_axis_cost_no_decomposition(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: calls.append(len(matrix)) or plain(matrix))
     largest_real_eigenvalue(torch.stack([pair(1.0, 0.5, -1.0), pair(1.0, 1e-4, -1.0), pair(-2.0, 1e-4, -1.0)]))
     assert sum(calls) == 1
+
+
+def test_numbers_near_the_smallest_ones_count_as_zero():
+    generator = torch.Generator().manual_seed(0)
+    tiny = 10 ** (-300 - 23 * torch.rand(200, 32, 32, generator=generator, dtype=torch.float64))
+    assert (largest_real_eigenvalue(tiny) == 0).all()
+    one = tiny + torch.diag(torch.tensor([0.5] + 31 * [0.0]).double())
+    assert (spectral_abscissa(one) == 0.5).all()
