@@ -117,8 +117,8 @@ def _prefix(name: Map) -> str:
 
 def _factored(factors: LayerFactors, whole: Tensor | None, sign: int) -> Factored:
     if whole is None:
-        return factor(factors.identity_less_core(sign))
-    return factor(torch.eye(whole.shape[-1], dtype=whole.dtype, device=whole.device) - sign * whole)
+        return factor(factors.identity_less_core(sign), overwrite=True)
+    return factor(torch.eye(whole.shape[-1], dtype=whole.dtype, device=whole.device) - sign * whole, overwrite=True)
 
 
 def _attribution(factored: Factored, factors: LayerFactors) -> Tensor:

@@ -25,6 +25,7 @@ who has dense matrices.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ __all__ = ["Rightmost", "SmallestSingular", "rightmost_eigenvalues", "smallest_s
 _STEPS = (32, 48, 64, 96, 128, 192)  # sizes of the Krylov spaces at which eigenvalues are looked at
 _BLOCKS = 10  # steps of block Lanczos
 _CAUTION = 2.0  # how many residuals away an eigenvalue may be of a Ritz value that has not converged
-_ROUNDINGS = 4.0  # of a product with M, in units of the precision times |H|
+_ROUNDINGS = 1.0  # of a product with M, in units of the precision times the Frobenius norm of H
 
 
 class SmallestSingular(NamedTuple):
@@ -222,7 +223,7 @@ def _ritz(hessenberg: Tensor, eps: float, *, exact: bool) -> _Ritz:
     """Ritz values with residuals and errors from Hessenberg matrices, ``(n, k + 1, k)``."""
     square = hessenberg[:, :-1]
     finite = torch.isfinite(hessenberg).all(-1).all(-1)
-    value, right = torch.linalg.eig(square.where(finite[:, None, None], 0.0))  # right vectors of length one
+    value, right = _eigenvectors(square.where(finite[:, None, None], 0.0))
     left = linalg.inverse(right, check=False)  # rows y^H / (y^H x)
     condition = torch.nan_to_num(left.norm(dim=-1), nan=torch.inf)
     last = torch.zeros_like(hessenberg[:, -1, -1]) if exact else hessenberg[:, -1, -1].abs()
@@ -230,6 +231,21 @@ def _ritz(hessenberg: Tensor, eps: float, *, exact: bool) -> _Ritz:
     residual = last.unsqueeze(-1) * right[:, -1].abs() + rounding.unsqueeze(-1)
     residual = residual.masked_fill(~finite.unsqueeze(-1), torch.nan)
     return _Ritz(value, residual, residual * condition)
+
+
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(n, k)`` and right eigenvectors of length one ``(n, k, k)`` of matrices ``(n, k, k)``.
+
+    For a GPU they are computed on the CPU, where as many threads as torch may use take a part each: there is no batched
+    routine for a GPU, and one matrix at a time takes longer there.
+    """
+    if matrix.device.type == "cpu":
+        value, right = torch.linalg.eig(matrix)
+        return value, right
+    parts = matrix.cpu().chunk(torch.get_num_threads())
+    with ThreadPoolExecutor(len(parts)) as pool:
+        values, rights = zip(*pool.map(torch.linalg.eig, parts), strict=True)
+    return torch.cat(values).to(matrix.device), torch.cat(rights).to(matrix.device)
 
 
 def _rightmost(ritz: _Ritz, sign: int, tolerance: float) -> Rightmost:

@@ -74,11 +74,12 @@ class Factored(NamedTuple):
         return self.lu.device.type == "cpu" and self.lu.shape[-1] > TOGETHER
 
 
-def factor(matrix: Tensor) -> Factored:
+def factor(matrix: Tensor, *, overwrite: bool = False) -> Factored:
     """Factor matrices.
 
     Args:
         matrix: A, real, ``(N, m, m)``.
+        overwrite: whether the factors may be written in the place of the matrices, which saves memory.
 
     Returns:
         :class:`Factored`. Time O(m^3) per matrix.
@@ -90,10 +91,11 @@ def factor(matrix: Tensor) -> Factored:
     """
     if matrix.device.type == "cpu" and matrix.shape[-1] > TOGETHER:
         # Columns of each matrix contiguous, as LAPACK wants them, so that solving makes no copy.
-        lu = matrix.new_empty(matrix.shape).mT
+        lu = (matrix if overwrite and matrix.is_contiguous() else matrix.contiguous().clone()).mT
         pivots = torch.empty(matrix.shape[:-1], dtype=torch.int32)
-        for number, one in enumerate(matrix):
-            lu[number], pivots[number], _ = torch.linalg.lu_factor_ex(one.mT)
+        info = torch.empty((), dtype=torch.int32)
+        for one, order in zip(lu, pivots, strict=True):
+            torch.linalg.lu_factor_ex(one, out=(one, order, info))
         return Factored(lu, pivots)
     lu, pivots, _ = torch.linalg.lu_factor_ex(matrix.mT)
     return Factored(lu, pivots)

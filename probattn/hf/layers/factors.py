@@ -187,15 +187,26 @@ class LayerFactors(NamedTuple):
         group = heads // len(self.key)
         weights = (-sign * scale).unsqueeze(-1) * self.own_weight  # (N, H)
         covariance = scale[:, None, None, None] * self.covariance
+        query, key, value = (part @ carried for part in (self.query, self.key, self.value))
+        # The slope by the own key and the norms' share are one product of few columns.
         left = self._apply_heads(-scale[:, None, None] * lefts)  # (N, H, dv, e)
         columns = torch.cat([(scale[:, None, None] * self.own_value).unsqueeze(-1), left], -1)  # (N, H, dv, 1 + e)
+        own_key = self.own_key.movedim(1, 0) @ key.repeat_interleave(group, 0)  # (H, N, m)
+        rows = torch.cat([own_key.movedim(0, 1).unsqueeze(2), right.unsqueeze(1).expand(-1, heads, -1, -1)], 2)
         whole = carried.new_empty(len(scale), heads, size, self.size)
-        for head in range(heads):
-            part = whole[:, head]  # (N, dv, m)
-            torch.mul(weights[:, head, None, None], self.value[head // group] @ carried, out=part)
-            part.baddbmm_(covariance[:, head], (self.query[head] @ carried).expand(len(scale), -1, -1), alpha=-sign)
-            own_key = self.own_key[:, head] @ (self.key[head // group] @ carried)  # (N, m)
-            part.baddbmm_(columns[:, head], torch.cat([own_key.unsqueeze(1), right], 1), alpha=-sign)
+        if whole.device.type == "cpu":  # one part after the other, which the cache holds
+            for token, shares in enumerate(weights.tolist()):
+                for head, weight in enumerate(shares):
+                    part = whole[token, head]
+                    left_factor, right_factor = covariance[token, head], query[head]
+                    torch.addmm(value[head // group], left_factor, right_factor, beta=weight, alpha=-sign, out=part)
+                    part.addmm_(columns[token, head], rows[token, head], alpha=-sign)
+        else:
+            for head in range(heads):
+                part = whole[:, head]  # (N, dv, m)
+                torch.mul(weights[:, head, None, None], value[head // group], out=part)
+                part.baddbmm_(covariance[:, head], query[head].expand(len(scale), -1, -1), alpha=-sign)
+                part.baddbmm_(columns[:, head], rows[:, head], alpha=-sign)
         whole = whole.flatten(1, 2)
         whole.diagonal(dim1=-2, dim2=-1).add_(1.0)
         return whole
