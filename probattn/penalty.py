@@ -1,20 +1,16 @@
-r"""The log-barrier as a penalty on any attention, from its queries, keys and values alone.
+r"""The log-barrier as a penalty on any attention, from its queries, keys, values and the two maps around them.
 
-The variable is the query; keys and values, the token's own among them, are held fixed. *Per head*, in the head's own
-space,
-
-.. math::
-    q_i \mapsto q_i - \sum_s \alpha_{is} v_s, \qquad J_i = I - c\,\mathrm{Cov}_i(v, k),
-
-and *jointly* over heads, through W_O and W_Q, in the space of the tokens,
+The variable is the token u that makes the query; keys and values, the token's own among them, are held fixed:
 
 .. math::
     u_i \mapsto u_i - \sum_h W_O^h \sum_s \alpha^h_{is} v^h_s, \qquad
     J_i = I - \sum_h W_O^h\, \mathrm{Cov}^h_i(v, k)\, c W_Q^h .
 
-Under a strict mask the second is the J_i of :class:`~probattn.attention.CausalAttention` to the last digit. Under the
-usual inclusive mask it is not the Jacobian of a density of u, whose own key and value move with u_i; it is the exact
-Jacobian of the map above. Derived here.
+Under a strict mask this is the J_i of :class:`~probattn.attention.CausalAttention` to the last digit. Under the usual
+inclusive mask it is not the Jacobian of a density of u, whose own key and value move with u_i; it is the exact Jacobian
+of the map above. For the layers of language models, with everything that they do to a token, see
+:func:`~probattn.hf.barrier.attach_barrier`. The heads are always taken together, through W_O and W_Q: I - c Cov of a
+head alone would depend on the basis in which the head keeps its values, which the attention does not. Derived here.
 """
 
 from __future__ import annotations
@@ -38,8 +34,8 @@ class Penalty(NamedTuple):
     """The barrier at some positions of a batch.
 
     Attributes:
-        values: b, (batch, H, P); H is 1 where the heads are taken jointly.
-        margins: margin that the kind guards, (batch, H, P).
+        values: b, (batch, P).
+        margins: margin that the kind guards, (batch, P).
         positions: indices of the positions, rising, (P,).
         valid: False on padding, (batch, P).
         length: T, the number of positions of which these are a part.
@@ -54,9 +50,9 @@ class Penalty(NamedTuple):
     tokens: Tensor
 
     def total(self) -> Tensor:
-        """Sum over tokens of the mean over heads; from a random subset of positions, an unbiased estimate of it."""
-        kept = torch.where(self.valid.unsqueeze(1), self.values, torch.zeros_like(self.values))
-        return kept.sum() / self.values.shape[1] * (self.length / len(self.positions))
+        """Sum over tokens; from a random subset of positions, an unbiased estimate of it."""
+        kept = torch.where(self.valid, self.values, torch.zeros_like(self.values))
+        return kept.sum() * (self.length / len(self.positions))
 
     def mean(self) -> Tensor:
         """The total per token of the batch."""
@@ -91,6 +87,8 @@ def attention_penalty(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    output: Tensor,
+    query_map: Tensor,
     *,
     kind: BarrierKind = "one_sided",
     scale: float | None = None,
@@ -101,8 +99,6 @@ def attention_penalty(
     softcap: float | None = None,
     positions: Tensor | None = None,
     share: float = 1.0,
-    output: Tensor | None = None,
-    query_map: Tensor | None = None,
     sharpness: float = 10.0,
 ) -> Penalty:
     r"""Penalty of an attention at all of its positions or at a random part of them.
@@ -112,6 +108,8 @@ def attention_penalty(
         key: k, (batch, K, S, r), K dividing H: heads may share keys, which need not be repeated. S > T where keys of
             earlier tokens come from a cache; the last T of the S are those of the queries.
         value: v, (batch, K, S, dv).
+        output: W_O, (p, H dv), as in the weight of a linear layer.
+        query_map: W_Q, (H r, p).
         kind: see :func:`~probattn.barrier.log_barrier`.
         scale: c; None: 1 / sqrt(r).
         causal: "inclusive" (a position sees itself and the tokens before it) or "strict" (only those before it); None:
@@ -124,8 +122,6 @@ def attention_penalty(
         positions: indices of the positions to evaluate, rising, (P,): a random subset, if the sums are to be unbiased;
             None: a random share of them.
         share: part of the positions, in (0, 1], drawn anew in each call by :func:`choose_positions`.
-        output: W_O, (p, H dv), as in the weight of a linear layer, to take the heads jointly; needs ``query_map``.
-        query_map: W_Q, (H r, p).
         sharpness: beta of the ``smooth`` kind.
 
     Returns:
@@ -135,20 +131,20 @@ def attention_penalty(
 
     Raises:
         InputError: axes that do not fit, named; an unknown kind or mask; positions that are not rising indices; a
-            batch of padding only; no square block, where dv differs from r and the heads are not taken jointly.
+            batch of padding only.
 
     Example:
-        >>> k = torch.tensor([-1.0, 1.0, 0.0]).view(1, 1, 3, 1)
-        >>> penalty = attention_penalty(torch.zeros(1, 1, 3, 1), k, 0.5 * k, causal="strict", scale=1.0)
-        >>> round(float(penalty.values[0, 0, 2]), 6)  # -log(1 - 0.5 Var), the variance of -1 and 1
+        >>> k, one = torch.tensor([-1.0, 1.0, 0.0]).view(1, 1, 3, 1), torch.ones(1, 1)
+        >>> penalty = attention_penalty(torch.zeros(1, 1, 3, 1), k, 0.5 * k, one, one, causal="strict", scale=1.0)
+        >>> round(float(penalty.values[0, 2]), 6)  # -log(1 - 0.5 Var), the variance of -1 and 1
         0.693147
     """
     require_penalty(kind, sharpness)
     _require_shapes(query, key, value, mask, padding, causal)
     _require_positions(positions, share, query.shape[2])
-    joint = output is not None or query_map is not None
     heads, length, rank = query.shape[-3:]
     groups, seen, dim = key.shape[1], key.shape[2], value.shape[-1]
+    _require_maps(output, query_map, heads * dim, heads * rank)
     scale = rank**-0.5 if scale is None else scale
     chosen = choose_positions(length, share, query.device) if positions is None else positions
     whole = len(chosen) == length
@@ -165,37 +161,28 @@ def attention_penalty(
         if mask.dtype != torch.bool:  # libraries write "never" as the lowest number, which is another one when widened
             mask = mask.to(wide).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
         mask = shown(mask, 2)
-    # A head's own block is c Cov, which is linear in the values: there are fewer of these to multiply.
-    value = value.to(wide) if joint else scale * value.to(wide)
-    gain = None
-    if joint:
-        output, query_map = _require_maps(output, query_map, heads * dim, heads * rank)
-        gain = scale * norm_bound(output.detach().to(wide)) * norm_bound(query_map.detach().to(wide))
-        gain = gain.expand(1, 1)
+    gain = scale * norm_bound(output.detach().to(wide)) * norm_bound(query_map.detach().to(wide))
     moments = past_moments(
-        rows.to(wide), key.to(wide), value, first, limit, mask=mask, scale=scale, softcap=softcap, gain=gain
+        rows.to(wide),
+        key.to(wide),
+        value.to(wide),
+        first,
+        limit,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        gain=gain.expand(1, 1),
     )
     cov = moments.covariance.movedim(3, 2).flatten(1, 2)  # (batch, H, P, dv, r)
     with torch.autocast(query.device.type, enabled=False):
-        if joint:
-            assert output is not None
-            assert query_map is not None
-            factors = blocks.JacobianFactors(
-                cov,
-                scale * query_map.to(wide).unflatten(0, (heads, rank)),  # (H, r, p)
-                output.to(wide).unflatten(1, (heads, dim)).movedim(1, 0),  # (H, p, dv)
-                None,
-            )
-            matrix = blocks.mean_jacobian(factors) if kind == "singular_value" else blocks.sylvester_core(factors)
-            matrix, size = matrix.unsqueeze(1), factors.output.shape[-2]  # (batch, 1, P, m, m)
-        elif dim != rank:
-            raise InputError(
-                f"value has {dim} features and query {rank}: a head's own block is not square; pass output and "
-                "query_map to take the heads jointly."
-            )
-        else:
-            matrix, size = cov, rank
-        values, margins = penalty_and_margin(matrix, size, kind, sharpness)
+        factors = blocks.JacobianFactors(
+            cov,
+            scale * query_map.to(wide).unflatten(0, (heads, rank)),  # (H, r, p)
+            output.to(wide).unflatten(1, (heads, dim)).movedim(1, 0),  # (H, p, dv)
+            None,
+        )
+        matrix = blocks.mean_jacobian(factors) if kind == "singular_value" else blocks.sylvester_core(factors)
+        values, margins = penalty_and_margin(matrix, len(output), kind, sharpness)  # (batch, P)
     if padding is None:
         valid = torch.ones(len(query), len(chosen), dtype=torch.bool, device=query.device)
         tokens = torch.tensor(len(query) * length, device=query.device)
@@ -204,15 +191,14 @@ def attention_penalty(
     return Penalty(values, margins.detach(), chosen, valid, length, tokens)
 
 
-def _require_maps(output: Tensor | None, query_map: Tensor | None, values: int, keys: int) -> tuple[Tensor, Tensor]:
-    if output is None or query_map is None:
-        raise InputError("the heads are taken jointly through both output and query_map; pass the two.")
+def _require_maps(output: Tensor, query_map: Tensor, values: int, keys: int) -> None:
+    for name, part in (("output", output), ("query_map", query_map)):
+        require_tensor(name, part)
     if output.shape != (query_map.shape[-1], values) or query_map.shape[0] != keys:
         raise InputError(
             f"output has shape {tuple(output.shape)} and query_map {tuple(query_map.shape)}; they must be (p, "
             f"{values}) and ({keys}, p)."
         )
-    return output, query_map
 
 
 def _require_positions(positions: Tensor | None, share: float, length: int) -> None:

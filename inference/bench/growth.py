@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from probattn.inference.bench.harness import race
-from probattn.inference.bench.penalty import dense_penalty
-from probattn.penalty import attention_penalty
+from probattn.inference.bench.penalty import dense_penalty, kernel_penalty
 
 __all__ = ["growth"]
 
@@ -37,8 +36,7 @@ def growth(device: torch.device) -> dict[str, dict[str, list[float]]]:
             parts = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
 
             def exact(own: Any = parts) -> None:
-                stacked = [part.unsqueeze(0) for part in own]  # (1, H, T, d)
-                torch.autograd.grad(attention_penalty(*stacked, kind="logdet").values.sum(), own)
+                torch.autograd.grad(kernel_penalty(*own).sum(), own)
 
             def dense(own: Any = parts) -> None:
                 torch.autograd.grad(dense_penalty(*own).sum(), own)

@@ -12,6 +12,7 @@ import torch
 from probattn.barrier import BarrierKind
 from probattn.errors import InputError
 from probattn.hf.barrier import Placement
+from probattn.hf.penalty import require_probes
 from probattn.models.causal_lm import Architecture
 from probattn.models.options import Device, Range, Seed, check_options
 
@@ -38,7 +39,10 @@ class TrainOptions:
         weight: weight lambda of the barrier; 0 trains without it.
         kind: kind of penalty.
         positions: share of the positions at which the barrier is evaluated, drawn anew in each step.
-        placement: barrier on the heads of every layer, or on an attention stage of its own over the embeddings.
+        placement: barrier on the residual stream in front of each attention, or on an attention stage of its own over
+            the embeddings.
+        barrier_layers: chance of each layer to be evaluated in a step; residual placement only.
+        probes: number of random probes per token in place of exact determinants, for kind logdet; 0 is exact.
         steps: number of optimiser steps.
         batch: number of windows in a step, over all processes.
         accumulate: number of parts that a process makes of its share of a batch.
@@ -71,8 +75,10 @@ class TrainOptions:
     dropout: Annotated[float, Range(least=0, below=1)] = 0.0
     weight: Annotated[float, Range(least=0)] = 0.05
     kind: BarrierKind = "one_sided"
-    positions: Annotated[float, Range(above=0, most=1)] = 1.0
-    placement: Placement = "heads"
+    positions: Annotated[float, Range(above=0, most=1)] = 0.05
+    placement: Placement = "residual"
+    barrier_layers: Annotated[float, Range(above=0, most=1)] = 1.0
+    probes: Annotated[int, Range(least=0)] = 0
     steps: Annotated[int, Range(least=1)] = 1000
     batch: Annotated[int, Range(least=1)] = 32
     accumulate: Annotated[int, Range(least=1)] = 1
@@ -103,5 +109,8 @@ class TrainOptions:
                 f"batch is {self.batch}, which {world} processes cannot share in {self.accumulate} parts each; give a "
                 f"multiple of {world * self.accumulate}."
             )
+        require_probes(self.kind, self.probes or None)
+        if self.placement == "embeddings" and (self.probes or self.barrier_layers != 1):
+            raise InputError("probes and barrier_layers belong to placement residual; leave them out.")
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise InputError("precision fp16 needs a CUDA device; use bf16, float32 or float64 on a CPU.")

@@ -88,7 +88,15 @@ def train(options: TrainOptions) -> dict[str, float]:
     barrier = None
     if options.weight > 0:
         torch.manual_seed(options.seed)
-        barrier = attach_barrier(model, options.weight, options.kind, options.positions, options.placement)
+        barrier = attach_barrier(
+            model,
+            options.weight,
+            options.kind,
+            options.positions,
+            options.placement,
+            layers=options.barrier_layers,
+            probes=options.probes or None,
+        )
     with deferred_interrupt() as interrupted:
         trainer = _trainer(options, model, barrier, windows, heldout, interrupted, device)
         trainer.train(resume_from_checkpoint=resumed)

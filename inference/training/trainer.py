@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,8 +37,8 @@ class LogBarrierTrainerMixin:
         metrics: a JSON Lines file that every logged line is appended to, by the first process; None writes none.
 
     Logged in training by the first process, as means over the steps since the last line: ``cross_entropy``,
-    ``penalty``, ``objective``; and from the last step: ``weight``, ``smallest_margin``, ``support`` (layer, head,
-    sequence, position of that margin).
+    ``penalty``, ``objective``; and from the last step, over all its parts and processes: ``weight``,
+    ``smallest_margin`` and ``support`` (layer, sequence of the part, position of that margin).
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class LogBarrierTrainerMixin:
         super().__init__(*args, **kwargs)
         self._barrier, self._metrics = barrier, metrics
         self._penalty, self._steps_logged = 0.0, 0
+        self._nearest: tuple[float, int, int, int] | None = None
+        self._step_of_nearest = -1
         if barrier is not None:
             for name in ("compute_loss_func", "label_smoother"):
                 outside = getattr(self, name)
@@ -66,7 +69,20 @@ class LogBarrierTrainerMixin:
             else:
                 share = self.args.world_size if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
             self._penalty += share * self._barrier.penalty
+            self._note_nearest()
         return loss
+
+    def _note_nearest(self) -> None:
+        """Keep the smallest margin of the parts of a step."""
+        assert self._barrier is not None
+        if self.state.global_step != self._step_of_nearest:  # type: ignore[attr-defined]
+            self._step_of_nearest, self._nearest = self.state.global_step, None  # type: ignore[attr-defined]
+        for layer in self._barrier.statistics():
+            if not len(layer.support):
+                continue
+            found = (float(layer.smallest_margin), layer.layer, *map(int, layer.support[0]))
+            if self._nearest is None or found < self._nearest:
+                self._nearest = found  # type: ignore[assignment]
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add the barrier's figures to a line of training, then log as the Trainer does."""
@@ -95,13 +111,12 @@ class LogBarrierTrainerMixin:
             "weight": self._barrier.weight,
             "objective": loss + self._barrier.weight * penalty,
         }
-        layers = self._barrier.statistics()
-        if layers:
-            margins = torch.stack([layer.smallest_margin for layer in layers])  # (layers, H)
-            index = int(margins.argmin())
-            layer, head = layers[index // margins.shape[1]], index % margins.shape[1]
-            figures["smallest_margin"] = float(margins.min())
-            figures["support"] = [layer.layer, head, *layer.support[head, 0].tolist()]
+        nearest = self._nearest or (math.inf, 0, 0, 0)
+        gathered = self.accelerator.gather(torch.tensor([nearest], dtype=torch.float64, device=here.device))  # type: ignore[attr-defined]
+        margin, layer, sequence, position = gathered[gathered[:, 0].argmin()].tolist()
+        if math.isfinite(margin):
+            figures["smallest_margin"] = margin
+            figures["support"] = [int(layer), int(sequence), int(position)]
         return figures
 
     def _coupled(self, outside: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,12 +1,12 @@
-r"""Margins along decoding: how near each head came to its boundary at each token, while ``generate`` ran.
+r"""Margins along decoding: distance of each new token from the boundary, in each layer, while ``generate`` runs.
 
-The blocks are those of a head alone,
+The blocks are those of the residual stream,
 
-.. math:: J_i = I - c\,\mathrm{Cov}_i(v, k),
+.. math:: J_i = I - \partial \mu_i / \partial u_i ,
 
-at every position of the prompt and at each generated token when it takes its turn as a query. The last token of a
-sequence never does. With a cache, J_i is computed from the keys and values that the cache holds, and is the same as in
-one pass over the finished sequence.
+at each generated token when it takes its turn as a query, and at the prompt if asked for. The last token of a sequence
+never does. Keys and values of the past are kept here, beside those of the model's cache, so that J_i is that of one
+pass over the finished sequence, whatever cache the model has, or none.
 """
 
 from __future__ import annotations
@@ -14,75 +14,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from probattn.barrier import BarrierKind, MarginKind
+from probattn import blocks
+from probattn.barrier import MarginKind
 from probattn.errors import InputError, require_choice
-from probattn.hf.hooks import LayerCall, observe
-from probattn.penalty import attention_penalty
+from probattn.hf.discovery import residual_layers
+from probattn.hf.layers import AttentionLayer, LayerContext
+from probattn.hf.stream import Arguments, sees_any
 
-__all__ = ["DecodedMargins", "Flag", "MarginMonitor", "head_margins", "visible"]
-
-_PENALTY: dict[MarginKind, BarrierKind] = {
-    "determinant": "logdet",
-    "spectral": "spectral",
-    "singular_value": "singular_value",
-}
-
-
-def head_margins(call: LayerCall, kind: MarginKind, positions: Tensor | None = None) -> Tensor:
-    """The margins of the heads in one call of an attention layer.
-
-    Args:
-        call: as :func:`~probattn.hf.hooks.observe` shows it.
-        kind: "determinant", "spectral" or "singular_value".
-        positions: which of the T queries, rising, (P,); None: all.
-
-    Returns:
-        (batch, H, P); 1 where a query sees one token or none.
-
-    Raises:
-        InputError: heads whose values and keys differ in size.
-    """
-    if call.value.shape[-1] != call.key.shape[-1]:
-        raise InputError(
-            f"layer {call.layer} has keys of {call.key.shape[-1]} features and values of {call.value.shape[-1]}: a "
-            "head alone has no square block there, and no margin; use a model whose keys and values are of one size."
-        )
-    require_choice("kind", kind, tuple(_PENALTY))
-    with torch.no_grad():
-        return attention_penalty(
-            call.query,
-            call.key,
-            call.value,
-            kind=_PENALTY[kind],
-            scale=call.scale,
-            window=call.window,
-            mask=call.mask,
-            softcap=call.softcap,
-            positions=positions,
-        ).margins
-
-
-def visible(call: LayerCall) -> Tensor:
-    """True for queries that see any token, (batch, T); padding on the left sees none."""
-    if call.mask is None:
-        return torch.ones(call.query.shape[0], call.query.shape[2], dtype=torch.bool, device=call.query.device)
-    mask = call.mask
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return allowed.any(-1).any(1).expand(len(call.query), -1)
+__all__ = ["DecodedMargins", "Flag", "MarginMonitor"]
 
 
 class Flag(NamedTuple):
-    """One head whose margin fell below the threshold at one generated token."""
+    """One layer whose margin fell below the threshold at one generated token."""
 
     sequence: int
     step: int
     layer: int
-    head: int
     margin: float
 
 
@@ -91,15 +44,15 @@ class DecodedMargins:
     """The margins of N sequences of one call of ``generate``.
 
     Attributes:
-        prompt: at the T tokens of the prompts, (L, N, H, T).
-        steps: at the generated tokens, the last one excepted, (L, N, H, S).
+        prompt: at the T tokens of the prompts, (L, N, T); None if they were not asked for.
+        steps: at the generated tokens, the last one excepted, (L, N, S).
         prompt_valid: False on padding, (N, T); the margins there are 1.
-        steps_valid: False where a sequence was over, (N, S).
+        steps_valid: False where a sequence was over, (N, S); the margins there are 1.
         layers: the numbers of the L layers.
         kind: which margin.
     """
 
-    prompt: Tensor
+    prompt: Tensor | None
     steps: Tensor
     prompt_valid: Tensor
     steps_valid: Tensor
@@ -108,11 +61,11 @@ class DecodedMargins:
 
     def flags(self, threshold: float) -> list[Flag]:
         """Generated tokens whose margin is below the threshold (or NaN), by sequence and step."""
-        low = ~(self.steps >= threshold) & self.steps_valid[:, None]  # (L, N, H, S)
-        found = low.permute(1, 3, 0, 2).nonzero().tolist()
+        low = ~(self.steps >= threshold) & self.steps_valid  # (L, N, S)
+        found = low.permute(1, 2, 0).nonzero().tolist()
         return [
-            Flag(sequence, step, self.layers[layer], head, float(self.steps[layer, sequence, head, step]))
-            for sequence, step, layer, head in found
+            Flag(sequence, step, self.layers[layer], float(self.steps[layer, sequence, step]))
+            for sequence, step, layer in found
         ]
 
 
@@ -120,7 +73,7 @@ class _Step(NamedTuple):
     """Observations between two choices of a token.
 
     Attributes:
-        margins: at the new positions, (L, R, H, P) for R rows.
+        margins: at the new positions, (L, R, P) for R rows.
         valid: (R, P).
         parent: the row of the step before that each row continues, (R,).
         token: the last token of each row, (R,).
@@ -140,19 +93,22 @@ class MarginMonitor:
     when ``generate`` is called.
 
     Args:
-        model: a ``PreTrainedModel`` whose architecture uses the attention interface. While the monitor is entered its
-            attention is torch's fused one, which is also the default.
-        kind: which margin, see :func:`~probattn.barrier.stability_margin`.
+        model: a model of ``transformers`` whose layers :func:`~probattn.hf.layers.attention_layer` covers.
+        kind: which margin, see :func:`~probattn.barrier.stability_margin`. "determinant" costs one factorisation per
+            layer and token, the others a decomposition.
         threshold: below which :meth:`flags` reports a step.
+        layers: numbers of the layers to watch; None: all.
+        prompt: True to record the tokens of the prompt too, at a block for each.
         end: tokens that end a sequence; None: those of the model's generation config.
 
     Raises:
-        InputError: an unknown kind, a threshold that is no number; on entering, a model that cannot be observed.
+        InputError: an unknown kind, a threshold that is no number, a layer that is not there; on entering, a model that
+            is not covered.
 
     Example:
         >>> with MarginMonitor(model, threshold=0.1) as monitor:  # doctest: +SKIP
         ...     output = model.generate(ids, logits_processor=[monitor.processor()])
-        >>> monitor.record(output).steps.amin((0, 2))  # smallest margin of each token, (N, S)  # doctest: +SKIP
+        >>> monitor.record(output).steps.amin(0)  # smallest margin of each token, (N, S)  # doctest: +SKIP
     """
 
     def __init__(
@@ -161,27 +117,39 @@ class MarginMonitor:
         kind: MarginKind = "singular_value",
         threshold: float | None = None,
         *,
+        layers: Sequence[int] | None = None,
+        prompt: bool = False,
         end: Sequence[int] | None = None,
     ) -> None:
-        require_choice("kind", kind, tuple(_PENALTY))
+        require_choice("kind", kind, get_args(MarginKind))
         if threshold is not None and math.isnan(threshold):
             raise InputError(f"threshold is {threshold}; give a number, or None for no flags.")
-        self.kind, self.threshold = kind, threshold
+        self.kind, self.threshold, self.prompt = kind, threshold, prompt
         self._model = model
+        self._wanted = None if layers is None else sorted(set(layers))
         self._end = _end_tokens(model) if end is None else list(end)
-        self._stop: Callable[[], None] | None = None
+        self._hooks: list[Any] = []
+        self._attentions: dict[int, AttentionLayer] = {}
         self._start()
 
     def __enter__(self) -> MarginMonitor:
-        if self._stop is not None:
+        if self._hooks:
             raise InputError("the monitor is entered already; make another one to nest them.")
-        self._stop = observe(self._model, self._see)
+        found = residual_layers(self._model)
+        known = [one.site.number for one in found]
+        wanted = known if self._wanted is None else self._wanted
+        if not set(wanted) <= set(known) or not wanted:
+            raise InputError(f"layers is {wanted}; the model has {known[0]} to {known[-1]}.")
+        for one in found:
+            if one.site.number in wanted:
+                self._attentions[one.site.number] = one.layer.detach()
+                see = partial(self._see, one.site.number, Arguments(one.site.block))
+                self._hooks.append(one.site.block.register_forward_pre_hook(see, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def processor(self) -> Callable[[Tensor, Tensor], Tensor]:
         """A logits processor that tells the monitor where a step ends; one for each call of ``generate``.
@@ -226,14 +194,13 @@ class MarginMonitor:
         for step, token in zip(later, sequences[:, length:].unbind(1), strict=False):
             same = same[:, step.parent] & (step.token == token[:, None])
             going = same.any(1) & ~over
-            found = step.margins[:, _choose(same), :, 0]  # (L, N, H)
-            margins.append(torch.where(going[:, None], found, torch.ones_like(found)))
+            found = step.margins[:, _choose(same), 0]  # (L, N)
+            margins.append(torch.where(going, found, torch.ones_like(found)))
             valid.append(going)
             over = over | torch.isin(token, torch.tensor(self._end, device=token.device, dtype=token.dtype))
-        prompt = first.margins[:, row]
         return DecodedMargins(
-            prompt,
-            torch.stack(margins, -1) if margins else prompt[..., :0],
+            first.margins[:, row] if self.prompt else None,
+            torch.stack(margins, -1) if margins else first.margins[:, row, :0],
             first.valid[row],
             torch.stack(valid, -1) if valid else first.valid[row][:, :0],
             self._layers,
@@ -241,7 +208,7 @@ class MarginMonitor:
         )
 
     def flags(self, sequences: Tensor | None = None) -> list[Flag]:
-        """The heads and generated tokens whose margin is below the threshold.
+        """The layers and generated tokens whose margin is below the threshold.
 
         Args:
             sequences: as in :meth:`record`.
@@ -254,22 +221,24 @@ class MarginMonitor:
         return self.record(sequences).flags(self.threshold)
 
     def _start(self) -> None:
-        self._pending: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._pending: dict[int, list[Tensor]] = {}  # streams by layer, (R, t, p) each
+        self._valid: list[Tensor] = []  # (R, t) each
+        self._contexts: dict[int, list[LayerContext]] = {}  # by layer, one for each row
         self._steps: list[_Step] = []
         self._layers: tuple[int, ...] = ()
         self._prompts: Tensor | None = None
         self._rows: Tensor | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _see(self, call: LayerCall, output: Tensor) -> Tensor:
-        if call.causal:
-            length = call.query.shape[2]
-            # After the prompt one position is new in each pass; without a cache the others are shown again.
-            chosen = torch.arange(length - 1 if self._steps else 0, length, device=call.query.device)
-            shown = head_margins(call, self.kind, chosen), visible(call)[:, chosen]
-            self._pending.setdefault(call.layer, []).append(shown)
-        return output
+    def _see(
+        self, number: int, names: Arguments, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        u = names.first(args, kwargs).detach()
+        if number == min(self._attentions):
+            self._valid.append(sees_any(names.bind(args, kwargs).get("attention_mask"), u))
+        self._pending.setdefault(number, []).append(u)
 
+    @torch.no_grad()
     def _mark(self, ids: Tensor) -> None:
         """Close a step, with the tokens (R, n) that the next one is to follow."""
         if not self._pending:
@@ -277,26 +246,57 @@ class MarginMonitor:
                 "a token is chosen that no pass of the observed model came before; call generate inside "
                 "`with monitor:`, on the monitor's model, without an assistant."
             )
-        layers = tuple(sorted(self._pending))
-        parts = [self._pending[layer] for layer in layers]
-        self._pending = {}
-        margins = [torch.cat([margin for margin, _ in part], -1).to(ids.device) for part in parts]  # L of (R, H, P)
-        valid = torch.cat([shown for _, shown in parts[0]], -1).to(ids.device)  # (R, P)
-        rows, heads, _ = margins[0].shape
-        expected = 1 if self._steps else ids.shape[1]
-        for layer, part in zip(layers, margins, strict=True):
-            if part.shape != (len(ids), heads, expected):
+        streams = {number: torch.cat(parts, 1) for number, parts in sorted(self._pending.items())}
+        valid = torch.cat(self._valid, 1)
+        self._pending, self._valid = {}, []
+        if self._steps and valid.shape[1] == ids.shape[1]:  # no cache: what is known is shown again
+            streams = {number: u[:, -1:] for number, u in streams.items()}
+            valid = valid[:, -1:]
+        expected = (len(ids), 1 if self._steps else ids.shape[1])
+        for number, u in streams.items():
+            if u.shape[:2] != expected or valid.shape != expected:
                 raise InputError(
-                    f"layer {layer} shows {part.shape[0]} rows, {part.shape[1]} heads and {part.shape[2]} new "
-                    f"positions, not {len(ids)}, {heads} and {expected}; assisted decoding, guidance, prompts of "
-                    "embeddings, a cache that is filled already and layers of unequal heads are not followed."
+                    f"layer {number} shows {u.shape[0]} rows and {u.shape[1]} new positions, not {expected[0]} and "
+                    f"{expected[1]}; assisted decoding, guidance, prompts of embeddings, a cache that is filled "
+                    "already and layers that run twice are not followed."
                 )
         if self._rows is None:
-            self._prompts, parent = ids, torch.arange(rows, device=ids.device)
+            self._prompts, parent = ids, torch.arange(len(ids), device=ids.device)
+            found = [self._read_prompt(number, u, valid) for number, u in streams.items()]
         else:
             parent = _parents(ids, self._rows)
-        self._layers, self._rows = layers, ids
-        self._steps.append(_Step(torch.stack(margins), valid, parent, ids[:, -1]))
+            found = [self._read_token(number, u[:, 0], parent) for number, u in streams.items()]
+        self._layers, self._rows = tuple(streams), ids
+        self._steps.append(_Step(torch.stack(found).to(ids.device), valid.to(ids.device), parent, ids[:, -1]))
+
+    def _read_prompt(self, number: int, streams: Tensor, valid: Tensor) -> Tensor:
+        """Contexts of the prompts, each without its padding, and their margins, (R, T)."""
+        attention = self._attentions[number]
+        margins = torch.ones(valid.shape, dtype=attention.dtype, device=streams.device)
+        self._contexts[number] = []
+        for row, (u, kept) in enumerate(zip(streams.to(attention.dtype), valid, strict=True)):
+            tokens = u[kept]  # (n, p)
+            self._contexts[number].append(attention.context(tokens))
+            if self.prompt and len(tokens):
+                margins[row, kept] = torch.cat(
+                    [
+                        _margin(attention.mean_jacobian(tokens, part), self.kind)
+                        for part in torch.arange(len(tokens), device=u.device).split(16)
+                    ]
+                )
+        return margins
+
+    def _read_token(self, number: int, streams: Tensor, parent: Tensor) -> Tensor:
+        """Margins of one new token per row, (R, 1); the contexts then hold it."""
+        attention, before = self._attentions[number], self._contexts[number]
+        margins, after = [], []
+        for u, row in zip(streams.to(attention.dtype), parent.tolist(), strict=True):
+            block = before[row].mean_and_jacobian(u)[1]
+            identity = torch.eye(len(block), dtype=block.dtype, device=block.device)
+            margins.append(_margin(identity - block, self.kind))
+            after.append(before[row].extend(u))
+        self._contexts[number] = after
+        return torch.stack(margins).unsqueeze(1)
 
 
 class _Boundary:
@@ -308,6 +308,17 @@ class _Boundary:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._mark(input_ids)
         return scores
+
+
+def _margin(change: Tensor, kind: MarginKind) -> Tensor:
+    """Margins of the blocks I - M, from M, ``(*tokens, p, p)``."""
+    if kind == "determinant":
+        sign, logabs = blocks.logabsdet_one_minus(change)
+        return sign * logabs.exp()
+    if kind == "singular_value":
+        return blocks.smallest_singular_value_one_minus(change)
+    largest = blocks.largest_real_eigenvalue if kind == "spectral" else blocks.spectral_abscissa
+    return 1 - largest(change, change.shape[-1])
 
 
 def _parents(ids: Tensor, before: Tensor) -> Tensor:

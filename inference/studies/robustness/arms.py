@@ -13,7 +13,7 @@ from probattn.models.gpt import GPTConfig
 
 __all__ = ["ARMS", "VARIANTS", "Arm", "Study"]
 
-Placement = Literal["none", "embeddings", "heads"]
+Placement = Literal["none", "embeddings", "residual"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Arm:
     Attributes:
         name: short name, unique in a study.
         placement: place of the penalty: "none", "embeddings" (through a stage of its own with one head and the strict
-            mask) or "heads" (on the model's own heads in every layer, with the inclusive mask).
+            mask) or "residual" (on the residual stream in front of the attention of every layer).
         kind: kind of the penalty, see :func:`~probattn.barrier.log_barrier`.
         weight: weight lambda of the penalty.
         prior: "margin" for the penalty alone, "full" with the Gaussian term of the stage.
@@ -88,9 +88,9 @@ _KINDS: tuple[BarrierKind, ...] = ("logdet", "one_sided", "smooth", "spectral", 
 _SHARES: Mapping[tuple[Placement, BarrierKind], tuple[float, float]] = {
     ("embeddings", "spectral"): (0.25, 1.0),
     ("embeddings", "singular_value"): (0.25, 0.25),
-    **{("heads", kind): (0.5, 0.5) for kind in ("logdet", "one_sided", "smooth")},
-    ("heads", "spectral"): (0.1, 0.25),
-    ("heads", "singular_value"): (0.2, 0.25),
+    **{("residual", kind): (0.25, 0.5) for kind in ("logdet", "one_sided", "smooth")},
+    ("residual", "spectral"): (0.1, 0.25),
+    ("residual", "singular_value"): (0.1, 0.25),
 }
 
 
@@ -120,7 +120,7 @@ ARMS: tuple[Arm, ...] = (
     _barrier("embeddings", "logdet", 0.02, reason="the literal term of the density, lower weight"),
     *(_barrier("embeddings", kind, 0.05, reason="a stage of its own on the embeddings") for kind in _KINDS),
     _barrier("embeddings", "logdet", 0.05, "embeddings full prior 0.05", prior="full", reason="with the Gaussian term"),
-    *(_barrier("heads", kind, 0.05, reason="the model's own heads, every layer") for kind in _KINDS),
+    *(_barrier("residual", kind, 0.05, reason="the residual stream in front of every attention") for kind in _KINDS),
 )
 
 VARIANTS: tuple[Arm, ...] = (
@@ -150,13 +150,13 @@ VARIANTS: tuple[Arm, ...] = (
         frozen=True,
         reason="the same where the stage cannot give way: a free stage soon satisfies a one-sided penalty by itself",
     ),
-    _barrier("heads", "one_sided", 0.5, reason="ten times the weight on the heads that do the work"),
-    _barrier("heads", "singular_value", 0.5, reason="the same with the margin that bounds the gain"),
+    _barrier("residual", "one_sided", 0.5, reason="ten times the weight on the layers that do the work"),
+    _barrier("residual", "singular_value", 0.5, reason="the same with the margin that bounds the gain"),
     _barrier(
-        "heads",
+        "residual",
         "one_sided",
         0.05,
-        "relative noise 0.2 + heads one_sided 0.05",
+        "relative noise 0.2 + residual one_sided 0.05",
         relative_noise=0.2,
         reference="relative noise 0.2",
         reason="does the barrier add to noise training? Compared with that",

@@ -19,14 +19,22 @@ from torch import Tensor
 
 from probattn.barrier import BarrierKind
 from probattn.errors import InputError
+from probattn.hf.penalty import residual_penalty
+from probattn.hf.stream import Stream
 from probattn.inference.runtime.environment import describe
 from probattn.inference.runtime.files import write_json
 from probattn.inference.runtime.progress import log_step
 from probattn.inference.studies.robustness.arms import Arm, Study
 from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, Array, evaluate, label
-from probattn.inference.studies.robustness.training import Trained, one_thread, train
+from probattn.inference.studies.robustness.training import (
+    Trained,
+    forward_with_streams,
+    one_thread,
+    residual_attention,
+    train,
+)
 from probattn.models.corpus import Corpus, Windows
-from probattn.penalty import Penalty, attention_penalty
+from probattn.penalty import Penalty
 
 __all__ = ["QUANTILES", "Record", "look_inside", "run_study"]
 
@@ -99,7 +107,7 @@ class Record:
 
 @torch.no_grad()
 def look_inside(trained: Trained, inputs: Tensor) -> dict[str, float]:
-    """Measure norms, and margins of the model's own heads, and of the stage if there is one, on held-out text.
+    """Measure norms, margins of the model's own layers, and of the stage if there is one, on held-out text.
 
     Args:
         trained: trained model.
@@ -114,11 +122,15 @@ def look_inside(trained: Trained, inputs: Tensor) -> dict[str, float]:
         "parameter_norm": math.sqrt(sum(float(part.double().square().sum()) for part in model.parameters())),
     }
     u = model.embed(inputs[:_LOOKED_AT])
-    heads = model.forward_with_heads(u)[1]
+    streams = forward_with_streams(model, u)[1]
+    rows = torch.arange(u.shape[1], device=u.device)
     kinds: dict[str, BarrierKind] = {"determinant": "logdet", "singular_value": "singular_value"}
     for name, kind in kinds.items():
-        layers = [attention_penalty(*layer, kind=kind) for layer in heads]
-        facts |= _margins(f"heads_{name}", layers)
+        layers = [
+            residual_penalty(residual_attention(model, number), Stream(tokens, None, None, None), rows, kind)
+            for number, tokens in enumerate(streams)
+        ]
+        facts |= _margins(f"residual_{name}", layers)
         if trained.stage is not None:
             facts |= _margins(f"stage_{name}", [trained.stage.penalty(u, kind)])
     return facts

@@ -148,7 +148,7 @@ def render_table(
             if arm.losses
         ],
     )
-    lines += ["", "## Norms and margins of the model's own heads, and of the stage where there is one", ""]
+    lines += ["", "## Norms and margins of the model's own layers, and of the stage where there is one", ""]
     lines += _table(
         (
             "arm",
@@ -204,9 +204,9 @@ def draw_study(summary: Summary) -> dict[str, Figure]:
         figures["robustness-noise"] = plotting.plot_loss_curves(curves)
     known = [arm for arm in summary.arms.values() if arm.facts]
     if known:
-        titles = {"determinant": "det J of the heads", "singular_value": "smallest singular value of J"}
+        titles = {"determinant": "det J of the layers", "singular_value": "smallest singular value of J"}
         margins = {
-            title: {arm.arm: np.array(_quantiles(arm, f"heads_{kind}")) for arm in known}
+            title: {arm.arm: np.array(_quantiles(arm, f"residual_{kind}")) for arm in known}
             for kind, title in titles.items()
         }
         paths = {arm.arm: np.array(arm.path) for arm in known}
@@ -261,9 +261,9 @@ def _fact_row(arm: ArmSummary) -> tuple[str, ...]:
         arm.arm,
         f"{facts['rms']:.4f}",
         f"{facts['parameter_norm']:.2f}",
-        f"{facts['heads_determinant_negative']:.2%}",
-        listed("heads_determinant"),
-        listed("heads_singular_value"),
+        f"{facts['residual_determinant_negative']:.2%}",
+        listed("residual_determinant"),
+        listed("residual_singular_value"),
         f"{facts[stage]:.2%}" if stage in facts else "–",
         listed("stage_singular_value"),
         f"{facts['seconds']:.0f}",

@@ -5,8 +5,8 @@ positions of a penalty, an attention stage of its own) comes from a separate gen
 
 .. math:: \mathrm{CE}(y) + \lambda\, \tfrac1n \sum_i b_i,
 
-with b_i at the input embeddings, through a stage of its own, or at the model's own heads, averaged over heads and
-layers.
+with b_i at the input embeddings, through a stage of its own, or on the residual stream in front of the attention of
+every layer, averaged over layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,18 @@ from torch import Tensor
 
 from probattn.embedding_prior import AttentionStage
 from probattn.errors import InputError
+from probattn.hf.layers import AttentionLayer
+from probattn.hf.layers.sublayer import Sublayer
+from probattn.hf.layers.tokenwise import Norm, Projection
+from probattn.hf.penalty import residual_penalty
+from probattn.hf.stream import Stream
 from probattn.inference.studies.robustness.arms import Arm, Study
 from probattn.models.corpus import Corpus
-from probattn.models.gpt import CharacterGPT, Heads
+from probattn.models.gpt import CharacterGPT
 from probattn.numerics.random import isolated_seed
-from probattn.penalty import attention_penalty
+from probattn.penalty import choose_positions
 
-__all__ = ["Trained", "batches", "one_thread", "stream", "train"]
+__all__ = ["Trained", "batches", "forward_with_streams", "one_thread", "residual_attention", "stream", "train"]
 
 
 class Trained(NamedTuple):
@@ -151,10 +156,10 @@ def _optimise(
         if not path:
             path.append(_follow(model, inputs, wanted[0] if wanted is not None else None))
         u = model.embed(inputs)
-        logits, heads = model.forward_with_heads(_noisy(u, arm))
+        logits, streams = forward_with_streams(model, _noisy(u, arm))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         if arm.weight > 0:
-            loss = loss + arm.weight * _penalty(arm, u, heads, stage)
+            loss = loss + arm.weight * _penalty(arm, model, u, streams, stage)
         optimiser.zero_grad()
         loss.backward()
         size = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -193,13 +198,56 @@ def _noisy(u: Tensor, arm: Arm) -> Tensor:
     return u
 
 
-def _penalty(arm: Arm, u: Tensor, heads: Sequence[Heads], stage: AttentionStage | None) -> Tensor:
-    """Return the barrier b, averaged over tokens, heads and layers."""
+def _penalty(
+    arm: Arm, model: CharacterGPT, u: Tensor, streams: Sequence[Tensor], stage: AttentionStage | None
+) -> Tensor:
+    """Return the barrier b, averaged over tokens and layers."""
     first = max(1, round(arm.windows * len(u)))
     if stage is not None:
         return stage.penalty(u[:first], arm.kind, share=arm.positions).mean()
-    parts = [
-        attention_penalty(*(part[:first] for part in layer), kind=arm.kind, share=arm.positions).mean()
-        for layer in heads
-    ]
+    parts = []
+    for number, tokens in enumerate(streams):
+        rows = choose_positions(u.shape[1], arm.positions, u.device)
+        seen = Stream(tokens[:first], None, None, None)
+        parts.append(residual_penalty(residual_attention(model, number), seen, rows, arm.kind).mean())
     return torch.stack(parts).mean()
+
+
+def forward_with_streams(model: CharacterGPT, u: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Compute the logits, and the residual stream in front of every layer.
+
+    Args:
+        model: model.
+        u: embeddings, ``(N, T, p)``.
+
+    Returns:
+        Logits, ``(N, T, V)``, and one tensor ``(N, T, p)`` per layer.
+    """
+    streams = []
+    for block in model.blocks:
+        streams.append(u)
+        u, _ = block(u)
+    return model.readout(model.norm(u)), streams
+
+
+def residual_attention(model: CharacterGPT, number: int) -> AttentionLayer:
+    """Return the attention of a layer, with its norm, as an attention on the residual stream.
+
+    Args:
+        model: model.
+        number: number of the layer.
+    """
+    block: Any = model.blocks[number]
+
+    def read() -> Sublayer:
+        norm, heads = block.attention_norm, block.heads
+        weights, biases = block.projections.weight.chunk(3), block.projections.bias.chunk(3)
+        query, key, value = (
+            Projection(weight.unflatten(0, (heads, -1)), bias.unflatten(0, (heads, -1)))
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        output = block.output.weight.unflatten(1, (heads, -1))  # (p, H, p / H)
+        normed = Norm(norm.weight, norm.bias, norm.eps, centred=True)
+        return Sublayer(normed, query, key, value, output, output.shape[-1] ** -0.5, output_bias=block.output.bias)
+
+    return AttentionLayer(read, "character GPT", number, block.output.weight.dtype)

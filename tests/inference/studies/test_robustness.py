@@ -34,9 +34,9 @@ from probattn.inference.studies.robustness.summary import (
     summarise,
 )
 from probattn.inference.studies.robustness.table import draw_study, escape, render_table
-from probattn.inference.studies.robustness.training import batches, train
+from probattn.inference.studies.robustness.training import batches, forward_with_streams, residual_attention, train
 from probattn.models.corpus import UNKNOWN, Corpus, Windows
-from probattn.models.gpt import CharacterGPT
+from probattn.models.gpt import CharacterGPT, GPTConfig
 
 TINY = Study(
     seeds=(0, 1), steps=6, batch=4, warmup=2, context=8, dim=8, layers=1, heads=2, rank=2, windows=6, learning_rate=1e-2
@@ -284,7 +284,7 @@ class TestStudy:
         content = json.loads((tmp_path / "embeddings-logdet-0.05-0.json").read_text())
         read = Record.from_dict(content)
         assert read.facts == record.facts
-        assert {"rms", "parameter_norm", "heads_determinant_0.5", "stage_determinant_negative"} <= set(read.facts)
+        assert {"rms", "parameter_norm", "residual_determinant_0.5", "stage_determinant_negative"} <= set(read.facts)
         assert set(read.losses) == set(record.losses)
         assert content["environment"]["versions"]["torch"] == torch.__version__
 
@@ -364,8 +364,8 @@ def planted(effects, *, arms=JUDGED, seeds=5, windows=40, diverged=()):
                 + generator.normal(0, 0.01, windows)
                 for family, name in names
             }
-            facts = {"rms": 0.5, "parameter_norm": 10.0, "heads_determinant_negative": 0.0}
-            facts |= {f"heads_{kind}_{q:g}": q for kind in ("determinant", "singular_value") for q in QUANTILES}
+            facts = {"rms": 0.5, "parameter_norm": 10.0, "residual_determinant_negative": 0.0}
+            facts |= {f"residual_{kind}_{q:g}": q for kind in ("determinant", "singular_value") for q in QUANTILES}
             stopped = 7 if (arm.name, seed) in diverged else None
             records.append(Record(arm.name, seed, stopped, {} if stopped else losses, facts, [0.5, 0.6]))
     return records
@@ -448,7 +448,7 @@ class TestVerdict:
 
     def test_an_effect_of_other_arms_does_not_speak_for_the_barrier(self):
         gain = {"relative noise": -0.5, "absolute noise": -0.5}
-        mixed = Arm("mixed", "heads", "one_sided", 0.05, relative_noise=0.2, reference=POSITIVE)
+        mixed = Arm("mixed", "residual", "one_sided", 0.05, relative_noise=0.2, reference=POSITIVE)
         effects = {POSITIVE: gain, LITERAL_AT_PLAIN_SCALE: gain, "mixed": gain}
         assert verdict_of(effects, arms=(*JUDGED, mixed)).overall == "not_supported"
 
@@ -566,3 +566,23 @@ def test_the_declared_arms_fit_together():
     assert {"plain", LITERAL, LITERAL_AT_PLAIN_SCALE, POSITIVE, NEGATIVE} <= set(named)
     assert all(arm.reason for arm in every)
     assert sum(arm.barrier for arm in every) == 17
+
+
+def test_a_layer_on_the_residual_stream_is_what_the_model_computes():
+    model = CharacterGPT(GPTConfig(11, context=6, dim=8, layers=2, heads=2)).double()
+    with torch.no_grad():
+        for part in model.parameters():
+            part += 0.3 * torch.randn(part.shape, generator=torch.Generator().manual_seed(part.numel()))
+    u = model.embed(torch.arange(6).expand(2, -1))
+    logits, streams = forward_with_streams(model, u)
+    assert torch.equal(logits, model(u=u))
+    for number, tokens in enumerate(streams):
+        layer, block, added = residual_attention(model, number), model.blocks[number], []
+        hook = block.output.register_forward_hook(lambda module, args, output, added=added: added.append(output))
+        block(tokens)
+        hook.remove()
+        torch.testing.assert_close(layer.mean(tokens), added[0], rtol=1e-10, atol=1e-10)
+        whole = torch.autograd.functional.jacobian(layer.mean, tokens[0])
+        blocks = torch.stack([whole[i, :, i] for i in range(6)])
+        torch.testing.assert_close(layer.mean_jacobian(tokens[0]), blocks, rtol=0, atol=1e-10)
+        assert blocks.abs().max() > 0.1

@@ -84,9 +84,8 @@ def test_a_run_leaves_a_model_its_alphabet_and_its_figures(whole):
         assert line["cross_entropy"] == line["loss"]
         assert line["objective"] == pytest.approx(line["cross_entropy"] + 0.5 * line["penalty"], abs=1e-12)
         assert line["penalty"] > 0
-        layer, head, sequence, position = line["support"]
+        layer, sequence, position = line["support"]
         assert layer == 0
-        assert head in (0, 1)
         assert 0 <= sequence < 8
         assert 0 <= position < 24
     assert trained[-1]["cross_entropy"] < trained[0]["cross_entropy"]
@@ -96,7 +95,7 @@ def test_a_run_leaves_a_model_its_alphabet_and_its_figures(whole):
 
     model, tokeniser = load_causal_lm(out / "model")
     assert isinstance(tokeniser, CharacterTokeniser)
-    assert "".join(tokeniser.pieces(tokeniser.encode("fox"))) == "fox"
+    assert [tokeniser.name(token) for token in tokeniser.encode("fox").tolist()] == list("fox")
     assert not any("stage" in name or "probattn" in name for name in model.state_dict())
     assert "probattn" not in (out / "model" / "config.json").read_text()
     assert result["cross_entropy"] == [line for line in lines(out) if "eval_loss" in line][-1]["eval_loss"]
@@ -145,6 +144,13 @@ def test_accumulation_does_not_change_the_run(text, tmp_path):
     expected, found = losses(tmp_path / "plain"), losses(tmp_path / "parts")
     # The Trainer keeps its sum of losses in single precision.
     assert found == pytest.approx(expected, rel=1e-6)
+    # The smallest margin is that of all parts, not of the last one.
+    margins = [
+        {line["step"]: line["smallest_margin"] for line in lines(tmp_path / name) if "smallest_margin" in line}
+        for name in ("plain", "parts")
+    ]
+    assert margins[1] == pytest.approx(margins[0], rel=1e-6)
+    assert len(margins[0]) == OPTIONS.steps
     unweighted = replace(plain, weight=0.1, out=tmp_path / "weight")
     train(unweighted)
     assert [line["cross_entropy"] for line in lines(tmp_path / "weight") if "loss" in line][-1] != pytest.approx(
@@ -165,6 +171,16 @@ def test_every_architecture_trains_and_goes_on_from_its_folder(architecture, tex
     assert after["penalty"] > 0
 
 
+def test_with_probes_and_a_part_of_the_layers(text, tmp_path):
+    options = replace(OPTIONS, layers=2, kind="logdet", probes=1, barrier_layers=0.5, steps=4, save_every=0)
+    train(replace(options, corpus=text, out=tmp_path))
+    written = [line for line in lines(tmp_path) if "penalty" in line]
+    assert len(written) == 4
+    assert all(isinstance(line["penalty"], float) for line in written)
+    named = json.loads((tmp_path / "config.json").read_text())["options"]
+    assert (named["probes"], named["barrier_layers"]) == (1, 0.5)
+
+
 def test_without_a_weight_there_is_no_barrier(text, tmp_path):
     train(replace(OPTIONS, weight=0.0, steps=2, save_every=0, corpus=text, out=tmp_path))
     assert all("penalty" not in line for line in lines(tmp_path))
@@ -172,7 +188,7 @@ def test_without_a_weight_there_is_no_barrier(text, tmp_path):
 
 def test_a_penalty_that_is_not_finite_stops_and_keeps_the_checkpoint(text, tmp_path):
     options = replace(OPTIONS, out=tmp_path, corpus=text, save_every=1, warmup=0, learning_rate=1e200)
-    with pytest.raises(NonFinitePenaltyError, match=r"layer 0, head \d, position \d+ of sequence \d+"):
+    with pytest.raises(NonFinitePenaltyError, match=r"layer 0, position \d+ of sequence \d+"):
         train(options)
     assert last_whole_checkpoint(tmp_path) is not None
 
@@ -184,6 +200,10 @@ def test_a_penalty_that_is_not_finite_stops_and_keeps_the_checkpoint(text, tmp_p
         ({"dim": 15}, "does not divide"),
         ({"kind": "log"}, "'logdet', 'one_sided'"),
         ({"positions": 0.0}, "above 0 and at most 1"),
+        ({"placement": "heads"}, "'residual', 'embeddings'"),
+        ({"barrier_layers": 0.0}, "above 0 and at most 1"),
+        ({"probes": 1}, "non-linear function of an unbiased estimate is biased"),
+        ({"placement": "embeddings", "barrier_layers": 0.5}, "belong to placement residual"),
         ({"weight": -1.0}, "weight is -1.0; it must be at least 0"),
         ({"steps": 0}, "steps is 0"),
         ({"precision": "fp16"}, "needs a CUDA device"),
@@ -242,7 +262,7 @@ def test_a_loss_made_outside_the_model_is_coupled_too(tmp_path):
             disable_tqdm=True,
             **options.pop("arguments", {}),
         )
-        barrier = attach_barrier(model, options.pop("weight"), "smooth")
+        barrier = attach_barrier(model, options.pop("weight"), "smooth", 1.0)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         LogBarrierTrainer(model, arguments, train_dataset=data, barrier=barrier, **options).train()
         return {name: before[name] - value for name, value in model.state_dict().items()}
