@@ -21,7 +21,8 @@ from probattn.inference.methods.nuts import NutsConfig, fit_nuts
 from probattn.inference.methods.svi import SviConfig, fit_svi
 from probattn.inference.problem import pose
 from probattn.inference.reports.fit import write_comparison, write_fit
-from probattn.inference.results.comparison import AS_ASKED, Compared, compare, variants
+from probattn.inference.results.comparison import AS_ASKED, LEAST_DRAWS, Compared, compare, variants
+from probattn.inference.results.contraction import logit_spread, scale_words
 from probattn.inference.results.diagnosis import Diagnosis, diagnose
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.posterior import assemble
@@ -143,12 +144,19 @@ class FitOptions:
             raise InputError(f"contraction is {self.contraction}, which needs memory_radius; give one.")
         if self.compare and self.method_name == "map":
             raise InputError("compare needs draws; use the method nuts, svi or laplace.")
+        if self.compare and self._draws < LEAST_DRAWS:
+            raise InputError(f"compare needs {LEAST_DRAWS} draws in all, and {self._draws} are asked for; raise draws.")
         defaults = {entry.name: entry.default for entry in fields(self)}
         useless = [name for name in _OF_DATA if self.corpus is not None and getattr(self, name) != defaults[name]]
         useless += [entry.name for entry in fields(self.text) if self.corpus is None and _given(self.text, entry.name)]
         if useless:
             read, other = ("corpus", "data") if self.corpus is not None else ("data", "corpus")
             raise InputError(f"{useless[0]} goes with {other}, and {read} is given; leave it out.")
+
+    @property
+    def _draws(self) -> int:
+        method = self.method
+        return 1 if isinstance(method, MapConfig) else method.draws * getattr(method, "chains", 1)
 
     @property
     def method_name(self) -> str:
@@ -179,6 +187,7 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
         model, u, facts = pose(options)
         target = LogDensity(model, u)
         others = variants(model, options.compare)  # refused before the work, not after it
+        _warn_of_scale(options, target)
         draws = _infer(options, target)
         device = select_device(options.device)
         record = {
@@ -203,6 +212,18 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
 def _sole_run(out: Path) -> AbstractContextManager[Any]:
     """The lock of the output folder, held by the first of the processes."""
     return nullcontext() if launched_rank() else hold_folder(out)
+
+
+def _warn_of_scale(options: FitOptions, target: LogDensity) -> None:
+    """Say before the work that the data are on a scale where they can say little."""
+    model, u = target.model, target.data[0]
+    assert isinstance(model, EmbeddingModel)
+    prior = model.attention_of(target.prior_draws(64, options.seed)).qk_matrix
+    spread = logit_spread(prior.double().cpu().numpy(), u[:8].double().cpu().numpy())
+    rms = float(u.double().square().mean().sqrt())
+    words = scale_words(spread, rms, standardise=options.data is not None and not options.standardise)
+    if words:
+        _LOG.warning("scale of the data: %s", words)
 
 
 def _infer(options: FitOptions, target: LogDensity, variant: str = "") -> Draws:
@@ -237,6 +258,8 @@ def _attributes(options: FitOptions, model: EmbeddingModel, record: Mapping[str,
         "mask": model.mask,
         "power": model.power,
         "jacobian": int(model.jacobian),
+        "source": "text" if options.data is None else "file",
+        "standardised": int(options.standardise),
         **deepest,
         "seed": options.seed,
         "command": environment["command"],

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from probattn.errors import InputError
+from probattn.inference.methods.cost import announce, require_memory
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.importance import draw_corrected
 from probattn.inference.methods.log_density import LogDensity
@@ -193,7 +194,8 @@ def fit_laplace(
         :func:`~probattn.inference.methods.importance.draw_corrected` adds.
 
     Raises:
-        InputError: no mode, a Hessian with a direction of growth (a saddle), a checkpoint of another fit.
+        InputError: more memory than is free, no mode, a Hessian with a direction of growth (a saddle), a checkpoint of
+            another fit.
         KeyboardInterrupt: after Ctrl-C, once the state has been saved.
 
     Example:
@@ -202,9 +204,13 @@ def fit_laplace(
         >>> fit_laplace(target, LaplaceConfig(draws=8)).z.shape
         torch.Size([1, 8, 2])
     """
+    matrices = 6 * target.dim**2 * target.origin.element_size()  # Hessian, its vectors, and what exists in passing
+    require_memory(target, matrices, "--method laplace", "use --method svi --guide mean_field, or infer fewer (--rank)")
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
     state = init(target, config, start)
+    # A Hessian is 2 D gradients, and Newton's steps take up to three more of them.
+    announce(target, f"laplace, a Hessian of {target.dim:,} columns", config.steps + 8 * target.dim)
     iterate(
         state,
         partial(update, target=target, config=config),

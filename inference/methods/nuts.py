@@ -19,6 +19,7 @@ from torch import Tensor
 
 from probattn.errors import InputError
 from probattn.inference.methods.adaptation import StepSize, window_covariance, window_ends
+from probattn.inference.methods.cost import announce
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.pyro_chains import run_pyro_chains
@@ -33,6 +34,7 @@ __all__ = ["ChainMethod", "NutsConfig", "NutsState", "bytes_per_chain", "finish"
 ChainMethod = Literal["vectorised", "sequential", "process"]
 _log = logging.getLogger(__name__)
 _EARLY_DEPTH = 5  # doublings at most while the mass matrix is still learnt: a tiny step would hold up all chains
+_TYPICAL = 15  # gradients of a transition: trajectories of four doublings
 _LINES = 20  # log records of a run
 
 
@@ -232,6 +234,9 @@ def fit_nuts(
     """
     _require_data_sets(target, config)
     _require_memory(target, config)
+    transitions = config.warmup + config.draws
+    work = f"nuts, {transitions:,} transitions of {_TYPICAL} gradients (and as many as {2**config.max_depth:,})"
+    announce(target, work, transitions * _TYPICAL + 2 * target.dim, config.chains)
     if start is None:
         start = feasible_start(target, config.chains, config.seed)
     named = {"method": "nuts", **asdict(config), **identify(target.model, target.data), **(identity or {})}
@@ -297,6 +302,11 @@ def _require_data_sets(target: LogDensity, config: NutsConfig) -> None:
 def _require_memory(target: LogDensity, config: NutsConfig) -> None:
     together = 1 if config.chain_method == "sequential" else config.chains
     each, allowed = bytes_per_chain(target, config), int(config.memory * 2**30)
+    if each > allowed:
+        raise InputError(
+            f"one chain takes about {each / 2**30:,.1f} GiB for {target.dim:,} parameters, {config.memory:g} allowed; "
+            "infer fewer (--rank), use --method svi --guide mean_field or --method map, or raise --memory."
+        )
     if together * each > allowed:
         raise InputError(
             f"chains is {config.chains}: about {together * each / 2**30:.1f} GiB at once, {config.memory:g} allowed; "

@@ -32,6 +32,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 from probattn.errors import InputError
+from probattn.inference.methods.cost import announce, require_memory
 from probattn.inference.methods.draws import Draws, Info
 from probattn.inference.methods.importance import draw_corrected
 from probattn.inference.methods.log_density import LogDensity
@@ -146,10 +147,11 @@ def init(target: LogDensity, config: SviConfig, start: Tensor) -> SviState:
         start: centre of a normal guide, ``(D,)``.
 
     Raises:
-        InputError: a flow in one dimension.
+        InputError: a flow in one dimension, or a guide that needs more memory than is free.
     """
     if config.guide == "flow" and target.dim < 2:
         raise InputError("a flow needs at least two parameters; use --guide full_rank.")
+    _require_memory(target, config)
     size, shards = _sizes(target, config)
     with isolated(start.device, seed=config.seed):
         guide = _build_guide(target, config, start)
@@ -270,6 +272,7 @@ def fit_svi(
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
     state = init(target, config, start)
+    announce(target, f"svi, {config.steps:,} steps at most", config.steps * config.particles)
     iterate(
         state,
         partial(update, target=target, config=config),
@@ -286,6 +289,22 @@ def _sizes(target: LogDensity, config: SviConfig) -> tuple[int, int]:
     """Sequences in a minibatch and parts that it is cut into."""
     size = min(config.batch or target.sequences, target.sequences)
     return size, min(config.shards, size)
+
+
+def _require_memory(target: LogDensity, config: SviConfig) -> None:
+    """Refuse a guide whose parameters, with gradients, averages and Adam's moments, do not fit."""
+    dim = target.dim
+    numbers = {
+        "mean_field": 2 * dim,
+        "low_rank": (2 + max(1, round(dim**0.5))) * dim,
+        "full_rank": dim**2 + dim,
+        "flow": 6 * dim**2,  # two networks with a hidden layer of size D
+    }[config.guide]
+    needed = 7 * numbers * target.origin.element_size()
+    smaller = "use --guide mean_field, or infer fewer (--rank)"
+    if config.guide == "mean_field":
+        smaller = "infer fewer (--rank)"
+    require_memory(target, needed, f"--guide {config.guide}", smaller)
 
 
 def _end_window(state: SviState, config: SviConfig) -> None:

@@ -22,10 +22,11 @@ from probattn.inference.methods.importance import RELIABLE
 from probattn.inference.methods.log_density import LogDensity
 from probattn.models.embedding import EmbeddingModel
 
-__all__ = ["AS_ASKED", "Compared", "compare", "leave_one_out", "standard_error", "variants"]
+__all__ = ["AS_ASKED", "LEAST_DRAWS", "Compared", "compare", "leave_one_out", "standard_error", "variants"]
 
 Array = NDArray[Any]
 AS_ASKED = "as asked"
+LEAST_DRAWS = 25  # a fifth of the draws is the tail of the weights, and a tail of fewer than five has no shape
 _WHAT = ("jacobian", "mask", "heads")
 
 
@@ -76,7 +77,7 @@ def leave_one_out(fitted: Array, predictive: Array | None = None) -> tuple[Array
         Expected log predictive density and k-hat of each sequence, ``(N,)`` each.
 
     Raises:
-        InputError: fewer than two sequences.
+        InputError: fewer than two sequences, or fewer than 25 draws.
 
     Example:
         >>> one = np.random.default_rng(0).normal(size=(1, 100, 3))
@@ -87,6 +88,8 @@ def leave_one_out(fitted: Array, predictive: Array | None = None) -> tuple[Array
 
     if fitted.shape[-1] < 2:
         raise InputError("one sequence only: leaving it out leaves nothing to predict it from; give at least two.")
+    if fitted[..., 0].size < LEAST_DRAWS:
+        raise InputError(f"{fitted[..., 0].size} draws; at least {LEAST_DRAWS} are needed to leave a sequence out.")
     weights, khat = array_stats.psislw(fitted, axis=[0, 1])  # (N, chain, draw), normalised
     chosen = np.moveaxis(fitted if predictive is None else predictive, -1, 0)
     return logsumexp(weights + chosen, axis=(1, 2)), khat

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probattn.inference.methods.importance import RELIABLE
-from probattn.inference.results.comparison import leave_one_out, standard_error
+from probattn.inference.results.comparison import LEAST_DRAWS, leave_one_out, standard_error
+from probattn.inference.results.contraction import contraction, logit_spread, scale_words
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.posterior import REGIMES
 
@@ -27,6 +28,7 @@ _VERDICTS = {
 _JUDGED = ("qk_matrix", "ov_matrix", "noise_scale", "smallest_margin")
 _AGREE, _DISAGREE = 1.01, 1.05  # R-hat up to which chains agree, and beyond which they do not (Vehtari et al., 2021)
 _ENOUGH = 100  # effective draws per chain (Vehtari et al., 2021, arXiv 1903.08008)
+_HARDLY = 10  # effective draws per chain below which no interval can be read
 _DIVERGENT = 0.01  # share of divergences that is a problem rather than a warning
 _BFMI = 0.3  # fraction of missing information on energies that is low (Betancourt, 2016, arXiv 1604.00695)
 _SATURATED = 0.01  # share of trajectories ended by their depth that is worth a warning
@@ -35,6 +37,7 @@ _FOLDED = 0.05  # share of folded draws that is a problem rather than a warning
 _SENSITIVE = 0.05  # power-scaling sensitivity that matters (Kallioinen et al., 2024, arXiv 2107.14054)
 _NEAR = 0.05  # |det J| below which a draw counts as at the boundary
 _FOR_SENSITIVITY = 100  # draws per chain below which sensitivities are noise
+_FOR_CONTRACTION = 50  # draws in all below which their widths are noise
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def diagnose(fit: Fit) -> Diagnosis:
 
     Checked are: R-hat, bulk and tail ESS and MCSE of what is identified; divergences and how near det J = 0 they end;
     E-BFMI; saturated trees; k-hat of an approximation; convergence of SVI; the regime at the data; the order of heads;
-    sensitivity to the prior by power scaling; leave-one-sequence-out.
+    the scale of the data; what was learned of each parameter; sensitivity to the prior by power scaling;
+    leave-one-sequence-out. Remedies are options of the method that made the fit.
 
     Args:
         fit: fit with the groups of :func:`probattn.inference.results.posterior.assemble`.
@@ -106,7 +110,9 @@ def diagnose(fit: Fit) -> Diagnosis:
         findings.append(
             Finding("heads", "note", f"their order differed in {share:.0f} % of the draws and was matched.")
         )
+    findings += _scale(fit, numbers)
     if fit.method != "map":
+        findings += _learned(fit, numbers)
         findings += _prior(fit, numbers)
         findings += _leave_one_out(fit, numbers)
     return Diagnosis(findings, numbers)
@@ -128,6 +134,7 @@ def _chains(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     named = dict(_scalars(fit))
     chains, draws = next(iter(named.values())).shape
     worst = {}
+    level: Level
     for name, ary in named.items():
         worst[name] = {
             "rhat": float(array_stats.rhat(ary, chain_axis=0, draw_axis=1)) if chains > 1 else np.nan,
@@ -142,18 +149,23 @@ def _chains(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
             yield Finding("R-hat", "good", f"at most {rhat:.3f} ({at}): the chains agree.")
         else:
             remedy = "run longer (--warmup, --draws); if it stays, look for several modes or reduce --heads."
-            level: Level = "warning" if rhat <= _DISAGREE else "problem"
+            level = "warning" if rhat <= _DISAGREE else "problem"
             yield Finding("R-hat", level, f"{rhat:.3f} for {at}: the chains do not agree; {remedy}")
     else:
         yield Finding("R-hat", "warning", "one chain cannot be compared with others; use --chains 4.")
     for kind in ("bulk", "tail"):
-        at = min(worst, key=lambda name: worst[name][kind])
+        # One that is not defined comes before any number.
+        at = min(worst, key=lambda name: np.nan_to_num(worst[name][kind], nan=-1.0))
         size = numbers[f"ess_{kind}"] = worst[at][kind]
+        if not np.isfinite(size):
+            yield Finding(f"{kind} ESS", "warning", f"not defined for {draws} draws per chain ({at}): raise --draws.")
+            continue
         enough = size >= _ENOUGH * chains
         words = f"at least {size:.0f} of {chains * draws} draws ({at})"
         needed = int(1.2 * _ENOUGH * draws * chains / size)
         remedy = "" if enough else f"; fewer than {_ENOUGH} per chain: raise --draws to about {needed}"
-        yield Finding(f"{kind} ESS", "good" if enough else "warning", f"{words}{remedy}.")
+        level = "good" if enough else "warning" if size >= _HARDLY * chains else "problem"
+        yield Finding(f"{kind} ESS", level, f"{words}{remedy}.")
     at = max(worst, key=lambda name: worst[name]["mcse"])
     numbers["mcse_over_sd"] = worst[at]["mcse"]
     yield Finding("MCSE", "good", f"a mean is off by at most {100 * worst[at]['mcse']:.1f} % of its deviation ({at}).")
@@ -171,9 +183,7 @@ def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         place = f"{near} of them end within {_NEAR} of det J = 0"
         if 2 * near >= count:
             words = "at the fold boundary"
-            remedy = (
-                "the data reach the degeneracy boundary: tighten the prior (--prior-scale) or raise --target-accept"
-            )
+            remedy = f"the data reach the degeneracy boundary: {_tighter(fit)}or raise --target-accept"
         else:
             words = "away from the boundary"
             remedy = "raise --target-accept to 0.95"
@@ -184,15 +194,13 @@ def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     if "energy" in stats:
         fraction = numbers["ebfmi"] = float(np.min(array_stats.bfmi(np.asarray(stats["energy"]))))
         fine = fraction >= _BFMI
-        remedy = "" if fine else ": the momenta explore the energies slowly; run longer or tighten the prior"
+        remedy = "" if fine else ": the momenta explore the energies slowly; run longer (--draws)"
         yield Finding("E-BFMI", "good" if fine else "warning", f"at least {fraction:.2f}{remedy}.")
     if "tree_depth" in stats:
         deepest = np.asarray(stats["tree_depth"])
         share = numbers["saturated_trees"] = float((deepest >= fit.attributes.get("max_depth", 10)).mean())
         if share > _SATURATED:
-            words = (
-                f"{100 * share:.0f} % of the trajectories ended by their depth; raise --max-depth or rescale the data."
-            )
+            words = f"{100 * share:.0f} % of the trajectories ended by their depth; raise --max-depth{_rescale(fit)}."
             yield Finding("trees", "warning", words)
 
 
@@ -204,7 +212,8 @@ def _approximation(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         yield Finding("convergence", "good", f"the rule ended the fit after {info['steps']} steps.")
     flat = int(info.get("flat_directions", 0))
     if flat:
-        words = f"{flat} directions do not change the density and were left out; k-hat is not defined: check with nuts."
+        remedy = "check with --method nuts"
+        words = f"{flat} directions do not change the density and were left out; k-hat is not defined: {remedy}."
         yield Finding("flat directions", "warning", words)
     if "khat_guide" not in info:
         return
@@ -222,7 +231,7 @@ def _approximation(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         remedy = {
             "good": "the approximation is close",
             "warning": "usable for means, not for tails",
-            "problem": "the approximation is not the posterior; use --guide full_rank or flow, or --method nuts",
+            "problem": f"the approximation is not the posterior; use {_closer(fit)}",
         }[level]
         yield Finding("k-hat", level, f"{guide:.2f}: {remedy}.")
 
@@ -235,10 +244,84 @@ def _regime(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     numbers |= {f"share_{name}": share for name, share in shares.items()}
     words = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items())
     if shares["folded"] > 0:
-        words += "; where it folds the likelihood is not a density and the posterior has no meaning: tighten the prior"
-        yield Finding("regime at the data", "problem" if shares["folded"] > _FOLDED else "warning", f"{words}.")
+        draws = (codes == REGIMES.index("folded")).reshape(codes.shape[0] * codes.shape[1], -1).any(-1)
+        numbers["folded_draws"] = int(draws.sum())
+        where = f"{int(draws.sum())} of {len(draws)} draws fold at one of the {codes[0, 0].size} sequences looked at"
+        words += f"; {where}: there the likelihood is not a density and the posterior has no meaning"
+        remedy = f"; {_tighter(fit) or 'infer with smaller --context '}or leave these draws out of any conclusion"
+        level: Level = "problem" if shares["folded"] > _FOLDED else "warning"
+        yield Finding("regime at the data", level, f"{words}{remedy}.")
     else:
         yield Finding("regime at the data", "good" if shares["certified"] == 1 else "note", f"{words}.")
+
+
+def _from_text(fit: Fit) -> bool:
+    """Whether the data are embeddings of a text, whose prior comes with the language model."""
+    return fit.attributes.get("source") == "text"
+
+
+def _tighter(fit: Fit) -> str:
+    return "" if _from_text(fit) else "tighten the prior (--prior-scale) "
+
+
+def _rescale(fit: Fit) -> str:
+    return "" if _from_text(fit) or fit.attributes.get("standardised") else ", or use --standardise"
+
+
+def _closer(fit: Fit) -> str:
+    """What comes closer to the posterior than the method of a fit does."""
+    if fit.method != "svi":
+        return "--method svi or nuts"
+    guides = {"full_rank": "--guide flow", "flow": ""}
+    better = guides.get(str(fit.attributes.get("guide")), "--guide full_rank or flow")
+    return f"{better}, or --method nuts" if better else "--method nuts"
+
+
+def _scale(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    prior, u = fit.groups.get("prior", {}), fit.groups.get("observed_data", {}).get("u")
+    if "qk_matrix" not in prior or u is None:
+        return
+    spread = numbers["prior_logit_spread"] = logit_spread(_flat(prior["qk_matrix"]), np.asarray(u))
+    rms = numbers["data_rms"] = float(np.sqrt(np.square(u).mean()))
+    words = scale_words(spread, rms, standardise=bool(_rescale(fit)))
+    if words:
+        yield Finding("scale of the data", "warning", f"{words}.")
+
+
+def _learned(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    """What the data taught about each parameter."""
+    posterior, prior = fit.groups["posterior"], fit.groups.get("prior", {})
+    for name in ("qk_matrix", "ov_matrix", "noise_scale"):
+        if name not in posterior or name not in prior:
+            continue
+        draws = _flat(posterior[name])
+        if len(draws) < _FOR_CONTRACTION:
+            words = f"{len(draws)} draws are too few to compare with the prior; take at least {_FOR_CONTRACTION}."
+            yield Finding(f"learned of {name}", "note", words)
+            continue
+        found = contraction(draws, _flat(prior[name]))
+        numbers[f"contraction_{name}"] = float(found.contraction.mean())
+        unlearned = found.unlearned
+        count, total = int(unlearned.sum()), unlearned.size
+        mean = f"mean contraction {numbers[f'contraction_{name}']:.2f}"
+        about = f"learned of {name}"
+        if found.nothing:
+            words = f"nothing: the posterior is the prior in {count} of {total} entries ({mean})"
+            yield Finding(about, "problem", f"{words}; more or longer sequences, or data of another scale, are needed.")
+        elif count:
+            named = [f"[{', '.join(map(str, index))}]" for index in np.argwhere(unlearned)[:3]]
+            more = ", ..." if count > len(named) else ""
+            words = f"{count} of {total} entries are as the prior has them: {', '.join(named)}{more} ({mean})"
+            level: Level = "warning" if 2 * count >= total else "note"
+            yield Finding(about, level, f"{words}; do not read them as found in the data.")
+        else:
+            yield Finding(about, "good", f"every entry is narrower than its prior, or elsewhere ({mean}).")
+
+
+def _flat(values: Array) -> Array:
+    """Draws of all chains, ``(S, *event)``."""
+    values = np.asarray(values)
+    return values.reshape(-1, *values.shape[2:])
 
 
 def _prior(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
@@ -260,7 +343,8 @@ def _prior(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         words = f"{names} move when it is scaled, and so with the likelihood: prior and data may conflict"
     else:
         words = f"{names} move when it is scaled and hardly with the likelihood: the data say little of them"
-    yield Finding("prior", "warning", f"{words}; report the result under another --prior-scale too.")
+    remedy = "" if _from_text(fit) else "; report the result under another --prior-scale too"
+    yield Finding("prior", "warning", f"{words}{remedy}.")
 
 
 def _leave_one_out(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
@@ -277,10 +361,19 @@ def _leave_one_out(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         words = "one sequence only: leaving it out leaves nothing; give more sequences for model comparison."
         yield Finding("leave-one-out", "note", words)
         return
+    if pointwise[..., 0].size < LEAST_DRAWS:
+        words = f"{pointwise[..., 0].size} draws are too few to fit the tail of the weights: take {LEAST_DRAWS} in all."
+        yield Finding("leave-one-out", "note", words)
+        return
     elpd, khat = leave_one_out(pointwise)
     numbers["elpd_loo"], numbers["elpd_loo_se"] = float(elpd.sum()), standard_error(elpd)
     bad = numbers["loo_khat_bad"] = int((khat > RELIABLE).sum())
     words = f"elpd {numbers['elpd_loo']:.1f} +- {numbers['elpd_loo_se']:.1f} over {sequences} sequences"
-    if bad:
+    if bad == sequences:
+        words += (
+            f"; every one decides too much to be left out by weights (k-hat > {RELIABLE}), and this number means "
+            "little: give more sequences, or fewer parameters (--rank, --heads)"
+        )
+    elif bad:
         words += f"; {bad} of them decide too much to be left out by weights (k-hat > {RELIABLE}): refit without them"
     yield Finding("leave-one-sequence-out", "note" if bad else "good", f"{words}.")

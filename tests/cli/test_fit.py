@@ -192,6 +192,10 @@ def test_a_text_gives_the_posterior_of_its_attention_stage(folder, here):
         (["--data", "hidden.npz", "--mask", "causal"], 'Invalid value "causal" for --mask. Choose from: "strict"'),
         (["--data", "hidden.npz", "--compare", "mask"], "comparing masks needs value and output maps"),
         (["--data", "hidden.npz", "--method", "map", "--compare", "heads"], "compare needs draws"),
+        (["--data", "hidden.npz", "--chains", "1", "--draws", "20", "--compare", "jacobian"], "compare needs 25 draws"),
+        (["--data", "wide.npy", "--method", "svi"], "--guide full_rank needs about 5,760.8 GiB for 332,352 parameters"),
+        (["--data", "wide.npy", "--method", "laplace"], "use --method svi --guide mean_field, or infer fewer (--rank)"),
+        (["--data", "wide.npy", "--method", "nuts"], "infer fewer (--rank), use --method svi --guide mean_field"),
         (["--data", "one.npy", "--method", "laplace", "--compare", "jacobian"], "one sequence only"),
         (["--data", "hidden.npz", "--sequences", "-1"], 'Invalid value "-1" for --sequences'),
         (["--data", "constant.npy", "--standardise"], "all numbers are equal"),
@@ -205,6 +209,7 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, here, arguments, message
     np.savez(tmp_path / "several.npz", a=states, b=states)
     np.save(tmp_path / "short.npy", states[:, :2])
     np.save(tmp_path / "one.npy", states[:1])
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).normal(size=(2, 4, 576)))
     np.save(tmp_path / "constant.npy", np.ones_like(states))
     states[0, 1, 1] = np.nan
     np.save(tmp_path / "nan.npy", states)
@@ -230,3 +235,46 @@ def test_a_fit_cut_short_is_named(folder, here):
             Fit.load(folder / "cut.nc")
     with pytest.raises(InputError, match=r"no such file; give the fit\.nc of a run"):
         Fit.load(folder / "missing.nc")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "nuts", "--chains", "1", "--warmup", "20", "--draws", "4"],
+        ["--method", "laplace", "--draws", "4"],
+        ["--method", "svi", "--steps", "30", "--draws", "4"],
+    ],
+)
+def test_the_smallest_allowed_run_works_and_says_what_it_cannot_judge(folder, here, options):
+    result = here("fit", "--data", "hidden.npz", *options, "--out", f"least-{options[1]}", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "4 draws are too few to fit the tail of the weights" in result.stdout
+    assert "4 draws are too few to compare with the prior" in result.stdout
+
+
+def test_a_fit_that_learned_nothing_says_so_before_and_after(folder, here):
+    """Data of root mean square 0.027 say nothing of an attention whose logits they leave near zero."""
+    np.save(folder / "small.npy", 0.027 * np.random.default_rng(0).normal(size=(4, 6, 2)))
+    small = ["fit", "--data", "small.npy", "--method", "laplace", "--draws", "400", "--out", "small"]
+    result = here(*small, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("scale of the data: root mean square 0.02")
+    assert first.endswith("attention is uniform; use --standardise")
+    assert "problem  learned of qk_matrix: nothing: the posterior is the prior in 4 of 4 entries" in result.stdout
+    assert "verdict  not reliable" in result.stdout
+    result = here(*small, "--standardise", cwd=folder)
+    assert "scale of the data" not in result.stdout
+
+
+def test_two_runs_into_one_folder(folder):
+    """The second is refused, and the first is not disturbed."""
+    words = ["--data", "hidden.npz", "--method", "map", "--steps", "100000", "--patience", "0", "--out", "shared"]
+    with subprocess.Popen([*PROBATTN, *words], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        second = run("--data", "hidden.npz", "--method", "laplace", "--out", "shared", cwd=folder)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert second.returncode == 2
+    assert second.stderr.startswith(f"probattn: --out shared: in use by process {process.pid} on ")
+    assert {entry.name for entry in (folder / "shared").iterdir()} <= {"map.pt", "map.previous.pt"}

@@ -86,14 +86,18 @@ class TestThresholds:
         assert finding(diagnosis, "R-hat").level == level
         assert diagnosis.numbers["rhat"] == pytest.approx(rhat, nan_ok=True)
 
-    @pytest.mark.parametrize(("size", "level"), [(401.0, "good"), (400.0, "good"), (399.0, "warning")])
+    @pytest.mark.parametrize(
+        ("size", "level"), [(401.0, "good"), (400.0, "good"), (399.0, "warning"), (40.0, "warning"), (39.0, "problem")]
+    )
     @pytest.mark.parametrize("kind", ["bulk", "tail"])
     def test_effective_draws_per_chain(self, monkeypatch, kind, size, level):
         monkeypatch.setattr(array_stats, "ess", lambda ary, method, **_: size if method == kind else 800.0)
         found = finding(diagnose(healthy()), f"{kind} ESS")
         assert found.level == level
         # 200 draws a chain gave 399: 100 a chain and a fifth more to be safe takes 240.
-        assert ("fewer than 100 per chain: raise --draws to about 240" in found.words) == (level == "warning")
+        needed = {399.0: 240, 40.0: 2400, 39.0: 2461}.get(size)
+        assert ("fewer than 100 per chain" in found.words) == (level != "good")
+        assert needed is None or f"raise --draws to about {needed}" in found.words
 
     @pytest.mark.parametrize(("count", "level"), [(0, "good"), (1, "warning"), (8, "warning"), (9, "problem")])
     def test_a_hundredth_of_divergences(self, count, level):
@@ -156,7 +160,7 @@ def test_sticky_chains_have_few_effective_draws():
     fit = healthy()
     fit.groups["posterior"]["noise_scale"][:] = np.repeat(fit.groups["posterior"]["noise_scale"][:, ::50], 50, axis=1)
     found = finding(diagnose(fit), "bulk ESS")
-    assert found.level == "warning"
+    assert found.level == "problem"  # 16 of 800
     assert "raise --draws to about" in found.words
 
 
@@ -193,6 +197,8 @@ def test_trees_that_end_by_their_depth():
         ({"khat_guide": 0.3, "corrected": 0}, "good", "0.30: the approximation is close"),
         ({"khat_guide": 0.6, "corrected": 0}, "warning", "usable for means, not for tails"),
         ({"khat_guide": 1.2, "corrected": 0}, "problem", "use --guide full_rank or flow, or --method nuts"),
+        ({"khat_guide": 1.2, "corrected": 0, "guide": "full_rank"}, "problem", "use --guide flow, or --method nuts"),
+        ({"khat_guide": 1.2, "corrected": 0, "guide": "flow"}, "problem", "posterior; use --method nuts"),
         (
             {"khat_guide": 1.2, "corrected": 1, "khat": 0.2, "importance_ess": 300.0},
             "good",
@@ -205,6 +211,12 @@ def test_khat_of_an_approximation(notes, level, words):
     found = finding(diagnose(healthy("svi", **notes)), "k-hat")
     assert found.level == level
     assert words in found.words
+
+
+def test_laplace_is_not_told_to_use_the_options_of_svi():
+    words = finding(diagnose(healthy("laplace", khat_guide=1.2, corrected=0)), "k-hat").words
+    assert "use --method svi or nuts" in words
+    assert "--guide" not in words
 
 
 def test_how_an_optimisation_ended():
@@ -252,3 +264,81 @@ def test_a_prior_that_decides():
     found = finding(diagnose(fit), "prior")
     assert found.level == "warning"
     assert "the data say little of them" in found.words
+
+
+def test_where_every_sequence_decides_no_refit_without_them_is_advised():
+    fit = healthy()
+    fit.groups["log_likelihood"]["u"][:] = 3 * np.random.default_rng(1).standard_t(3, size=(CHAINS, DRAWS, SEQUENCES))
+    words = finding(diagnose(fit), "leave-one-sequence-out").words
+    assert "every one decides too much" in words
+    assert "refit without them" not in words
+
+
+class TestWhatWasLearned:
+    """Posterior beside prior, parameter by parameter."""
+
+    @staticmethod
+    def fit(scales, *, shift=0.0, data=1.0, **attributes):
+        fit = healthy(**attributes)
+        generator = np.random.default_rng(7)
+        prior = 0.7 * generator.normal(size=(1, 500, 1, 2, 2))
+        values = 0.7 * np.asarray(scales) * generator.normal(size=(CHAINS, DRAWS, 1, 2, 2)) + shift
+        u = data * generator.normal(size=(SEQUENCES, 8, 2))
+        groups = {**fit.groups, "prior": {"qk_matrix": prior}, "observed_data": {"u": u}}
+        groups["posterior"] = {**fit.groups["posterior"], "qk_matrix": values}
+        return Fit(fit.method, groups, fit.dims, {}, fit.attributes)
+
+    def test_nothing(self):
+        diagnosis = diagnose(self.fit(1.0))
+        found = finding(diagnosis, "learned of qk_matrix")
+        assert found.level == "problem"
+        assert "nothing: the posterior is the prior in 4 of 4 entries (mean contraction" in found.words
+        assert abs(diagnosis.numbers["contraction_qk_matrix"]) < 0.1
+        assert diagnosis.verdict == "not reliable"
+
+    def test_everything_and_a_shift_alone(self):
+        for fit in (self.fit(0.2), self.fit(1.0, shift=0.5)):
+            assert finding(diagnose(fit), "learned of qk_matrix").level == "good"
+
+    def test_some_entries_are_named(self):
+        found = finding(diagnose(self.fit([[1.0, 0.2], [0.2, 0.2]])), "learned of qk_matrix")
+        assert (found.level, "1 of 4 entries are as the prior has them: [0, 0, 0] (" in found.words) == ("note", True)
+        found = finding(diagnose(self.fit([[1.0, 0.2], [1.0, 0.2]])), "learned of qk_matrix")
+        assert found.level == "warning"
+
+    @pytest.mark.parametrize(
+        ("scale", "attributes", "words"),
+        [
+            (0.03, {}, "attention is uniform; use --standardise"),
+            (0.03, {"standardised": 1}, "attention is uniform; raise the scale of the prior (--prior-scale)"),
+            (30.0, {}, "attention is a choice of one token; use --standardise"),
+            (1.0, {}, None),
+        ],
+    )
+    def test_the_scale_of_the_data(self, scale, attributes, words):
+        diagnosis = diagnose(self.fit(0.2, data=scale, **attributes))
+        assert diagnosis.numbers["data_rms"] == pytest.approx(scale, rel=0.2)
+        if words is None:
+            assert not [found for found in diagnosis.findings if found.about == "scale of the data"]
+        else:
+            found = finding(diagnosis, "scale of the data")
+            assert (found.level, words in found.words) == ("warning", True)
+
+    def test_a_text_is_not_told_to_use_the_options_of_a_file(self):
+        fit = self.fit(0.2, source="text")
+        fit.groups["posterior"]["regime"][:] = 2
+        fit.groups["sample_stats"]["diverging"][:] = True
+        fit.groups["posterior"]["smallest_abs_det"][:] = 0.0
+        words = str(diagnose(fit))
+        assert "--prior-scale" not in words
+        assert "--standardise" not in words
+
+
+def test_few_draws_are_said_to_judge_nothing():
+    fit = healthy()
+    groups = {group: {name: values[:1, :4] for name, values in found.items()} for group, found in fit.groups.items()}
+    groups["prior"] = {"qk_matrix": np.random.default_rng(0).normal(size=(1, 500, 1, 2, 2))}
+    diagnosis = diagnose(Fit("nuts", groups, fit.dims, {}, fit.attributes))
+    assert "4 draws are too few to fit the tail" in finding(diagnosis, "leave-one-out").words
+    assert "4 draws are too few to compare with the prior" in finding(diagnosis, "learned of qk_matrix").words
+    json.dumps(diagnosis.as_dict(), allow_nan=False)
