@@ -36,7 +36,7 @@ from probattn.numerics.derivatives import first_order_only
 __all__ = ["largest_real_eigenvalue", "spectral_abscissa"]
 
 _ROUNDINGS = 8.0  # backward error of LAPACK's eigenvalues in units of m eps |K|
-_LOST = 1e-280  # smaller entries count as zero
+_LOST = 1e-280  # entries that are smaller, relative to the largest, count as zero
 _NEAR = 1e-3  # pairs with a larger imaginary part, relative to |K|, are complex without a closer look
 
 
@@ -84,7 +84,10 @@ def _rightmost(matrix: Tensor, real: bool) -> Tensor:
     whole = matrix.reshape(-1, *matrix.shape[-2:]).double()
     finite = torch.isfinite(whole).all(-1).all(-1)
     whole = whole.where(finite[:, None, None], 0.0)  # on NaN LAPACK returns nonsense, or does not return
-    whole = whole.where(whole.abs() > _LOST, 0.0)  # on numbers near the smallest ones it does not converge
+    # Of a matrix that is tiny, and of entries that are beside others, LAPACK does not find the eigenvalues.
+    scale = torch.ldexp(torch.ones_like(whole[:, 0, 0]), whole.abs().amax((1, 2)).frexp().exponent.clamp(max=1000))
+    whole = whole / scale[:, None, None]
+    whole = whole.where(whole.abs() > _LOST, 0.0)
     eigenvalues = torch.linalg.eigvals(whole)  # (N, m)
     eligible = eigenvalues.real.masked_fill((eigenvalues.imag != 0) & real, -torch.inf)
     value, index = eligible.max(-1)
@@ -92,7 +95,7 @@ def _rightmost(matrix: Tensor, real: bool) -> Tensor:
     if real:
         value, imaginary = _count_near_pairs(whole, eigenvalues, value, torch.finfo(matrix.dtype).eps)
     found = _kernel_to_zero(whole, torch.complex(value, imaginary), torch.finfo(matrix.dtype).eps)
-    return found.where(finite, torch.nan).view(matrix.shape[:-2])
+    return (scale * found).where(finite, torch.nan).view(matrix.shape[:-2])
 
 
 def _count_near_pairs(matrix: Tensor, eigenvalues: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -264,9 +264,13 @@ def test_pairs_far_from_the_axis_cost_no_decomposition(monkeypatch):
     assert sum(calls) == 1
 
 
-def test_numbers_near_the_smallest_ones_count_as_zero():
+def test_tiny_matrices_and_tiny_entries_have_eigenvalues():
     generator = torch.Generator().manual_seed(0)
-    tiny = 10 ** (-300 - 23 * torch.rand(200, 32, 32, generator=generator, dtype=torch.float64))
-    assert (largest_real_eigenvalue(tiny) == 0).all()
-    one = tiny + torch.diag(torch.tensor([0.5] + 31 * [0.0]).double())
+    plain = torch.randn(200, 32, 32, generator=generator, dtype=torch.float64)
+    tiny = 1e-300 * plain
+    torch.testing.assert_close(spectral_abscissa(tiny) * 1e300, spectral_abscissa(plain), rtol=1e-9, atol=0)
+    one = tiny * 10 ** (-20 * torch.rand(200, 32, 32, generator=generator, dtype=torch.float64))
+    one = one + torch.diag(torch.tensor([0.5] + 31 * [0.0]).double())
     assert (spectral_abscissa(one) == 0.5).all()
+    huge = 1e300 * torch.diag(torch.tensor([-1.0, 17.0]).double())
+    assert largest_real_eigenvalue(huge) == huge.max()
