@@ -30,7 +30,16 @@ from probattn.hf.controls import Control, controlled_layer, redrawn, shuffled, t
 from probattn.hf.measure import Request, measure_layer
 from probattn.hf.provenance import provenance, weights_digest
 from probattn.hf.spectra import Kind, Map
-from probattn.hf.streams import Text, predictions, read_text, residual_streams, seen_by, text_streams, unpacked
+from probattn.hf.streams import (
+    Text,
+    predictions,
+    read_text,
+    require_prefix,
+    residual_streams,
+    seen_by,
+    text_streams,
+    unpacked,
+)
 from probattn.moments.dense import SUPPORTED
 
 if TYPE_CHECKING:
@@ -96,7 +105,7 @@ def margins(
         A dataset with dimensions (sequence, layer, token) and, with ``attribution``, head: the quantities asked for,
         ``rms`` of the stream, ``sink`` (attention of a token to the first one, mean over heads) and, without layer,
         ``surprisal`` of a token given those before it and ``entropy`` of the prediction after it, in nats, and
-        ``past``, the number of tokens that stand before it. The first tokens, which draw much attention, are left out
+        ``past``, the number of tokens that stand before it, -1 on padding. The first tokens, which draw much attention, are left out
         by ``.sel(token=slice(16, None))`` or ``.where(found.past >= 16)``. Attributes record model, digest of its
         weights, precision, tolerances, how many numbers were left to dense matrices, control and versions. Opens as a
         data frame with ``.to_dataframe()`` and is saved with ``.to_netcdf(path, engine="h5netcdf")``. Time
@@ -184,6 +193,7 @@ def _packed(
         if picked.is_floating_point():
             picked = picked.masked_fill(hidden.view(shape), torch.nan)
         result[name] = picked if values.dim() == 2 else picked.movedim(1, 2).contiguous()
+    result["past"] = result["past"].masked_fill(hidden, -1)
     result["input_ids"] = text.ids.cpu()[:, where]
     return result
 
@@ -238,6 +248,8 @@ def _measured(
     for number in numbers:
         layer = controlled_layer(model, number, count, request.control, request.seed).to(request.dtype)
         u = streams[number].to(layer.like)
+        if text.prefix is not None and number == numbers[0]:
+            require_prefix(model, layer, text, u)
         for name, values in measure_layer(seen_by(layer, text), u, rows.to(u.device), request, counts).items():
             values = values.cpu()
             if hidden is not None:

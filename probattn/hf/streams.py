@@ -11,9 +11,21 @@ from torch import Tensor
 
 from probattn.errors import InputError
 from probattn.hf.layers import AttentionLayer
+from probattn.hf.layers.build import find_site
+from probattn.hf.layers.families.registry import family_of
 
-__all__ = ["Text", "predictions", "read_text", "residual_streams", "seen_by", "text_streams", "unpacked"]
+__all__ = [
+    "Text",
+    "predictions",
+    "read_text",
+    "require_prefix",
+    "residual_streams",
+    "seen_by",
+    "text_streams",
+    "unpacked",
+]
 
+_AGREEMENT = 0.1  # relative; kernels of half precision round to three digits
 _ROWS = 64  # predictions over the whole vocabulary that exist at a time
 
 
@@ -42,9 +54,9 @@ class Text(NamedTuple):
 
     @property
     def past(self) -> Tensor:
-        """Number of tokens before each one, padding not counted, ``(B, T)``."""
+        """Number of tokens before each one, padding not counted; -1 on padding, ``(B, T)``."""
         shown = torch.ones_like(self.ids) if self.mask is None else (self.mask != 0).long()
-        return (shown.cumsum(1) - 1).clamp(min=0)
+        return (shown.cumsum(1) - 1).masked_fill(shown == 0, -1)
 
     def columns(self, begin: int, end: int) -> Text:
         """The tokens from begin to end as a text of its own."""
@@ -203,6 +215,38 @@ def seen_by(layer: AttentionLayer, text: Text) -> AttentionLayer:
     if text.mask is None and text.prefix is None:
         return layer
     return layer.at(text.counted).seeing(_visible(text, layer.sublayer.window))
+
+
+@torch.no_grad()
+def require_prefix(model: Any, layer: AttentionLayer, text: Text, u: Tensor) -> None:
+    """Refuse a model whose own code does not let the tokens of a prefix see each other when it is told to.
+
+    Args:
+        model: the causal model.
+        layer: one of its layers.
+        text: with a prefix.
+        u: the stream in front of the layer, ``(B, T, p)``.
+
+    Raises:
+        InputError: the model adds something else to the stream.
+    """
+    seen: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = find_site(model, family_of(model), layer.number).last.register_forward_hook(keep)
+    try:
+        text_streams(model, text)
+    finally:
+        hook.remove()
+    mean = seen_by(layer, text).mean(u)
+    error = float((mean - seen[0].to(mean)).abs().max() / mean.abs().max().clamp(min=1e-30))
+    if not error < _AGREEMENT:
+        raise InputError(
+            f"prefix_length is given, but {type(model).__name__} does not take a mask that looks ahead: its layer "
+            f"{layer.number} differs by {error:.2g}. Leave prefix_length out."
+        )
 
 
 def predictions(logits: Tensor, text: Text, rows: Tensor) -> dict[str, Tensor]:
