@@ -13,6 +13,7 @@ from torch import Tensor
 
 from probattn.attention import Mask
 from probattn.errors import InputError
+from probattn.inference.methods.cost import announce
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.laplace import LaplaceConfig, fit_laplace
 from probattn.inference.methods.log_density import LogDensity
@@ -60,6 +61,7 @@ _FIT: Mapping[type[Method], Callable[..., Draws]] = {
 }
 _ALONE = ("nuts", "laplace")
 _OF_DATA = ("array", "standardise", "rank", "value_dim", "prior_scale", "compare")
+_TYPICAL = 15  # gradients of a transition of NUTS: trajectories of four doublings
 _LOG = logging.getLogger(__name__)
 
 
@@ -188,6 +190,7 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
         target = LogDensity(model, u)
         others = variants(model, options.compare)  # refused before the work, not after it
         _warn_of_scale(options, target)
+        _announce(options.method, target)
         draws = _infer(options, target)
         device = select_device(options.device)
         record = {
@@ -224,6 +227,22 @@ def _warn_of_scale(options: FitOptions, target: LogDensity) -> None:
     words = scale_words(spread, rms, standardise=options.data is not None and not options.standardise)
     if words:
         _LOG.warning("scale of the data: %s", words)
+
+
+def _announce(method: Method, target: LogDensity) -> None:
+    """Say before the work how long it may take, where that is long."""
+    share = min(1.0, (getattr(method, "batch", 0) or target.sequences) / target.sequences)
+    if isinstance(method, NutsConfig):
+        count = method.warmup + method.draws
+        words = f"{count:,} transitions of {_TYPICAL} gradients (of {2**method.max_depth:,} at worst)"
+        announce(target, f"nuts, {words}", count * _TYPICAL + 2 * target.dim, method.chains)
+    elif isinstance(method, LaplaceConfig):
+        # A Hessian is 2 D gradients, and Newton's steps take up to three more of them.
+        announce(target, f"laplace, a Hessian of {target.dim:,} columns", method.steps + 8 * target.dim)
+    elif isinstance(method, SviConfig):
+        announce(target, f"svi, at most {method.steps:,} steps", method.steps * method.particles * share)
+    else:
+        announce(target, f"map, at most {method.steps:,} steps", method.steps * share)
 
 
 def _infer(options: FitOptions, target: LogDensity, variant: str = "") -> Draws:

@@ -153,6 +153,8 @@ def _fit(name: str, value: Any, hint: Any) -> Any:
         if hint is kind:
             if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
                 raise InputError(f"{name} is {_shown(value)}; it must be {words}.")
+            if kind is int and not -(2**63) <= value < 2**63:
+                raise InputError(f"{name} is {_shown(value)}; it must be an integer below 2^63.")
             try:
                 return kind(value)
             except OverflowError:

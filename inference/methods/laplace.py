@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from probattn.errors import InputError
-from probattn.inference.methods.cost import announce, require_memory
+from probattn.inference.methods.cost import require_memory
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.importance import draw_corrected
 from probattn.inference.methods.log_density import LogDensity
@@ -209,8 +209,6 @@ def fit_laplace(
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
     state = init(target, config, start)
-    # A Hessian is 2 D gradients, and Newton's steps take up to three more of them.
-    announce(target, f"laplace, a Hessian of {target.dim:,} columns", config.steps + 8 * target.dim)
     iterate(
         state,
         partial(update, target=target, config=config),

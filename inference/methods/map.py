@@ -24,7 +24,6 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, init_to_value
 from torch import Tensor, nn
 
-from probattn.inference.methods.cost import announce
 from probattn.inference.methods.draws import Draws, Info
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.minibatch import minibatch, sharded_gradient
@@ -237,8 +236,6 @@ def fit_map(
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
     state = init(target, config, start)
-    share = min(1.0, (config.batch or target.sequences) / target.sequences)
-    announce(target, f"map, {config.steps:,} steps at most", config.steps * share)
     iterate(
         state,
         partial(update, target=target, config=config, evaluate=evaluate),

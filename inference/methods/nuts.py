@@ -19,7 +19,6 @@ from torch import Tensor
 
 from probattn.errors import InputError
 from probattn.inference.methods.adaptation import StepSize, window_covariance, window_ends
-from probattn.inference.methods.cost import announce
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.pyro_chains import run_pyro_chains
@@ -34,7 +33,6 @@ __all__ = ["ChainMethod", "NutsConfig", "NutsState", "bytes_per_chain", "finish"
 ChainMethod = Literal["vectorised", "sequential", "process"]
 _log = logging.getLogger(__name__)
 _EARLY_DEPTH = 5  # doublings at most while the mass matrix is still learnt: a tiny step would hold up all chains
-_TYPICAL = 15  # gradients of a transition: trajectories of four doublings
 _LINES = 20  # log records of a run
 
 
@@ -234,9 +232,6 @@ def fit_nuts(
     """
     _require_data_sets(target, config)
     _require_memory(target, config)
-    transitions = config.warmup + config.draws
-    work = f"nuts, {transitions:,} transitions of {_TYPICAL} gradients (and as many as {2**config.max_depth:,})"
-    announce(target, work, transitions * _TYPICAL + 2 * target.dim, config.chains)
     if start is None:
         start = feasible_start(target, config.chains, config.seed)
     named = {"method": "nuts", **asdict(config), **identify(target.model, target.data), **(identity or {})}

@@ -32,7 +32,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 from probattn.errors import InputError
-from probattn.inference.methods.cost import announce, require_memory
+from probattn.inference.methods.cost import require_memory
 from probattn.inference.methods.draws import Draws, Info
 from probattn.inference.methods.importance import draw_corrected
 from probattn.inference.methods.log_density import LogDensity
@@ -272,7 +272,6 @@ def fit_svi(
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
     state = init(target, config, start)
-    announce(target, f"svi, {config.steps:,} steps at most", config.steps * config.particles)
     iterate(
         state,
         partial(update, target=target, config=config),

@@ -1,5 +1,6 @@
 """MAP: the right mode by the steps that the options say, stopped by its rule, resumed to the bit."""
 
+import io
 import math
 import signal
 import threading
@@ -20,7 +21,8 @@ from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import MapConfig, fit_map, init, update
 from probattn.inference.methods.minibatch import minibatch
 from probattn.inference.methods.starts import feasible_start
-from probattn.inference.runtime.checkpoint import load_checkpoint
+from probattn.inference.runtime.checkpoint import load_checkpoint, previous_checkpoint
+from probattn.inference.runtime.checksum import seal
 from probattn.models import EmbeddingModel, LanguageModel
 from probattn.models.language import LanguageConfig
 
@@ -293,9 +295,11 @@ class TestCheckpoints:
         if content == "cut":
             embedding_fit(tmp_path)
             content = path.read_bytes()[:-200]
+            previous_checkpoint(path).unlink()  # by which the fit would go on
         if content == "pickle":
-            torch.save({"schema": 2, "state": threading.Event}, path)
-            content = path.read_bytes()
+            written = io.BytesIO()
+            torch.save({"schema": 3, "state": threading.Event}, written)
+            content = seal(written.getvalue())
         path.write_bytes(content)
         with pytest.raises(InputError, match="cannot be read"):
             embedding_fit(tmp_path, resume=True)
