@@ -13,6 +13,7 @@ from torch import Tensor
 from probattn.errors import InputError, require_at_least, require_choice
 from probattn.hf.margins import Kind, Map, margins
 from probattn.inference.reports.support.pieces import Unit, text_units
+from probattn.inference.runtime.progress import log_step
 from probattn.models.checkpoint import Checkpoint, split_text
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = ["MAPS", "Reading", "read_margins", "variable"]
 _LOG = logging.getLogger(__name__)
 MAPS: tuple[Map, ...] = get_args(Map)
 _NUMBERS = 1 << 24  # on one page; 90 MB as text
+_GROUPS, _STEP = 6, 1500  # groups of layers at most, and tokens times layers that are measured without a word
 
 
 @dataclass(frozen=True)
@@ -98,26 +100,42 @@ def read_margins(
     _require_size(len(tokens), depth, len(kinds))
     context = getattr(config, "max_position_embeddings", None) or len(tokens)
     windows = [(start, min(start + context, len(tokens))) for start in range(0, len(tokens), context)]
+    _LOG.info("%d tokens in %d layers: %s", len(tokens), depth, ", ".join(kinds))
+    groups = _groups(range(depth) if layers is None else layers, len(tokens))
     parts = []
     for number, (first, last) in enumerate(windows):
-        where = f"window {number + 1} of {len(windows)}: " if len(windows) > 1 else ""
-        _LOG.info("%s%d tokens in %d layers: %s", where, last - first, depth, ", ".join(kinds))
-        found = margins(model, tokens[None, first:last].to(model.device), kinds, layers=layers).isel(sequence=0)
-        found = found.assign(
+        ids, pieces = tokens[None, first:last].to(model.device), []
+        for step, group in enumerate(groups, 1):
+            pieces.append(margins(model, ids, kinds, layers=group).isel(sequence=0))
+            if len(groups) * len(windows) > 1:
+                where = f", window {number + 1} of {len(windows)}" if len(windows) > 1 else ""
+                message = f"measured up to layer {group[-1]}{where}"
+                log_step(_LOG, message, number * len(groups) + step, len(windows) * len(groups))
+        found = _joined(pieces, "layer").assign(
             window=("token", np.full(last - first, number)), position=("token", np.arange(last - first))
         )
         parts.append(found.assign_coords(token=found.token + first))
-    whole = _joined(parts, units)
+    pieces = [unit.text for unit in units for _ in range(unit.first, unit.last)]
+    whole = _joined(parts, "token").assign(text=("token", np.array(pieces, dtype=object)))
     _require_numbers(whole, kinds)
     return Reading(text, tokens, units, windows, total, tuple(kinds), whole)
 
 
-def _joined(parts: list[Dataset], units: Sequence[Unit]) -> Dataset:
+def _groups(layers: Sequence[int], count: int) -> list[list[int]]:
+    """Layers that are measured in one go: all of a short text, a few of a long one, so that progress can be told."""
+    # Each group costs a forward pass of its own, which is little beside its margins.
+    size = max(-(-len(layers) // _GROUPS), _STEP // count)
+    return [list(layers[first : first + size]) for first in range(0, len(layers), size)]
+
+
+def _joined(parts: list[Dataset], axis: str) -> Dataset:
     import xarray
 
-    whole: Any = parts[0] if len(parts) == 1 else xarray.concat(parts, "token", combine_attrs="override")
-    pieces = [unit.text for unit in units for _ in range(unit.first, unit.last)]
-    return whole.assign(text=("token", np.array(pieces, dtype=object)))
+    if len(parts) == 1:
+        return parts[0]
+    # What has no layer, such as the surprisal, is the same in all groups of layers.
+    how: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "override"}
+    return xarray.concat(parts, axis, combine_attrs="override", **how)
 
 
 def _require_size(count: int, layers: int, kinds: int) -> None:

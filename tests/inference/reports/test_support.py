@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+import xarray
 
 from probattn.errors import InputError
 from probattn.hf import attention_layer
@@ -133,6 +134,14 @@ class TestReading:
         twice = checkpoint._replace(tokeniser=Bytes(CHARACTERS))
         assert read_margins("cat", twice, ("logabsdet",), limit=5).text == "ca"
         assert read_margins("cat", twice, ("logabsdet",), limit=6).text == "cat"
+
+    def test_groups_of_layers_change_nothing_and_are_told(self, reading, checkpoint, monkeypatch, caplog):
+        monkeypatch.setattr("probattn.inference.reports.support.measure._STEP", 1)
+        with caplog.at_level("INFO", "probattn"):
+            found = read_margins(HOSTILE, checkpoint, KINDS).margins
+        xarray.testing.assert_identical(found, reading.margins)
+        steps = [(record.step, record.total) for record in caplog.records if hasattr(record, "total")]
+        assert steps == [(k, 8) for k in range(1, 9)]  # two layers in four windows
 
     def test_bad_arguments(self, checkpoint, monkeypatch):
         for kinds, options, words in (
