@@ -13,6 +13,7 @@ import torch
 from probattn.inference.bench.density import density
 from probattn.inference.bench.growth import growth
 from probattn.inference.bench.harness import Row
+from probattn.inference.bench.margins import against_forward, against_jacrev, margin_memory
 from probattn.inference.bench.penalty import against_attention, against_autograd, against_others, memory
 from probattn.inference.bench.posterior import nuts
 from probattn.inference.bench.sampling import sequences
@@ -27,7 +28,7 @@ __all__ = ["GATES", "PARTS", "BenchOptions", "Part", "as_table", "bench", "broke
 
 _LOG = logging.getLogger(__name__)
 
-Part = Literal["penalty", "autograd", "density", "memory", "sampling", "nuts", "training", "gpu"]
+Part = Literal["penalty", "autograd", "density", "memory", "sampling", "nuts", "training", "gpu", "margins"]
 
 #: Comparisons by the name that ``--parts`` takes.
 PARTS: Mapping[Part, Callable[[torch.device, int], list[Row]]] = {
@@ -39,6 +40,11 @@ PARTS: Mapping[Part, Callable[[torch.device, int], list[Row]]] = {
     "nuts": lambda device, rounds: nuts(rounds),
     "training": gpt2_step,
     "gpu": lambda device, rounds: against_attention(rounds),
+    "margins": lambda device, rounds: [
+        *against_forward(device, rounds),
+        *against_jacrev(device, rounds),
+        *margin_memory(),
+    ],
 }
 #: Ratio that a change must keep, by competitor, about half of what is reached, so that a busy machine does not fail it.
 GATES: Mapping[str, float] = {

@@ -20,6 +20,7 @@ __all__ = ["Request", "halved", "measure_layer"]
 _LOG = logging.getLogger(__name__)
 _CPU_BYTES = 1 << 26  # of the matrices of a chunk: what a processor's cache nearly holds
 _GPU_BYTES = 1 << 32
+_LOGITS = 1 << 20  # logits that exist at a time
 _FACTORS = 8  # chunks of matrices for which factors are made together
 
 
@@ -61,6 +62,7 @@ def measure_layer(
         By name, ``(B, P)`` each, and "attribution", ``(B, P, H)``.
     """
     step = _chunk(layer, u, request)
+    together = min(_FACTORS * step, max(step, _LOGITS // (layer.heads * u.shape[1])))
     start: dict[Map, Tensor] = {}
 
     def measure(sequence: int, part: Tensor) -> dict[str, Tensor]:
@@ -79,7 +81,7 @@ def measure_layer(
 
     sequences = []
     for sequence in range(len(u)):
-        parts = [halved(measure, sequence, part) for part in rows.split(_FACTORS * step)]
+        parts = [halved(measure, sequence, part) for part in rows.split(together)]
         sequences.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     result = {name: torch.stack([one[name] for one in sequences]) for name in sequences[0]}
     result["rms"] = u[:, rows].square().mean(-1).sqrt()
@@ -144,4 +146,7 @@ def _sink(layer: AttentionLayer, u: Tensor, rows: Tensor) -> Tensor:
     first = torch.zeros_like(tokens.value[..., :1])  # a value that is one for the first token: its mean is the weight
     first[:, :, 0] = 1.0
     mask = None if layer.visible is None else layer.visible.unsqueeze(1)
-    return average(sublayer, tokens._replace(value=first), rows, mask)[..., 0].mean(-1)
+    tokens = tokens._replace(value=first)
+    step = max(1, _LOGITS // (len(u) * sublayer.heads * length))
+    found = [average(sublayer, tokens, part, mask)[..., 0].mean(-1) for part in rows.split(step)]
+    return torch.cat(found, 1)

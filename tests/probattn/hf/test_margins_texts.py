@@ -179,10 +179,10 @@ def test_turned_outputs_are_a_model_that_agrees_with_its_own_code():
     model = tiny("llama")
     from probattn.hf.controls import controlled_layer, turned_model
 
+    layer = controlled_layer(model, 1, 2, "turned_outputs", 3)
     with Exact(), turned_model(model, 2, 3):
         u = text_streams(model, Text(IDS))[0][1][0]
         blocks = own_blocks(model, 1, u).detach()
-        layer = controlled_layer(model, 1, 2, "turned_outputs", 3)
         torch.testing.assert_close(layer.mean_jacobian(u.unsqueeze(0))[0], blocks, rtol=0, atol=1e-9)
 
 
