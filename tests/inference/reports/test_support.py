@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from probattn.hf import attention_layer
 from probattn.hf.margins import margins, residual_streams
 from probattn.inference.reports.support import nearest_tokens, read_margins, support_page
 from probattn.inference.reports.support.measure import MAPS, variable
+from probattn.inference.reports.support.words import sensitivity_words
+from probattn.inference.studies.language.prediction import DECISIVE
 from probattn.models.causal_lm import CharacterTokeniser
 from probattn.models.checkpoint import Checkpoint
 
@@ -281,10 +284,24 @@ class TestPage:
         assert f"longer than the {CONTEXT} tokens" in words
         assert "stored in bfloat16; everything was computed in float64" in words
         assert "A large margin is not good by itself." in words
-        assert "0.36, 0.17 and −0.13" in words
+        assert sensitivity_words() in words
         short = support_page(read_margins("the cat", checkpoint, ("logabsdet",)), checkpoint).html
         assert "longer than" not in short
         assert "were read" not in short
+
+    def test_the_measured_correlation_is_that_of_the_results(self, monkeypatch):
+        place = "probattn.inference.studies.language.results.committed_results"
+        monkeypatch.setattr(place, lambda: None)
+        assert "0.36, 0.17 and −0.13" in sensitivity_words()
+        band = {"estimate": [0.5, 0.125], "low": [0.4, -0.25], "high": [0.6, 0.375]}
+        prediction = SimpleNamespace(
+            predictors=["generator_logabsdet_mean", "generator_sigma_min_mean"],
+            bands={DECISIVE: {"alone": band, "given position and entropy": band}},
+        )
+        results = SimpleNamespace(prediction=prediction, record={"model": {"name": "a model"}})
+        monkeypatch.setattr(place, lambda: results)
+        assert sensitivity_words().count("0.12 [−0.25, 0.38]") == 2
+        assert "Measured on a model" in sensitivity_words()
 
     def test_the_record_is_strict_json(self, page, reading):
         assert json.loads(json.dumps(page.record, allow_nan=False)) == page.record
