@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,9 +26,9 @@ from probattn.inference.results.contraction import logit_spread, scale_words
 from probattn.inference.results.diagnosis import Diagnosis, diagnose
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.posterior import assemble
-from probattn.inference.runtime.distributed import launched_rank, process_group, rank, world_size
+from probattn.inference.runtime.distributed import process_group, rank, world_size
 from probattn.inference.runtime.environment import describe, select_device
-from probattn.inference.runtime.lock import hold_folder
+from probattn.inference.runtime.lock import sole_run
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.options import Device, Dtype, Range, Seed, as_plain, check_options
 
@@ -166,6 +165,7 @@ class FitOptions:
         return next(name for name, kind in METHODS.items() if type(self.method) is kind)
 
 
+@sole_run
 def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
     """Infer, judge and write ``fit.nc``, ``diagnosis.json``, ``summary.csv``, ``config.json`` and ``figures/*.png``.
 
@@ -180,7 +180,7 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
     Raises:
         InputError: input that cannot be used, or an output folder that another run holds.
     """
-    with _sole_run(options.out), process_group():
+    with process_group():
         if world_size() > 1 and options.method_name in _ALONE:
             raise InputError(
                 f"--method {options.method_name} runs in one process and {world_size()} were started; use svi or map, "
@@ -210,11 +210,6 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
             if compared:
                 write_comparison(options.out, compared)
     return found, diagnosis
-
-
-def _sole_run(out: Path) -> AbstractContextManager[Any]:
-    """The lock of the output folder, held by the first of the processes."""
-    return nullcontext() if launched_rank() else hold_folder(out)
 
 
 def _warn_of_scale(options: FitOptions, target: LogDensity) -> None:

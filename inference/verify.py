@@ -26,6 +26,7 @@ from probattn.inference.reports.verify import draw_figures, render_report, save_
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_json, write_text
+from probattn.inference.runtime.lock import sole_run
 from probattn.models.corpus import Corpus, Windows, load_corpus
 from probattn.models.language import LanguageConfig, LanguageModel
 from probattn.models.options import Device, Dtype, Range, Seed, as_plain, check_options
@@ -82,6 +83,7 @@ class VerifyOptions:
             )
 
 
+@sole_run
 def verify(options: VerifyOptions) -> list[Claim]:
     """Run the verification and write the report, ``claims.json``, ``fit.nc``, ``config.json`` and ``figures/*.png``.
 

@@ -25,6 +25,7 @@ __all__ = [
     "finite_or_null",
     "prepare_folder",
     "remove_partial_files",
+    "replace_folder",
     "write_atomically",
     "write_bytes",
     "write_figure",
@@ -71,6 +72,29 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let a function fill a folder beside ``path`` and move it into place; should it fail, ``path`` is as it was.
+
+    Args:
+        path: folder to write; its parent exists.
+        write: called with the path of a new folder to fill.
+
+    Raises:
+        InputError: as :func:`write_bytes`.
+    """
+    partial, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial") for _ in range(2))
+    with _named(path):
+        try:
+            partial.mkdir()
+            write(partial)
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+        finally:
+            for folder in (partial, old):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let a function fill a file beside ``path`` and move it into place; should it fail, ``path`` is as it was.
 
@@ -98,7 +122,10 @@ def remove_partial_files(folder: Path) -> list[str]:
     """
     found = [path for path in folder.rglob(".*.partial") if _PARTIAL.fullmatch(path.name)]
     for path in found:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return sorted(path.name for path in found)
 
 

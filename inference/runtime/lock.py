@@ -6,12 +6,15 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 from probattn.errors import InputError
+from probattn.inference.runtime.distributed import launched_rank
 from probattn.inference.runtime.files import prepare_folder, remove_partial_files
 
 try:
@@ -19,9 +22,27 @@ try:
 except ImportError:  # no POSIX system: folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["hold_folder"]
+__all__ = ["hold_folder", "sole_run"]
 
 _NAME = ".lock"
+Result = TypeVar("Result")
+
+
+def sole_run(run: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Let a function of options hold their output folder, ``options.out``, while it runs.
+
+    Under ``torchrun`` the first process holds it for all.
+
+    Args:
+        run: function to decorate.
+    """
+
+    @wraps(run)
+    def holding(options: Any) -> Result:
+        with nullcontext() if launched_rank() else hold_folder(options.out):
+            return run(options)
+
+    return holding
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from probattn.errors import InputError
 from probattn.hf.barrier import attach_barrier
 from probattn.inference.runtime.distributed import launched_rank
 from probattn.inference.runtime.environment import describe, select_device
-from probattn.inference.runtime.files import prepare_folder, write_json
+from probattn.inference.runtime.files import prepare_folder, replace_folder, write_json
 from probattn.inference.runtime.interrupt import deferred_interrupt
+from probattn.inference.runtime.lock import sole_run
 from probattn.inference.training.options import TrainOptions
 from probattn.models.causal_lm import CharacterTokeniser, Tokeniser, build_causal_lm, load_causal_lm
 from probattn.models.corpus import load_corpus
@@ -51,6 +52,7 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
+@sole_run
 def train(options: TrainOptions) -> dict[str, float]:
     """Train and write ``model/``, ``metrics.jsonl``, ``config.json`` and ``checkpoint-*/``.
 
@@ -74,6 +76,8 @@ def train(options: TrainOptions) -> dict[str, float]:
     chatter: Any = transformers.utils.logging
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
+    from probattn.inference.training.trainer import completed_steps
+
     device = select_device(options.device)
     first = launched_rank() == 0
     model, tokeniser, windows, heldout, facts = _problem(options)
@@ -99,23 +103,21 @@ def train(options: TrainOptions) -> dict[str, float]:
         )
     with deferred_interrupt() as interrupted:
         trainer = _trainer(options, model, barrier, windows, heldout, interrupted, device)
-        trainer.train(resume_from_checkpoint=resumed)
+        if resumed is not None and completed_steps(resumed) >= options.steps:
+            _LOG.info("the run is finished at step %d; nothing is trained", completed_steps(resumed))
+            trainer.take_over(resumed)
+        else:
+            trainer.train(resume_from_checkpoint=resumed)
         if interrupted.is_set():
             raise Interrupted
         if not any("eval_loss" in line and line["step"] == options.steps for line in trainer.state.log_history):
             trainer.evaluate()
-    found, last = ([line for line in trainer.state.log_history if name in line][-1] for name in ("eval_loss", "loss"))
-    result = {
-        "cross_entropy": float(found["eval_loss"]),
-        "bits": float(found["eval_loss"]) / math.log(2),
-        "train_cross_entropy": float(last["cross_entropy"]),
-        "penalty": float(last.get("penalty", math.nan)),
-    }
     if barrier is not None:
         barrier.detach()
+    # Before anything is said about it: a summary that fails must not cost the model.
     if trainer.is_world_process_zero():
-        model.save_pretrained(options.out / "model")
-        tokeniser.save(options.out / "model")
+        replace_folder(options.out / "model", lambda folder: (model.save_pretrained(folder), tokeniser.save(folder)))
+    result = _summary(trainer.state.log_history)
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()
     # What wraps the model for several processes must go before the group of processes. Were it the last to hold the
@@ -125,6 +127,18 @@ def train(options: TrainOptions) -> dict[str, float]:
     gc.collect()
     accelerator.end_training()
     return result
+
+
+def _summary(history: list[dict[str, Any]]) -> dict[str, float]:
+    """What the last lines of evaluation and training say; NaN where there is none."""
+    found, last = (next((line for line in reversed(history) if name in line), {}) for name in ("eval_loss", "loss"))
+    loss = float(found.get("eval_loss", math.nan))
+    return {
+        "cross_entropy": loss,
+        "bits": loss / math.log(2),
+        "train_cross_entropy": float(last.get("cross_entropy", math.nan)),
+        "penalty": float(last.get("penalty", math.nan)),
+    }
 
 
 def _trainer(
@@ -161,7 +175,7 @@ def _trainer(
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup,
         lr_scheduler_type="cosine",
-        logging_steps=options.log_every,
+        logging_steps=min(options.log_every, options.steps),  # one line at least
         logging_nan_inf_filter=False,
         save_strategy="steps" if options.save_every else "no",
         save_steps=options.save_every or 500,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from probattn.hf.barrier import BarrierHandle
-from probattn.inference.runtime.files import finite_or_null, write_text
+from probattn.inference.runtime.files import finite_or_null, write_json, write_text
 
-__all__ = ["LogBarrierTrainer", "LogBarrierTrainerMixin", "last_whole_checkpoint"]
+__all__ = ["LogBarrierTrainer", "LogBarrierTrainerMixin", "completed_steps", "last_whole_checkpoint"]
 
 _LOG = logging.getLogger(__name__)
+_CHECKSUMS = "checksums.json"
 
 
 class LogBarrierTrainerMixin:
@@ -86,6 +90,8 @@ class LogBarrierTrainerMixin:
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add the barrier's figures to a line of training, then log as the Trainer does."""
+        if "train_loss" in logs and (mean := _mean_loss(self.state.log_history)) is not None:  # type: ignore[attr-defined]
+            logs["train_loss"] = mean
         if "loss" in logs:
             logs["cross_entropy"] = logs["loss"]
             if self._barrier is not None:
@@ -142,6 +148,29 @@ class LogBarrierTrainerMixin:
             resume_from_checkpoint = str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
 
+    def take_over(self, checkpoint: Path) -> None:
+        """Load weights and history of a checkpoint without a step of training.
+
+        Args:
+            checkpoint: folder of a whole checkpoint.
+        """
+        self._load_from_checkpoint(str(checkpoint))  # type: ignore[attr-defined]
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        path = self._metrics
+        # An evaluation after the last step is in the file of metrics alone.
+        for text in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else ():
+            with suppress(ValueError):
+                line = json.loads(text)
+                if "eval_loss" in line and line not in self.state.log_history:
+                    self.state.log_history.append(line)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with the checksums of its files written last."""
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+        if self.is_world_process_zero() and folder.is_dir():  # type: ignore[attr-defined]
+            write_json(folder / _CHECKSUMS, _digests(folder))
+
 
 class LogBarrierTrainer(LogBarrierTrainerMixin, Trainer):  # type: ignore[misc]
     """The Trainer of ``transformers`` with the mixin."""
@@ -168,9 +197,42 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def completed_steps(checkpoint: Path) -> int:
+    """Number of steps that were taken before a checkpoint.
+
+    Args:
+        checkpoint: folder of a whole checkpoint.
+    """
+    return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+
+
+def _mean_loss(history: list[dict[str, Any]]) -> float | None:
+    """Mean loss over the steps that were logged, those before a resumption included; the Trainer forgets these."""
+    total, before = 0.0, 0
+    for line in history:
+        if "loss" in line and line["step"] > before:
+            total, before = total + line["loss"] * (line["step"] - before), line["step"]
+    return total / before if before else None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint; other processes write their random states in their own time."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != _CHECKSUMS and not path.name.startswith("rng_state_")
+    }
+
+
 def _fault(path: Path) -> str | None:
     """Name of the part that a checkpoint lacks; None if it is complete."""
     try:
+        if (path / _CHECKSUMS).is_file():
+            expected = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
+            found = _digests(path)
+            for name in sorted(expected):
+                if found.get(name) != expected[name]:
+                    return f"{name} differs from its checksum" if name in found else f"no {name}"
         json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         weights = [path / SAFE_WEIGHTS_NAME]
         if (path / SAFE_WEIGHTS_INDEX_NAME).is_file():

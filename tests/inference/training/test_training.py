@@ -1,9 +1,11 @@
 """Training with the barrier: what is logged, what a checkpoint holds, and that going on from one changes nothing."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from listening import listening
@@ -134,6 +136,60 @@ def test_a_half_written_checkpoint_is_passed_over_and_said(whole, text, tmp_path
         with logged(seen):
             assert train(replace(options, resume=True)) == whole[1]
         assert any("checkpoint-12 is not whole" in line for line in seen)
+
+
+@pytest.mark.filterwarnings("ignore:You are resuming training:UserWarning")
+def test_a_finished_run_is_finished(whole, text, tmp_path):
+    """Resumed once more, or killed between the last checkpoint and the model, it trains no step and loses nothing."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    before = {path.name: path.read_bytes() for path in (out / "checkpoint-12").iterdir()}
+    metrics = (out / "metrics.jsonl").read_bytes()
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    for _ in range(2):
+        assert train(replace(OPTIONS, out=out, corpus=text, resume=True)) == whole[1]
+        assert {path.name: path.read_bytes() for path in (out / "checkpoint-12").iterdir()} == before
+        assert (out / "metrics.jsonl").read_bytes() == metrics
+        assert (out / "model" / "model.safetensors").read_bytes() == weights
+        assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12"}
+
+
+@pytest.mark.filterwarnings("ignore:You are resuming training:UserWarning")
+def test_the_mean_loss_after_a_resumption_is_that_of_the_whole_run(whole, text, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / "checkpoint-12")
+    train(replace(OPTIONS, out=out, corpus=text, resume=True))
+    found, expected = (
+        next(line["train_loss"] for line in reversed(lines(folder)) if "train_loss" in line)
+        for folder in (out, whole[0])
+    )
+    assert found == expected
+    assert expected == pytest.approx(np.mean([line["loss"] for line in lines(whole[0]) if "loss" in line]))
+
+
+def test_fewer_steps_than_between_two_lines_of_the_log(text, tmp_path):
+    out = tmp_path / "run"
+    result = train(replace(OPTIONS, out=out, corpus=text, steps=3, log_every=20, save_every=0, evaluate_every=0))
+    assert all(math.isfinite(value) for value in result.values())
+    assert (out / "model" / "model.safetensors").is_file()
+    assert [line["step"] for line in lines(out) if "loss" in line] == [3]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "scheduler.pt"])
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(whole, tmp_path, file):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    assert last_whole_checkpoint(out) == out / "checkpoint-12"
+    damaged = out / "checkpoint-12" / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    damaged.write_bytes(bytes(content))
+    warned = []
+    with logged(warned):
+        assert last_whole_checkpoint(out) == out / "checkpoint-8"
+    assert f"{file} differs from its checksum" in warned[0]
 
 
 def test_accumulation_does_not_change_the_run(text, tmp_path):
