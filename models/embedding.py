@@ -194,7 +194,8 @@ class EmbeddingModel(SequenceModel):
         if self.noise_scale is None:
             priors["noise_scale"] = dist.LogNormal(self.unit.new_zeros(self.dim), self.noise_spread).to_event(1)
         if self.contraction_prior is not None:
-            priors["contraction"] = dist.Beta(*(shape + 0.0 * self.unit for shape in self.contraction_prior))
+            first, second = (shape + 0.0 * self.unit for shape in self.contraction_prior)
+            priors["contraction"] = dist.Beta(first, second)
         return priors
 
     def likelihood(self, values: Mapping[str, Tensor]) -> LatentAttention:

@@ -209,6 +209,18 @@ class AttentionParameters:
         bound: Tensor = (_product_norm(self.output, self.value) * pull).sum(-1)
         return bound.expand(self.batch_shape)
 
+    def with_memory(self, radius: float | Tensor | None) -> Self:
+        """The same maps with another memory radius; None: tokens as they are.
+
+        Example:
+            >>> from probattn import CausalAttention
+            >>> CausalAttention.from_qk_matrix(torch.eye(2)).with_memory(3.0).contraction
+            tensor(9.)
+        """
+        parts: dict[str, Any] = self._parameters()
+        parts.pop("memory_radius", None)
+        return type(self)(**parts, memory_radius=radius, mask=self.mask)
+
     def expand(self, batch_shape: torch.Size | tuple[int, ...] | list[int]) -> Self:
         """The same attention with its batch axes expanded to ``batch_shape``, as views."""
         batch = tuple(batch_shape)

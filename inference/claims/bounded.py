@@ -58,14 +58,12 @@ Build = Callable[[CausalAttention], CausalAttention]
 
 def with_radius(attention: CausalAttention) -> CausalAttention:
     """Return the attention with a memory radius and a contraction: the thing under test."""
-    parts = {**attention._parameters(), "memory_radius": torch.tensor(RADIUS).to(attention.like)}
-    return CausalAttention(**parts, mask=attention.mask).scaled_to(KAPPA)
+    return attention.with_memory(RADIUS).scaled_to(KAPPA)
 
 
 def without_radius(attention: CausalAttention) -> CausalAttention:
     """Return the attention with the same factors as :func:`with_radius`, unbounded: the control."""
-    parts = {**with_radius(attention)._parameters(), "memory_radius": None}
-    return CausalAttention(**parts, mask=attention.mask)
+    return with_radius(attention).with_memory(None)
 
 
 def bounded_claim(subject: Subject, settings: Settings | None = None, *, build: Build = with_radius) -> Claim:
@@ -278,8 +276,9 @@ def _posterior(*, bounded: bool, full: bool) -> tuple[float, float]:
     Four times the tokens -2, 2, 0 on the line: without a radius the likelihood vanishes at the slope 1/4, where the
     third token is on a fold.
     """
-    options = {"memory_radius": RADIUS, "contraction": 0.95} if bounded else {}
-    model = EmbeddingModel(3, 1, parameters="qk_matrix", noise_scale=1.0, **options)
+    model = EmbeddingModel(3, 1, parameters="qk_matrix", noise_scale=1.0)
+    if bounded:
+        model = model.altered(memory_radius=RADIUS, contraction=0.95)
     u = torch.tensor([[-2.0], [2.0], [0.0]], dtype=torch.float64).expand(4, 3, 1).clone()
     target = LogDensity(model, u)
     draws = fit_nuts(target, NutsConfig(chains=4, warmup=100, draws=500 if full else 100))

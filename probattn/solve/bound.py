@@ -71,8 +71,8 @@ def memory_bound(attention: CausalAttention) -> Tensor:
         ``(*batch)``. Time O(H p^3).
 
     Example:
-        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.2]]).double(), memory_radius=2.0)
-        >>> 0.8 <= float(memory_bound(attention)) < 0.8 + 1e-12
+        >>> attention = CausalAttention.from_qk_matrix(torch.tensor([[0.125]]).double(), memory_radius=2.0)
+        >>> 0.5 <= float(memory_bound(attention)) < 0.5 + 1e-12
         True
     """
     return attention.contraction * (1 + 8 * (attention.dim + 1) * torch.finfo(attention.query.dtype).eps)

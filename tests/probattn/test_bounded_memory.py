@@ -28,7 +28,7 @@ MASKS = ["strict", "inclusive"]
 def bounded(seed, heads=1, rank=2, dim=3, value_dim=None, mask="strict", radius=1.5, **options):
     """A random attention with a memory radius, and the same without one."""
     free = attention_like(seed, heads, rank, dim, value_dim, mask, **options)
-    return CausalAttention(**free._parameters(), memory_radius=radius, mask=mask), free
+    return free.with_memory(radius), free
 
 
 def contractive(seed, kappa, heads=1, rank=2, dim=3, value_dim=None, mask="strict", radius=1.5, **options):
@@ -77,7 +77,7 @@ def test_a_large_radius_is_none_and_a_small_one_forgets(mask):
     u = tokens(1, 6, 3)
     torch.testing.assert_close(attention.mean(u), free.mean(u))
     torch.testing.assert_close(attention.jacobian(u), free.jacobian(u))
-    small = CausalAttention(**free._parameters(), memory_radius=1e-9, mask=mask)
+    small = free.with_memory(1e-9)
     assert small.mean(u)[1:].abs().max() < 1e-7
 
 
@@ -99,7 +99,8 @@ def test_every_operation_on_the_value_keeps_the_radius(mask):
         torch.testing.assert_close(other.mean(u), attention.mean(u)[1])
     assert attention.equals(attention.detach())
     assert not attention.equals(free)
-    assert not attention.equals(CausalAttention(**free._parameters(), memory_radius=1.0, mask=mask))
+    assert attention.with_memory(None).equals(free)
+    assert not attention.equals(free.with_memory(1.0))
     assert "memory_radius" in repr(attention)
     assert "memory_radius" not in repr(free)
     assert "memory_radius=2" in repr(attention.select(1))
