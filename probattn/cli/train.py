@@ -14,7 +14,8 @@ def run(options: TrainOptions) -> None:
     """Train a language model with the log-barrier.
 
     The barrier acts on the residual stream in front of each layer's attention, or on the embeddings (--placement).
-    Under torchrun or accelerate launch the processes share each batch. Exit status: 0 done, 2 bad usage or input, 130 interrupted (--resume goes on).
+    Under torchrun or accelerate launch the processes share each batch. Exit status: 0 done, 2 bad usage or input, 130
+    interrupted (--resume goes on).
     """
     result = train(options)
     if launched_rank() == 0:

@@ -25,6 +25,8 @@ from probattn.moments.dense import past_weights
 
 __all__ = ["TokenMap", "token_map"]
 
+_BY_ROW = ("weight", "own_weight", "own_alpha", "away", "average", "query")
+
 
 class TokenMap(NamedTuple):
     """M at the tokens of some rows of a batch, as a linear map of ``(B, P, n, p)``, n directions per token.
@@ -84,13 +86,14 @@ class TokenMap(NamedTuple):
         mean = _all_tokens(change, self.value.mT) - change.sum(-1, keepdim=True) * self.average.unsqueeze(4)
         own = self.own_weight.unsqueeze(-1) * (key * self.query.unsqueeze(4)).sum(-1)  # (B, K, P, g, n)
         mean = mean + own.unsqueeze(-1) * self.away.unsqueeze(4) + self.own_alpha[..., None, None] * value
-        stream = mean.permute(0, 2, 4, 1, 3, 5).flatten(3) @ self.sublayer.output.flatten(1).mT  # (B, P, n, p)
+        stream = _product(mean.permute(0, 2, 4, 1, 3, 5).flatten(3), self.sublayer.output.flatten(1).mT)  # (B, P, n, p)
         return stream if self.output_norm is None else self.output_norm.pushforward(stream.mT).mT
 
     def transposed_product(self, w: Tensor) -> Tensor:
         """M^T w, shapes as in :meth:`product`."""
         rows = w if self.output_norm is None else self.output_norm.pullback(w)
-        heads = (rows @ self.sublayer.output.flatten(1)).unflatten(-1, (*self.away.shape[1:2], -1, self.away.shape[-1]))
+        heads = _product(rows, self.sublayer.output.flatten(1))
+        heads = heads.unflatten(-1, (self.sublayer.groups, -1, self.away.shape[-1]))  # (B, P, n, K, g, dv)
         mean = heads.permute(0, 3, 1, 4, 2, 5)  # (B, K, P, g, n, dv)
         change = _all_tokens(mean, self.value) - (mean * self.average.unsqueeze(4)).sum(-1, keepdim=True)
         query = _all_tokens(change * self.weight.unsqueeze(4), self.key.mT)  # (B, K, P, g, n, r)
@@ -108,13 +111,32 @@ class TokenMap(NamedTuple):
         x = torch.stack([_from_heads(projection, part) for projection, part in maps]).sum(0)
         return x if self.norm is None else self.norm.pullback(x)
 
+    def at(self, index: Tensor) -> TokenMap:
+        """The same map at some of the rows."""
+
+        def taken(norm: NormJacobian | None, axis: int) -> NormJacobian | None:
+            if norm is None:
+                return None
+            scale, directions = (part.index_select(axis, index) for part in (norm.scale, norm.directions))
+            return norm._replace(scale=scale, directions=directions)
+
+        parts = {name: getattr(self, name).index_select(2, index) for name in _BY_ROW}
+        return self._replace(
+            **parts,
+            rotation=None if self.rotation is None else self.rotation.at(index),
+            norm=taken(self.norm, 1),
+            query_norm=taken(self.query_norm, 2),
+            key_norm=taken(self.key_norm, 2),
+            output_norm=taken(self.output_norm, 1),
+        )
+
     def detach(self) -> TokenMap:
         """The same map cut off from its graph."""
         return mapped(Tensor.detach, self)
 
     def _heads(self, projection: Projection, x: Tensor) -> Tensor:
         """W x of each head, ``(B, K, P, g, n, r)``, g being 1 for keys and values."""
-        heads = x @ projection.weight.flatten(0, 1).mT
+        heads = _product(x, projection.weight.flatten(0, 1).mT)
         heads = heads.unflatten(-1, (self.sublayer.groups, -1, projection.weight.shape[1]))  # (B, P, n, K, g, r)
         permuted: Tensor = heads.permute(0, 3, 1, 4, 2, 5)
         return permuted
@@ -185,5 +207,10 @@ def _all_tokens(part: Tensor, tokens: Tensor) -> Tensor:
 
 def _from_heads(projection: Projection, part: Tensor) -> Tensor:
     """Sum over heads of W^T x, ``(B, P, n, p)``, from x, ``(B, K, P, g, n, r)``."""
-    summed: Tensor = part.permute(0, 2, 4, 1, 3, 5).flatten(3) @ projection.weight.flatten(0, 1)
-    return summed
+    return _product(part.permute(0, 2, 4, 1, 3, 5).flatten(3), projection.weight.flatten(0, 1))
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows times a matrix, ``(B, P, n, .)``, as one product: torch repeats the matrix for rows that do not fold."""
+    flat: Tensor = rows.reshape(-1, rows.shape[-1]) @ matrix
+    return flat.view(*rows.shape[:-1], matrix.shape[-1])

@@ -21,12 +21,14 @@ from probattn.hf.layers.factors import LayerFactors, build_factors
 from probattn.hf.layers.past import attend
 from probattn.hf.layers.sublayer import Projected, Sublayer, averages_to_mean
 from probattn.hf.layers.tokenwise import Rotation
-from probattn.hf.probes import probe_signs, probed_logabsdet
+from probattn.hf.probes import TOLERANCE, Probed, probe_signs, probed_logabsdet
 from probattn.hf.stream import Stream
 from probattn.penalty import Penalty
 
 __all__ = ["require_probes", "residual_penalty"]
 
+_STEPS, _MOST_STEPS = 6, 384
+_COMPILED_STEPS = 24  # a graph does not ask whether fewer would do
 _NUMBERS = 1 << 26  # how many numbers the square matrices of a chunk of tokens may hold
 
 
@@ -132,14 +134,35 @@ def _exact(
 
 def _probed(block: TokenMap, count: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        fixed = block.detach()
         batch, _, rows = block.average.shape[:3]
         z = probe_signs((batch, rows, count, block.sublayer.dim), block.average)
-        found = probed_logabsdet(lambda x: x - fixed.product(x), lambda x: x - fixed.transposed_product(x), z)
+        found = _run(block.detach(), z)
     # Its gradient is that of log|det J| on average over z, and its value is not asked for.
     carrier = -(found.solution * block.product(z)).sum(-1)  # (B, P, n)
     values = found.logabsdet + carrier - carrier.detach()
     return -values.mean(-1), found.smallest
+
+
+def _run(block: TokenMap, z: Tensor) -> Probed:
+    """The Lanczos process, begun again with four times the steps at the positions where it has not converged."""
+    steps, most = _STEPS, z.shape[-1]
+    if torch.compiler.is_compiling():
+        steps = min(most, _COMPILED_STEPS)
+    found = _lanczos(block, z, steps)
+    tolerance = TOLERANCE[z.dtype]
+    while steps < min(most, _MOST_STEPS) and not torch.compiler.is_compiling():
+        index = (found.residual > tolerance).any(-1).any(0).nonzero().squeeze(-1)
+        if not len(index):
+            break
+        steps = 4 * steps
+        again = _lanczos(block.at(index), z[:, index], steps)
+        parts = zip(found, again, strict=True)
+        found = Probed(*(part.index_copy(1, index, more) for part, more in parts))
+    return found
+
+
+def _lanczos(block: TokenMap, z: Tensor, steps: int) -> Probed:
+    return probed_logabsdet(lambda x: x - block.product(x), lambda x: x - block.transposed_product(x), z, steps=steps)
 
 
 def _spread(part: Tensor, rows: Tensor, length: int) -> Tensor:
