@@ -115,8 +115,8 @@ def read_margins(
             window=("token", np.full(last - first, number)), position=("token", np.arange(last - first))
         )
         parts.append(found.assign_coords(token=found.token + first))
-    pieces = [unit.text for unit in units for _ in range(unit.first, unit.last)]
-    whole = _joined(parts, "token").assign(text=("token", np.array(pieces, dtype=object)))
+    texts = [unit.text for unit in units for _ in range(unit.first, unit.last)]
+    whole = _joined(parts, "token").assign(text=("token", np.array(texts, dtype=object)))
     _require_numbers(whole, kinds)
     return Reading(text, tokens, units, windows, total, tuple(kinds), whole)
 
