@@ -132,14 +132,15 @@ def bounded_claim(subject: Subject, settings: Settings | None = None, *, build: 
         formula="φ(u) = u / √(1 + |u|²/ρ²),   |M_i| ≤ κ = Σ_h ρ² |W_O W_V| |c W_Kᵀ W_Q| < 1   ⇒   Z = 1,   "
         "σ_min(J_i) ≥ 1 − κ,   −p log(1 + κ) ≤ b_i ≤ −p log(1 − κ)",
         control="The same parameters without the radius: "
-        f"a mass of {measured['control_mass']:.2f}; prefixes that miss {control_prefix:.1g} of it; "
+        f"a mass of {measured['control_mass']:.2f}; after a prefix of the process a mass that is off by "
+        f"{control_prefix:.2g}; "
         f"{measured['control_tokens_solved_one_by_one']:.0f} tokens that sweeps leave to a search; draws of NUTS at a "
         f"distance of {fits[1][1]:.2f} from the exact posterior instead of {fits[0][1]:.2f}; margins that fall short "
         f"of the floor by {control_margins:.2g}; a barrier that training takes {control_floor:.3g} below the floor; "
         f"and a mean square of {runaway:.3g} after 60 tokens.",
         finding=f"After {int(run.lengths[-1]):,} tokens at κ = {KAPPA} the mean square of an attractive process is "
         f"{measured['mean_square_of_the_long_path']:.3f} for noise of variance 1. The bounds say what cannot happen, "
-        "not what is typical: margins on text are far above their floor.",
+        "not what is typical.",
         figures={"bounded": _figure(run)},
     )
 
