@@ -265,11 +265,13 @@ class TestHalfPrecision:
         *arguments, scale = problem(1, 2, 40, 2, 6, 5, dtype=dtype)
         ups = upstream(arguments[0], arguments[2])
         found, expected = computed(ups, *arguments, scale), reference(ups, *arguments, scale)
-        # A GPU multiplies in TF32, with eleven digits: of logits up to ten, so the weights have eight.
-        room = 0.0 if INTERPRETED else 2.0**-8
+        # A GPU multiplies in TF32, with eleven digits: of logits up to ten, so the weights have eight, and what they
+        # weigh has them relative to the largest numbers. On an H200 5e-3 was the largest difference.
+        room = 0.0 if INTERPRETED else 2.0**-7
         for mine, other in zip(found, expected, strict=True):
             assert mine.dtype == dtype
-            assert (apart(mine, other) <= (2.0**-digits + room) * other.abs() + room + 1e-5).all()
+            largest = other[other.isfinite()].abs().max()
+            assert (apart(mine, other) <= 2.0**-digits * other.abs() + room * largest + 1e-5).all()
 
     def test_sums_are_in_single_precision(self):
         """In bfloat16 a sum of 600 shares of 1/600 stops growing at 1/2, where the half of a digit is larger."""
@@ -307,7 +309,7 @@ class TestWhatTheKernelsCover:
         part = stub()
         monkeypatch.setattr(kernels, "ENABLED", False)
         assert not kernels.supports(part, part, part, None, None)
-        for value, expected in (("1", True), ("0", False), (None, False)):
+        for value, expected in (("1", True), ("0", False), (None, True)):
             if value is None:
                 monkeypatch.delenv("PROBATTN_TRITON")
             else:
