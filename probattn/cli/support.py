@@ -11,8 +11,8 @@ __all__ = ["OPTIONS", "app", "run"]
 def run(options: SupportOptions) -> None:
     """Show which tokens of a text a language model holds nearest to the boundary, in which layer, and why.
 
-    Writes support.html, support.json beside it, and all margins as margins.nc. A short text takes seconds; the time
-    grows with tokens times layers, so try a long one with --limit first.
+    Writes support.html, support.json beside it, and all margins as margins.nc. With the default model a sentence takes
+    about half a minute; the time grows with tokens times layers, so try a long text with --limit first.
 
     Exit status: 0 done, 2 bad usage or input.
     """
