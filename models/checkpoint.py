@@ -118,7 +118,7 @@ def _fetched(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # of the hub, of the network, of the disk: no common class
-        reason = (str(error).splitlines() or [""])[0].rstrip(".:") or type(error).__name__
+        reason = (str(error).splitlines() or [""])[0].removeprefix("Got: ").rstrip(".:") or type(error).__name__
         raise InputError(
             f"--model {name}: no such folder here, and it could not be fetched from the hub ({reason}). Where there is "
             f"a network, run: hf download {name} --local-dir FOLDER; then bring FOLDER here (config.json, "
