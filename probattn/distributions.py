@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,7 +18,7 @@ from probattn.interface import Attention
 from probattn.solve.selection import Selection
 from probattn.transforms import AttentionTransform
 
-__all__ = ["LatentAttention", "ResidualNoise", "expanded_shape", "noise_distribution"]
+__all__ = ["LatentAttention", "ResidualNoise", "expanded_shape", "noise_distribution", "unwatched_folds"]
 
 
 def noise_distribution(
@@ -182,6 +186,7 @@ class LatentAttention(dist.TransformedDistribution):  # type: ignore[misc]  # Py
         """Log p(u), ``(*batch,)``; with noise and log-determinant from one pass."""
         if self._validate_args:
             self._validate_sample(value)
+        _watch(self.attention, value)
         noise, ladj = self.transform.inverse_and_ladj(value)
         log_noise: Tensor = self.base_dist.log_prob(noise)
         return log_noise - ladj
@@ -213,3 +218,40 @@ class ResidualNoise(LatentAttention):
             self._validate_sample(value)
         log_noise: Tensor = self.base_dist.log_prob(self.transform.inv(value))
         return log_noise
+
+
+_LOG = logging.getLogger(__name__)
+_WATCHED: ContextVar[bool] = ContextVar("watched", default=True)
+_FOLDS = {"evaluations": 0, "warned": 0}
+
+
+@contextmanager
+def unwatched_folds() -> Iterator[None]:
+    """Evaluate densities without the warning of folds: for who looks for them, or reports them by other means."""
+    token = _WATCHED.set(False)
+    try:
+        yield
+    finally:
+        _WATCHED.reset(token)
+
+
+def _watch(attention: Attention, u: Tensor) -> None:
+    """Warn once where a density is evaluated beyond a fold.
+
+    Looks at the 1st, 2nd, 4th, 8th, ... evaluation, which costs nothing in the long run and finds a chain that lives
+    there.
+    """
+    if _FOLDS["warned"] or not _WATCHED.get() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return
+    _FOLDS["evaluations"] += 1
+    if _FOLDS["evaluations"].bit_count() != 1:
+        return
+    with torch.no_grad(), suppress(RuntimeError):  # inside torch.vmap nothing can be asked
+        folded = bool((attention.detach().logabsdet(u.detach())[0] < 0).any())
+        if folded:
+            _FOLDS["warned"] = 1
+            _LOG.warning(
+                "a log-density was evaluated where det J < 0: beyond a fold it is no density of the tokens, and a "
+                "chain may stay there, in a mode of its own. Start samplers and guides with "
+                "probattn.models.init_to_feasible(model, data), and look at folded_share of the draws. (Said once.)"
+            )

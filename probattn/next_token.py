@@ -2,6 +2,7 @@ r"""The distribution of the next token given a past, with its mass and its roots
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from probattn.distributions import expanded_shape, noise_distribution
-from probattn.errors import InputError
+from probattn.errors import InputError, require_at_least
 from probattn.folds.branches import Branches
 from probattn.numerics import linalg
 from probattn.numerics.random import isolated_seed
@@ -22,7 +23,12 @@ from probattn.solve.token import find_roots, solve_token
 
 __all__ = ["Mass", "NextToken"]
 
+_LOG = logging.getLogger(__name__)
 _CORNERS = 64
+_WIDE = 1.5  # scale of the proposals, in that of the noise
+_BUDGET = 2_000_000_000  # multiplications
+_LEAST = 512  # proposals, however long the past
+_CHUNK = 2**22  # numbers of a chunk of proposals
 
 
 class Mass(NamedTuple):
@@ -191,7 +197,7 @@ class NextToken(dist.TorchDistribution):
         return torch.tensor(quantiles, dtype=value.dtype, device=value.device).view(value.shape)
 
     @torch.no_grad()
-    def mass(self, draws: int = 20_000, seed: int = 0) -> Mass:
+    def mass(self, draws: int = 20_000, seed: int = 0, *, budget: int = _BUDGET) -> Mass:
         r"""Z of N(e(u); 0, S) \|det J(u)\|: the mean number of solutions.
 
         Exactly one where the contraction bound certifies; exact from the branches in one dimension; else by importance
@@ -199,21 +205,33 @@ class NextToken(dist.TorchDistribution):
         times the scale. The estimator is defensive: the proposal has heavier tails than the integrand.
 
         Args:
-            draws: number of proposals.
+            draws: largest number of proposals.
             seed: random seed of the proposals; the global random state is left as it was.
+            budget: largest number of multiplications, of which a proposal takes about n p (p + 2) after n tokens. After
+                a long past there are fewer proposals, at least 512, and the standard error says what that costs.
 
         Raises:
-            InputError: batches.
+            InputError: batches; fewer than two draws.
+
+        Cost: linear in n below the budget, in memory of 32 MiB.
         """
         if self.batch_shape:
             raise InputError(f"mass is for one past at a time; this one has batch shape {tuple(self.batch_shape)}.")
+        require_at_least("draws", draws, 2)
         if float(self.past.contraction_bound()) < 1:
             return Mass(1.0, 0.0, "contraction")
         if self._scalar:
             branches = self.branches if self.selection == "unique" else Branches(self.past, self.branches.noise_scale)
             return Mass(branches.mass, 0.0, "branches")
-        weights = self.importance_weights(draws, seed)[0]
-        return Mass(float(weights.mean()), float(weights.std() / math.sqrt(draws)), "importance sampling")
+        dim = self.event_shape[0]
+        affordable = max(_LEAST, budget // (max(1, self.past.length) * dim * (dim + 2)))
+        if affordable < draws:
+            _LOG.info(
+                "mass after %s tokens: %s proposals within the budget, not %s", *(self.past.length, affordable, draws)
+            )
+        count = min(draws, affordable)
+        weights = self.importance_weights(count, seed)[0]
+        return Mass(float(weights.mean()), float(weights.std() / math.sqrt(count)), "importance sampling")
 
     @torch.no_grad()
     def importance_weights(self, draws: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -226,18 +244,38 @@ class NextToken(dist.TorchDistribution):
         anchors = torch.cat([centre, values, (values + centre) / 2])  # (A, p)
         if self.past.length > 1 and self.past.values.shape[-3] > 1:  # heads may look at different tokens
             anchors = torch.cat([anchors, hull_points(self.past, _CORNERS)])
-        wide = 1.5
         with isolated_seed(seed):
             chosen = torch.randint(len(anchors), (draws,))
-            noise = wide * self.noise.sample((draws,)).squeeze(-2)
+            noise = _WIDE * self.noise.sample((draws,)).squeeze(-2)
         u = anchors[chosen] + noise  # (draws, p)
-        steps = (u.unsqueeze(1) - anchors) / wide  # (draws, A, p)
-        log_q = torch.logsumexp(self.noise.log_prob(steps.unsqueeze(-2)), dim=1)
-        log_q = log_q - math.log(len(anchors)) - u.shape[-1] * math.log(wide)
+        size = max(1, _CHUNK // (len(anchors) + self.past.length * u.shape[-1]))
+        parts = []
+        for k, chunk in enumerate(u.split(size)):
+            parts.append(self._weights(chunk, anchors - centre, centre))
+            _LOG.debug("mass: %s of %s proposals", min(draws, (k + 1) * size), draws)
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def _weights(self, u: Tensor, anchors: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of some proposals, given the anchors less their centre."""
+        # The mixture's density from distances of whitened points, one product of matrices for all pairs.
+        points, knots = self._whitened(u - centre) / _WIDE, self._whitened(anchors) / _WIDE
+        squares = points.square().sum(-1, keepdim=True) + knots.square().sum(-1) - 2 * points @ knots.mT
+        log_q = torch.logsumexp(-0.5 * squares.clamp(min=0), dim=1) + self.noise.log_prob(u.new_zeros(1, u.shape[-1]))
+        log_q = log_q - math.log(len(anchors)) - u.shape[-1] * math.log(_WIDE)
         mean, jacobian = self.past.mean_and_jacobian(u)
         sign, logabs = linalg.slogdet(jacobian)
         weights = (self.noise.log_prob((u - mean).unsqueeze(-2)) + logabs - log_q).exp()
         return weights, sign * weights
+
+    def _whitened(self, x: Tensor) -> Tensor:
+        """L^-1 x for S = L L^T, (K, p)."""
+        base: Any = self.noise
+        while hasattr(base, "base_dist"):
+            base = base.base_dist
+        if hasattr(base, "scale_tril"):
+            tril = base.scale_tril.reshape(x.shape[-1], x.shape[-1])
+            return torch.linalg.solve_triangular(tril, x.mT, upper=False).mT
+        return x / self.noise.stddev.reshape(x.shape[-1])
 
     def __repr__(self) -> str:
         return (

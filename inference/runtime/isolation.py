@@ -15,6 +15,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
+from probattn.distributions import unwatched_folds
 from probattn.errors import InputError
 from probattn.numerics.random import isolated_seed
 
@@ -44,5 +45,6 @@ def isolated(device: torch.device | None = None, seed: int | None = None) -> Ite
         device: a CUDA device whose random state is seeded and put back as well.
         seed: seed of the draws inside; None continues from the present state.
     """
-    with _PYRO, isolated_seed(seed, device), pyro.settings.context(module_local_params=True):
+    # Folds at the draws are a finding of the diagnosis; proposals beyond one are the samplers' business.
+    with _PYRO, isolated_seed(seed, device), pyro.settings.context(module_local_params=True), unwatched_folds():
         yield

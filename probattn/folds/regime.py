@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,10 @@ from probattn.solve.bound import contraction_bound, memory_bound, projection_sla
 from probattn.solve.context import Context
 
 __all__ = ["Regime", "regime"]
+
+_LOG = logging.getLogger(__name__)
+_STARTS, _STEPS = 64, 60  # of the search after one past
+_QUICK = 16_384  # points of the search for a witness where an eigenvalue was seen
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class Regime:
         return self.name
 
 
-def regime(attention: Attention, u: Tensor, *, search: bool = False) -> Regime | list[Regime] | list[list[Regime]]:
+def regime(
+    attention: Attention, u: Tensor, *, search: bool = False, budget: int = 16_384
+) -> Regime | list[Regime] | list[list[Regime]]:
     """Name the regime of a sequence.
 
     In one dimension under the strict mask the answer is exact up to rounding: the supremum of the sensitivity over
@@ -58,7 +65,8 @@ def regime(attention: Attention, u: Tensor, *, search: bool = False) -> Regime |
         attention: the attention.
         u: one sequence (T, p) or a batch, finite.
         search: whether to seek folds beyond the tokens of the sequence, see :func:`probattn.folds.search.find_fold`;
-            some 50 evaluations of 64 candidates per position.
+            where none is found, the evidence says within which budget.
+        budget: largest number of points that the search visits, for each sequence; the longest pasts come first.
 
     Returns:
         A :class:`Regime`; for a batch a list of them, nested as the batch axes are. ``str()`` gives the name.
@@ -82,18 +90,18 @@ def regime(attention: Attention, u: Tensor, *, search: bool = False) -> Regime |
     parts = (contraction_bound(attention, u), sign, logabs, spectral)
     expanded = [part.expand(*batch, u.shape[-2]) for part in parts]
     whole = attention.expand(batch) if attention.batch_shape else attention
-    return _nested(whole, u.expand(*batch, *u.shape[-2:]), expanded, search)
+    return _nested(whole, u.expand(*batch, *u.shape[-2:]), expanded, budget if search else 0)
 
 
 def _nested(
-    attention: Attention, u: Tensor, parts: list[Tensor], search: bool
+    attention: Attention, u: Tensor, parts: list[Tensor], budget: int
 ) -> Regime | list[Regime] | list[list[Regime]]:
     if u.dim() == 2:
-        return _classify(attention, u, *parts, search=search)
+        return _classify(attention, u, *parts, budget=budget)
     rows = []
     for k in range(len(u)):
         one = attention.select(k) if isinstance(attention, CausalAttention) and attention.batch_shape else attention
-        rows.append(_nested(one, u[k], [part[k] for part in parts], search))
+        rows.append(_nested(one, u[k], [part[k] for part in parts], budget))
     return rows  # type: ignore[return-value]
 
 
@@ -105,7 +113,7 @@ def _classify(
     logabs: Tensor,
     spectral: Tensor,
     *,
-    search: bool,
+    budget: int,
 ) -> Regime:
     # Signs and logarithms, not determinants: those of large blocks overflow.
     position = int(torch.where(sign < 0, -torch.inf, logabs).argmin())
@@ -131,13 +139,16 @@ def _classify(
     if float(spectral[lowest]) <= 0:
         there = f"at position {lowest}, where det J = {_number(sign[lowest], logabs[lowest])}"
         seen = f"spectral margin {float(spectral[lowest]):.6g} {there}: a real eigenvalue of J is not positive"
-        return _searched(attention, u) or Regime("folded", f"{seen}; a fold is suspected, not proved", False, lowest)
-    if search and strict:
-        found = _searched(attention, u)
+        return _searched(attention, u, budget or _QUICK)[0] or Regime(
+            "folded", f"{seen}; a fold is suspected, not proved", False, lowest
+        )
+    sought = ""
+    if budget and strict and isinstance(attention, CausalAttention):
+        found, pasts, points = _searched(attention, u, budget)
         if found is not None:
             return found
+        sought = f"; no fold found at {points:,} points after {pasts} of {max(0, len(u) - 2)} pasts, the budget"
     margin = f"smallest spectral margin {float(spectral[lowest]):.6g} at position {lowest}"
-    sought = "; no fold found by search" if search else ""
     seen = f"{smallest}, {margin}; contraction bound {largest:.6g} does not certify{sought}"
     return Regime("regular", seen, False, position)
 
@@ -167,17 +178,23 @@ def _on_a_line(attention: CausalAttention, u: Tensor) -> Regime | None:
     return Regime("certified", seen, True)
 
 
-def _searched(attention: Attention, u: Tensor) -> Regime | None:
-    """A witness after one of the pasts, the longest first; None where none is found or none would prove anything."""
+def _searched(attention: Attention, u: Tensor, budget: int) -> tuple[Regime | None, int, int]:
+    """A witness after one of the pasts, the longest first, or None; the numbers of pasts and of points searched."""
     if attention.mask != "strict" or not isinstance(attention, CausalAttention):
-        return None
-    whole = Context.of(attention, u)
-    for i in reversed(range(2, len(u))):
-        witness = find_fold(whole.first(i))
+        return None, 0, 0
+    whole, lengths = Context.of(attention, u), range(len(u) - 1, 1, -1)
+    # As many starts for each past as the budget has, and fewer pasts rather than fewer than four starts.
+    starts = min(_STARTS, max(4, budget // (_STEPS * max(1, len(lengths)))))
+    affordable = max(1, budget // (_STEPS * starts))
+    for done, i in enumerate(lengths[:affordable], start=1):
+        witness = find_fold(whole.first(i), starts=starts, steps=_STEPS)
         if witness is not None:
             at = ", ".join(f"{float(x):.4g}" for x in witness)
-            return Regime("folded", f"det J < 0 at u = ({at}) after {i} tokens, found by search", True, i, witness)
-    return None
+            seen = f"det J < 0 at u = ({at}) after {i} tokens, found by search"
+            return Regime("folded", seen, True, i, witness), done, done * starts * _STEPS
+        _LOG.debug("search for folds: %s of %s pasts", done, min(affordable, len(lengths)))
+    searched = min(affordable, len(lengths))
+    return None, searched, searched * starts * _STEPS
 
 
 def _number(sign: Tensor, logabs: Tensor) -> str:

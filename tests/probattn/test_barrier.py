@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -317,7 +318,10 @@ class TestRegime:
         assert (str(found), found.proved) == ("folded", True)
         assert_witness(attention, u, found)
         opposite = CausalAttention.from_qk_matrix(-attention.qk_matrix, heads=1)  # expands everywhere
-        assert "no fold found by search" in regime(opposite, u, search=True).evidence
+        found = regime(opposite, u, search=True).evidence
+        assert re.search(r"no fold found at [\d,]+ points after (\d+) of \1 pasts, the budget", found)
+        few = regime(opposite, u, search=True, budget=240).evidence
+        assert re.search(r"no fold found at 240 points after 1 of \d+ pasts, the budget", few)
 
     def test_of_batches(self):
         attention = CausalAttention.from_qk_matrix(torch.tensor([0.9, 1.1]).double()[:, None, None, None], heads=1)
