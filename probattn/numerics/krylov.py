@@ -36,7 +36,7 @@ from probattn.numerics import linalg
 __all__ = ["Rightmost", "SmallestSingular", "rightmost_eigenvalues", "smallest_singular_values"]
 
 _STEPS = (32, 48, 64, 96, 128, 192)  # sizes of the Krylov spaces at which eigenvalues are looked at
-_BLOCKS = 10  # steps of block Lanczos
+_BLOCKS = 16  # steps of block Lanczos
 _CAUTION = 2.0  # how many residuals away an eigenvalue may be of a Ritz value that has not converged
 _ROUNDINGS = 1.0  # of a product with M, in units of the precision times the Frobenius norm of H
 
@@ -236,12 +236,9 @@ def _ritz(hessenberg: Tensor, eps: float, *, exact: bool) -> _Ritz:
 def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``(n, k)`` and right eigenvectors of length one ``(n, k, k)`` of matrices ``(n, k, k)``.
 
-    For a GPU they are computed on the CPU, where as many threads as torch may use take a part each: there is no batched
-    routine for a GPU, and one matrix at a time takes longer there.
+    On the CPU, also for a GPU, which has no batched routine for them and takes longer for one matrix; each thread that
+    torch may use takes a part of the matrices.
     """
-    if matrix.device.type == "cpu":
-        value, right = torch.linalg.eig(matrix)
-        return value, right
     parts = matrix.cpu().chunk(torch.get_num_threads())
     with ThreadPoolExecutor(len(parts)) as pool:
         values, rights = zip(*pool.map(torch.linalg.eig, parts), strict=True)
