@@ -74,6 +74,18 @@ def test_numbers_of_the_line(open_page, settle):
     assert names >= {"certified", "folded"}
 
 
+def test_a_memory_radius_shows_the_fold_vanish(open_page, settle):
+    page, line = open_page(), {"tokens": [-1, 1, 0.35], "a": 3.0, "sigma": 0.5, "noise": 0.1}
+    counts = []
+    for radius in (0, 2.0, 0.5):
+        state, shown = shown_with(page, settle, line={**line, "radius": radius})
+        assert differences(shown, line_expected(state["line"])) == []
+        check_smallest(shown, state["line"])
+        counts.append((shown["line.regime"]["text"], shown["line.count"]["value"]))
+    assert counts == [("folded", "3"), ("folded", "3"), ("certified", "1")]
+    assert "after every past" in shown["line.reason"]["text"]
+
+
 def test_the_line_with_thirty_two_tokens_and_steep_attention(open_page, settle):
     page, generator = open_page(), torch.Generator().manual_seed(1)
     tokens = (6 * torch.rand(32, generator=generator) - 3).tolist()

@@ -227,8 +227,9 @@ def test_links_that_cannot_be_read_are_explained(open_page, settle):
 
 def test_a_state_beyond_the_limits_is_brought_within(open_page, settle):
     page = open_page()
-    change(page, settle, "line", tokens=[-50, 50], a=1e9, sigma=0, noise=-1e6)
-    assert page.evaluate("probattn.state.line") == {"tokens": [-3, 3], "a": 10, "sigma": 0.02, "noise": -4}
+    change(page, settle, "line", tokens=[-50, 50], a=1e9, sigma=0, noise=-1e6, radius=99)
+    expected = {"tokens": [-3, 3], "a": 10, "sigma": 0.02, "noise": -4, "radius": 4}
+    assert page.evaluate("probattn.state.line") == expected
     with pytest.raises(Exception, match="a number is missing"):
         change(page, settle, "line", a="1")
     with pytest.raises(Exception, match="between 2 and 32"):

@@ -51,7 +51,7 @@ def differences(shown, expected):
 def line_expected(state):
     """What the library says of the state of the line."""
     tokens, a, sigma = tensor(state["tokens"]).unsqueeze(-1), state["a"], state["sigma"]
-    attention = CausalAttention.from_qk_matrix(tensor([[a]]))
+    attention = CausalAttention.from_qk_matrix(tensor([[a]]), memory_radius=state.get("radius") or None)
     past, u = Context.of(attention, tokens[:-1]), tokens[-1]
     mean = past.mean(u)
     weights = attention.weights(tokens)[0, -1, :-1]
@@ -66,10 +66,11 @@ def line_expected(state):
         "line.a": a,
         "line.sigma": sigma,
         "line.noise": state["noise"],
+        "line.radius": state.get("radius", 0),
         "line.u": u,
         "line.mean": mean,
         "line.e": u - mean,
-        "line.variance": (weights * (tokens[:-1, 0] - mean).square()).sum(),
+        "line.variance": (weights * (attention.remember(tokens)[:-1, 0] - mean).square()).sum(),
         "line.margin": stability_margin(attention, tokens, "determinant")[-1],
         "line.sigma_min": distance,
         "line.gain": 1 / distance,
@@ -88,9 +89,8 @@ def line_expected(state):
 
 def check_smallest(shown, state):
     """The supremum of 1 - J lies where the page says, by the library's enclosure on either side."""
-    past = Context.of(
-        CausalAttention.from_qk_matrix(tensor([[state["a"]]])), tensor(state["tokens"][:-1]).unsqueeze(-1)
-    )
+    attention = CausalAttention.from_qk_matrix(tensor([[state["a"]]]), memory_radius=state.get("radius") or None)
+    past = Context.of(attention, tensor(state["tokens"][:-1]).unsqueeze(-1))
     largest = 1 - float(shown["line.smallest"]["value"])
     assert largest_sensitivity(past, threshold=largest + 2 * TOLERANCE).upper < largest + 2 * TOLERANCE
     if largest > 1e-5:

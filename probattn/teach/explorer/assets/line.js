@@ -10,14 +10,15 @@ const lineView = page => {
 
   /** Compute all displayed quantities from the state. */
   function compute() {
-    const { tokens, a, sigma, noise } = state(), past = tokens.slice(0, -1), u = tokens.at(-1);
+    const { tokens, a, sigma, noise, radius } = state(), u = tokens.at(-1);
+    const past = tokens.slice(0, -1).map(token => M.hold(token, radius));
     const weights = new Float64Array(past.length), here = M.look(past, a, u, weights), J = 1 - a * here.variance, e = u - here.mean;
     const turning = M.turningPoints(past, a), naive = M.normal(e, sigma);
     return {
       past, u, weights, J, e, turning, mean: here.mean, variance: here.variance,
       roots: M.roots(past, a, noise, turning), mass: M.mass(past, a, sigma, turning),
       without: M.massWithoutJacobian(past, a, sigma, turning), naive, density: naive * Math.abs(J),
-      largest: M.largestSensitivity(past, a), regime: M.regime(tokens, a),
+      largest: M.largestSensitivity(past, a), regime: M.regime(tokens, a, radius),
     };
   }
 
@@ -42,7 +43,7 @@ const lineView = page => {
     if (controls.find("line-table").open) {
       controls.table(controls.find("line-rows"), at.tokens.map((token, i) => {
         const query = i === at.tokens.length - 1;
-        return [query ? "u" : `u${subscript(i + 1)}`, token, query ? "" : s.weights[i], M.jacobian(at.tokens.slice(0, i), at.a, token)];
+        return [query ? "u" : `u${subscript(i + 1)}`, token, query ? "" : s.weights[i], M.jacobian(at.tokens.slice(0, i).map(one => M.hold(one, at.radius)), at.a, token)];
       }));
     }
     return controls.showRegime("line", s.regime);
@@ -159,6 +160,7 @@ const lineView = page => {
   const sync = [
     controls.slider("line-a", () => state().a, value => (state().a = value), page.changed, page.commit),
     controls.slider("line-sigma", () => state().sigma, value => (state().sigma = value), page.changed, page.commit),
+    controls.slider("line-radius", () => state().radius ?? 0, value => (state().radius = value), page.changed, page.commit),
     controls.slider("line-noise", () => state().noise, value => (state().noise = value), page.changed, page.commit),
   ];
   controls.find("line-take").addEventListener("click", () => {

@@ -226,13 +226,20 @@ const lineMathematics = (() => {
     return total;
   }
 
+  /** A token as the memory holds it: on the ball of its radius, unchanged where the radius is 0. */
+  const hold = (token, radius) => (radius > 0 ? token / Math.sqrt(1 + (token / radius) ** 2) : token);
+
   /** The regime of a sequence, exact in one dimension, by the rules of the library in its order. */
-  function regime(tokens, a) {
-    const J = tokens.map((u, i) => jacobian(tokens.slice(0, i), a, u));
+  function regime(queries, a, radius = 0) {
+    const tokens = queries.map(token => hold(token, radius));
+    const J = queries.map((u, i) => jacobian(tokens.slice(0, i), a, u));
     let position = J.findIndex(value => value < 0);
     if (position >= 0) {
       // Among several negative ones the library names the first.
       return { name: "folded", proved: true, position, reason: `the slope J is negative at ${position === tokens.length - 1 ? "the query" : `token ${position + 1}`}: some noise has several solutions` };
+    }
+    if (radius > 0 && Math.abs(a) * radius * radius * (1 + 16 * Number.EPSILON) < 1) {
+      return { name: "certified", proved: true, position: null, reason: "the contraction |a|ρ² is below one: the map is one-to-one after every past" };
     }
     const size = tokens.reduce((most, token) => Math.max(most, Math.abs(token)), 0), unit = 16 * Number.EPSILON;
     let largest = 0;
@@ -266,5 +273,5 @@ const lineMathematics = (() => {
   }
 
   return { look, residual, jacobian, spread, largestSensitivity, turningPoints, roots, probability, mass, normal,
-    massWithoutJacobian, regime, bisect };
+    massWithoutJacobian, hold, regime, bisect };
 })();

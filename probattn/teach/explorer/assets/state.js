@@ -1,12 +1,12 @@
 // The state, its history, and its encoding in a link. Everything on the page is a function of the state.
 const states = (() => {
   const VERSION = 1;
-  const LIMIT = { token: 3, tokens: 32, a: 10, sigma: [0.02, 2], noise: 4, s: 6, sequence: { a: 4, sigma: [0.02, 2], n: 2000 } };
+  const LIMIT = { token: 3, tokens: 32, a: 10, sigma: [0.02, 2], noise: 4, radius: 4, s: 6, sequence: { a: 4, sigma: [0.02, 2], n: 2000 } };
 
   const initial = () => ({
     view: "line",
     // The noise of the query itself, so that the query is one of the roots.
-    line: { tokens: [-1, 1, 0.35], a: 1.8, sigma: 0.5, noise: lineMathematics.residual([-1, 1], 1.8, 0.35) },
+    line: { tokens: [-1, 1, 0.35], a: 1.8, sigma: 0.5, radius: 0, noise: lineMathematics.residual([-1, 1], 1.8, 0.35) },
     plane: {
       tokens: [[-1.6, -0.9], [-0.9, 0.8], [0.9, -1.5], [0.2, 1.7], [1.7, -0.4], [0.7, 0.5]],
       left: 0.5, right: 0.2, s1: 1, s2: 0.3, kind: "determinant", support: 2,
@@ -34,7 +34,7 @@ const states = (() => {
       view,
       line: {
         tokens: list(line.tokens, token), a: number(line.a, -LIMIT.a, LIMIT.a), sigma: number(line.sigma, ...LIMIT.sigma),
-        noise: number(line.noise, -LIMIT.noise, LIMIT.noise),
+        noise: number(line.noise, -LIMIT.noise, LIMIT.noise), radius: number(line.radius ?? 0, 0, LIMIT.radius),
       },
       plane: {
         tokens: list(plane.tokens, pair => [token(pair[0]), token(pair[1])]), left: turn(plane.left), right: turn(plane.right),
