@@ -10,8 +10,9 @@ identity, so that a large margin is also what a dead head looks like.
 
 Everything is exact to a stated tolerance (:mod:`probattn.hf.spectra`): determinants from one LU factorisation per
 token, the smallest singular value by block Lanczos with that factorisation (relative error at most 1e-5 in float32,
-1e-10 in float64), eigenvalues by Arnoldi's method (1e-4, 1e-9), dense matrices where these are not certain. Measured on
-SmolLM2-135M, computing in float32 instead of float64 changes log|det| by FLOAT32.
+1e-10 in float64), eigenvalues by Arnoldi's method (1e-4, 1e-9), dense matrices where these are not certain. On
+SmolLM2-135M (90 blocks of six layers, T = 512) computing in float32 instead of float64 changed log|det| by 1.1e-4 at
+most, attribution by 2e-4, the other margins by 7e-6, and no sign.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def margins(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     memory: int | None = None,
+    rank: int | None = None,
 ) -> Dataset:
     """Measure the margins of tokens in the layers of a causal language model.
 
@@ -98,6 +100,9 @@ def margins(
         seed: random seed of the controls and of a share of positions.
         dtype: float32 or float64, in which margins are computed; None: the model's own, and float32 for a model in
             half precision.
+        rank: estimate log|det| from this many directions of each head's covariance instead of computing it exactly, see
+            :mod:`probattn.hf.layers.low_rank`; on SmolLM2-135M rank 8 errs by 0.6 % of the spread of log|det| (update:
+            1.3 %). None: exact.
         memory: bytes for the matrices of the tokens that are measured together; None: 64 MiB on a CPU, a quarter of
             what is free, 4 GiB at most, on a GPU. Halved where the device runs out of memory.
 
@@ -105,9 +110,9 @@ def margins(
         A dataset with dimensions (sequence, layer, token) and, with ``attribution``, head: the quantities asked for,
         ``rms`` of the stream, ``sink`` (attention of a token to the first one, mean over heads) and, without layer,
         ``surprisal`` of a token given those before it and ``entropy`` of the prediction after it, in nats, and
-        ``past``, the number of tokens that stand before it, -1 on padding. The first tokens, which draw much attention, are left out
-        by ``.sel(token=slice(16, None))`` or ``.where(found.past >= 16)``. Attributes record model, digest of its
-        weights, precision, tolerances, how many numbers were left to dense matrices, control and versions. Opens as a
+        ``past``, the number of tokens that stand before it, -1 on padding. The first tokens, which draw much attention,
+        are left out by ``.sel(token=slice(16, None))`` or ``.where(found.past >= 16)``. Attributes record model, digest
+        of its weights, precision, tolerances, how many numbers were left to dense matrices, control and versions. Opens as a
         data frame with ``.to_dataframe()`` and is saved with ``.to_netcdf(path, engine="h5netcdf")``. Time
         O(m^2 r + m^3) per token and layer with m = min(p, H dv); memory linear in T.
 
@@ -131,12 +136,14 @@ def margins(
     for one in maps:
         require_choice("maps", one, get_args(Map))
     require_choice("control", control, get_args(Control))
+    if rank is not None:
+        require_at_least("rank", rank, 1)
     if past_key_values is not None:
         raise InputError(
             "past_key_values is given; a cache has keys and values but no residual stream. Give the whole text as "
             "input_ids, and the new tokens as positions."
         )
-    request = Request(kinds, maps, attribution, _precision(model, dtype), control, seed, memory)
+    request = Request(kinds, maps, attribution, _precision(model, dtype), control, seed, memory, rank)
     digest = weights_digest(model)
     cut = _window(window, stride)
     given = read_text(model, input_ids, attention_mask, position_ids, prefix_length, longest=cut and cut[0])

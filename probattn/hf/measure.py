@@ -35,6 +35,7 @@ class Request(NamedTuple):
         control: name of the control.
         seed: random seed of the control.
         memory: bytes for the matrices of a chunk; None: what suits the device.
+        rank: directions of each head's covariance that an estimate of log|det| keeps; None: exact.
     """
 
     kinds: Sequence[Kind]
@@ -44,6 +45,7 @@ class Request(NamedTuple):
     control: Control
     seed: int
     memory: int | None
+    rank: int | None = None
 
 
 def measure_layer(
@@ -71,7 +73,12 @@ def measure_layer(
         pieces: list[Spectra] = []
         for index in torch.arange(len(part), device=u.device).split(step):
             found = block_margins(
-                factors.of_tokens(index), request.kinds, request.maps, attribution=request.attribution, start=start
+                factors.of_tokens(index),
+                request.kinds,
+                request.maps,
+                attribution=request.attribution,
+                start=start,
+                rank=request.rank,
             )
             start.update(found.start)
             pieces.append(found)

@@ -15,6 +15,11 @@ from probattn.hf.spectra import EIGENVALUE_TOLERANCE, SINGULAR_TOLERANCE
 
 __all__ = ["provenance", "weights_digest"]
 
+_FLOAT32 = (
+    "measured on SmolLM2-135M, T = 512, six layers, against float64: log|det| 1.1e-4, attribution 2e-4, "
+    "other margins 7e-6, no sign"
+)
+
 _DIGESTS: weakref.WeakKeyDictionary[Any, tuple[tuple[tuple[int, int], ...], str]] = weakref.WeakKeyDictionary()
 
 
@@ -58,6 +63,8 @@ def provenance(model: Any, request: Request, digest: str, counts: dict[str, int]
         "device": parameter.device.type,
         "control": request.control,
         "seed": request.seed,
+        "rank_of_logabsdet": "exact" if request.rank is None else request.rank,
+        "error_of_float32": _FLOAT32,
         "tolerance_sigma_min": SINGULAR_TOLERANCE[request.dtype],
         "tolerance_eigenvalues": EIGENVALUE_TOLERANCE[request.dtype],
         **{f"dense_{name}": count for name, count in sorted(counts.items())},

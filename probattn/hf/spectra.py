@@ -22,6 +22,7 @@ from torch import Tensor
 
 from probattn import blocks
 from probattn.hf.layers.factors import LayerFactors
+from probattn.hf.layers.low_rank import low_rank_logabsdet
 from probattn.numerics.krylov import Rightmost, rightmost_eigenvalues, smallest_singular_values
 from probattn.numerics.lu import Factored, factor
 
@@ -65,6 +66,7 @@ def block_margins(
     *,
     attribution: bool = False,
     start: dict[Map, Tensor] | None = None,
+    rank: int | None = None,
 ) -> Spectra:
     """Margins of the blocks I - M and I + M from their factors, without derivatives.
 
@@ -74,6 +76,7 @@ def block_margins(
         maps: "generator" and "update".
         attribution: whether to add the heads' contributions -tr(J^-1 M^h) of the generator.
         start: of the tokens before, from :class:`Spectra`.
+        rank: directions of each head's covariance that an estimate of log|det| keeps; None: exact.
 
     Returns:
         :class:`Spectra`. The names of the update map begin with ``update_``. Time O(m^2 r + m^3) per token.
@@ -87,17 +90,22 @@ def block_margins(
     if {"logabsdet", "sigma_min"} & set(kinds) or attribution:
         for name in maps:
             sign, prefix = _SIGN[name], _prefix(name)
+            if "logabsdet" in kinds and rank is not None:
+                found = low_rank_logabsdet(factors, rank, sign)
+                values[f"{prefix}sign"], values[f"{prefix}logabsdet"] = found
+                if "sigma_min" not in kinds and not attribution:
+                    continue
             factored = _factored(factors, whole if wide else None, sign)
-            if "logabsdet" in kinds:
+            if "logabsdet" in kinds and rank is None:
                 values[f"{prefix}sign"], values[f"{prefix}logabsdet"] = factored.slogdet()
             if "sigma_min" in kinds:
                 if whole is not None and len(factors.output) <= DENSE:
-                    found = blocks.smallest_singular_value_one_minus(sign * whole)
+                    smallest = blocks.smallest_singular_value_one_minus(sign * whole)
                 else:
-                    found, dense[f"{prefix}sigma_min"], starts[name] = _smallest(
+                    smallest, dense[f"{prefix}sigma_min"], starts[name] = _smallest(
                         factors, factored, sign, wide, starts.get(name)
                     )
-                values[f"{prefix}sigma_min"] = found
+                values[f"{prefix}sigma_min"] = smallest
             if attribution and name == "generator":
                 heads = _factored(factors, None, 1) if wide else factored
                 values["attribution"] = _attribution(heads, factors)

@@ -14,13 +14,12 @@ CPU = torch.device("cpu")
 
 def test_rows_speak_of_all_layers_and_say_from_which():
     rows = bench.against_forward(CPU, 1, model=tiny("llama", torch.float32), ids=IDS, layers=[1])
-    assert [row.goal for row in rows] == [45.0, 80.0, 4.0, 15.0]
-    assert [row.ratio is None for row in rows] == [False, False, False, True]
+    assert [row.goal for row in rows] == [45.0, 80.0, 15.0, 4.0]
+    assert all(row.ratio > 0 for row in rows)
     exact = rows[0]
     spent = exact.seconds["exact"].least - exact.seconds["forward"].least
     assert exact.ratio == pytest.approx(1 + 2 * spent / exact.seconds["forward"].least)  # two layers for the one
     assert exact.notes["extrapolated"] == "from layers 1 to all 2"
-    assert "no estimate" in rows[3].notes["not measured"]
 
 
 def test_a_jacobian_by_automatic_differentiation_is_raced():

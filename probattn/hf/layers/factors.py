@@ -26,7 +26,7 @@ from probattn.hf.layers.past import Attended
 from probattn.hf.layers.sublayer import Projected, Sublayer
 from probattn.hf.layers.tokenwise import NormJacobian
 
-__all__ = ["LayerFactors", "build_factors"]
+__all__ = ["LayerFactors", "build_factors", "to_heads"]
 
 
 class LayerFactors(NamedTuple):
@@ -93,7 +93,7 @@ class LayerFactors(NamedTuple):
 
         Time O((H dv)^2 r) per token.
         """
-        scale, carried, lefts, right = self._between()
+        scale, carried, lefts, right = self.between()
         group = self.output.shape[1] // len(self.key)
         covariance = (scale[:, None, None, None] * self.covariance).movedim(1, 0)  # (H, N, dv, r)
         core = (covariance.flatten(1, 2) @ (self.query @ carried)).unflatten(1, covariance.shape[1:3])  # (H, N, dv, m)
@@ -108,7 +108,7 @@ class LayerFactors(NamedTuple):
         core.view(-1, *core.shape[2:]).baddbmm_(columns.flatten(0, 1), rows.flatten(0, 1))
         return _unfolded(core.movedim(0, 1).flatten(1, 2), self.tokens)
 
-    def _between(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def between(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take N' N_o' W_O = s (A - L^T R) apart.
 
         Returns:
@@ -182,7 +182,7 @@ class LayerFactors(NamedTuple):
         Returns:
             ``(N, H dv, H dv)``, all tokens in one axis. Time O((H dv)^2 r) per token.
         """
-        scale, carried, lefts, right = self._between()
+        scale, carried, lefts, right = self.between()
         heads, size = self.output.shape[1:]
         group = heads // len(self.key)
         weights = (-sign * scale).unsqueeze(-1) * self.own_weight  # (N, H)
@@ -229,11 +229,11 @@ class LayerFactors(NamedTuple):
 
     def _apply_heads(self, rows: Tensor) -> Tensor:
         """B A, ``(N, H, dv, n)``, for the columns of A given as rows, ``(N, n, p)``."""
-        result = self.covariance @ _to_heads(rows, self.query)
+        result = self.covariance @ to_heads(rows, self.query)
         group = self.output.shape[1] // len(self.key)
-        values = _to_heads(rows, self.value).repeat_interleave(group, 1)  # (N, H, dv, n)
+        values = to_heads(rows, self.value).repeat_interleave(group, 1)  # (N, H, dv, n)
         result = result + self.own_weight[..., None, None] * values
-        keys = _to_heads(rows, self.key).repeat_interleave(group, 1)  # (N, H, r, n)
+        keys = to_heads(rows, self.key).repeat_interleave(group, 1)  # (N, H, r, n)
         return result + self.own_value.unsqueeze(-1) * (self.own_key.unsqueeze(-2) @ keys)
 
 
@@ -284,7 +284,7 @@ def _unfolded(part: Tensor, tokens: torch.Size) -> Tensor:
     return part.reshape(*tokens, *part.shape[1:])
 
 
-def _to_heads(rows: Tensor, weight: Tensor) -> Tensor:
+def to_heads(rows: Tensor, weight: Tensor) -> Tensor:
     """W x for each head, ``(N, heads, r, n)``, from rows x, ``(N, n, p)``, in one product."""
     heads: Tensor = (rows @ weight.flatten(0, 1).mT).unflatten(-1, weight.shape[:2]).permute(0, 2, 3, 1)
     return heads
