@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: verify test test-slow test-one-thread notebooks notebooks-smoke bench gate docs lint types imports clean
+.PHONY: verify test test-slow faults test-one-thread notebooks notebooks-smoke bench gate docs lint types imports clean
 
 verify: .venv/installed
 	$(BIN)/probattn verify
@@ -13,6 +13,13 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+
+# Kills, full disks, flipped bits and malformed inputs, from a seed; docs/reliability.md has the figures.
+faults: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/fault_harness.py --seconds $(SECONDS) --seed $(SEED)
+
+SECONDS ?= 3600
+SEED ?= 0
 
 # The numerical tests again on one thread; `make test` runs them on all threads of its processes.
 test-one-thread: .venv/installed
