@@ -112,8 +112,8 @@ def margins(
         ``surprisal`` of a token given those before it and ``entropy`` of the prediction after it, in nats, and
         ``past``, the number of tokens that stand before it, -1 on padding. The first tokens, which draw much attention,
         are left out by ``.sel(token=slice(16, None))`` or ``.where(found.past >= 16)``. Attributes record model, digest
-        of its weights, precision, tolerances, how many numbers were left to dense matrices, control and versions. Opens as a
-        data frame with ``.to_dataframe()`` and is saved with ``.to_netcdf(path, engine="h5netcdf")``. Time
+        of its weights, precision, tolerances, how many numbers were left to dense matrices, control and versions. Opens
+        as a data frame with ``.to_dataframe()`` and is saved with ``.to_netcdf(path, engine="h5netcdf")``. Time
         O(m^2 r + m^3) per token and layer with m = min(p, H dv); memory linear in T.
 
     Raises:
