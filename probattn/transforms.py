@@ -114,8 +114,10 @@ class DeepTransform(ComposeTransform):
 
     Example:
         >>> from probattn import CausalAttention
-        >>> layers = [AttentionTransform(CausalAttention.from_qk_matrix(torch.tensor([[a]]))) for a in (0.5, -0.5)]
-        >>> deep, u = DeepTransform(layers), torch.tensor([[-1.0], [1.0], [0.0]])
+        >>> slopes = (torch.tensor([[a]]) for a in (0.9, -0.9))  # contractions for every past
+        >>> attentions = [CausalAttention.from_qk_matrix(slope, memory_radius=1.0) for slope in slopes]
+        >>> deep = DeepTransform([AttentionTransform(attention) for attention in attentions])
+        >>> u = torch.tensor([[-1.0], [1.0], [0.0]])
         >>> torch.allclose(deep(deep.inv(u)), u, atol=1e-5)
         True
     """
