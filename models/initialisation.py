@@ -122,15 +122,16 @@ def _find(
 
         with torch.no_grad(), unwatched_folds(), poutine.block(), InitMessenger(near):
             trace = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*data, **options)
+        nodes: list[Any] = list(trace.nodes.values())
         densities = [
             (found, node["value"])
-            for node in trace.nodes.values()
+            for node in nodes
             if node["type"] == "sample" and node["is_observed"] and (found := _latent_attention(node["fn"])) is not None
         ]
         if not densities:
             raise InputError("init_to_feasible: the model observes no LatentAttention; use pyro's own strategies.")
         if all(_unfolded(found.attention, value) for found, value in densities):
-            latent = (node for node in trace.nodes.values() if node["type"] == "sample" and not node["is_observed"])
+            latent = (node for node in nodes if node["type"] == "sample" and not node["is_observed"])
             return {node["name"]: node["value"] for node in latent if type(node["fn"]).__name__ != "_Subsample"}
     raise InputError(
         f"init_to_feasible: det J < 0 at the data within {spread * 0.5 ** (_HALVINGS - 1):.1g} of the origin; "

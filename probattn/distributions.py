@@ -241,7 +241,7 @@ def _watch(attention: Attention, u: Tensor) -> None:
     Looks at the 1st, 2nd, 4th, 8th, ... evaluation, which costs nothing in the long run and finds a chain that lives
     there.
     """
-    if _FOLDS["warned"] or not _WATCHED.get() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if _FOLDS["warned"] or not _WATCHED.get() or torch._C._get_tracing_state() or torch.compiler.is_compiling():
         return
     _FOLDS["evaluations"] += 1
     if _FOLDS["evaluations"].bit_count() != 1:

@@ -274,8 +274,10 @@ class NextToken(dist.TorchDistribution):
             base = base.base_dist
         if hasattr(base, "scale_tril"):
             tril = base.scale_tril.reshape(x.shape[-1], x.shape[-1])
-            return torch.linalg.solve_triangular(tril, x.mT, upper=False).mT
-        return x / self.noise.stddev.reshape(x.shape[-1])
+            white: Tensor = torch.linalg.solve_triangular(tril, x.mT, upper=False).mT
+            return white
+        scaled: Tensor = x / self.noise.stddev.reshape(x.shape[-1])
+        return scaled
 
     def __repr__(self) -> str:
         return (

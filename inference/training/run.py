@@ -116,7 +116,12 @@ def train(options: TrainOptions) -> dict[str, float]:
         barrier.detach()
     # Before anything is said about it: a summary that fails must not cost the model.
     if trainer.is_world_process_zero():
-        replace_folder(options.out / "model", lambda folder: (model.save_pretrained(folder), tokeniser.save(folder)))
+
+        def save(folder: Path) -> None:
+            model.save_pretrained(folder)
+            tokeniser.save(folder)
+
+        replace_folder(options.out / "model", save)
     result = _summary(trainer.state.log_history)
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()
@@ -131,7 +136,11 @@ def train(options: TrainOptions) -> dict[str, float]:
 
 def _summary(history: list[dict[str, Any]]) -> dict[str, float]:
     """What the last lines of evaluation and training say; NaN where there is none."""
-    found, last = (next((line for line in reversed(history) if name in line), {}) for name in ("eval_loss", "loss"))
+
+    def last_with(name: str) -> dict[str, Any]:
+        return next((line for line in reversed(history) if name in line), {})
+
+    found, last = last_with("eval_loss"), last_with("loss")
     loss = float(found.get("eval_loss", math.nan))
     return {
         "cross_entropy": loss,

@@ -79,8 +79,8 @@ class LogBarrierTrainerMixin:
     def _note_nearest(self) -> None:
         """Keep the smallest margin of the parts of a step."""
         assert self._barrier is not None
-        if self.state.global_step != self._step_of_nearest:  # type: ignore[attr-defined]
-            self._step_of_nearest, self._nearest = self.state.global_step, None  # type: ignore[attr-defined]
+        if self.state.global_step != self._step_of_nearest:
+            self._step_of_nearest, self._nearest = self.state.global_step, None
         for layer in self._barrier.statistics():
             if not len(layer.support):
                 continue
@@ -90,7 +90,7 @@ class LogBarrierTrainerMixin:
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add the barrier's figures to a line of training, then log as the Trainer does."""
-        if "train_loss" in logs and (mean := _mean_loss(self.state.log_history)) is not None:  # type: ignore[attr-defined]
+        if "train_loss" in logs and (mean := _mean_loss(self.state.log_history)) is not None:
             logs["train_loss"] = mean
         if "loss" in logs:
             logs["cross_entropy"] = logs["loss"]
@@ -99,7 +99,7 @@ class LogBarrierTrainerMixin:
         super().log(logs, start_time)  # type: ignore[misc]
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
-        line = {"step": self.state.global_step, **logs}  # type: ignore[attr-defined]
+        line = {"step": self.state.global_step, **logs}
         if self._metrics is not None:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite_or_null(line)) + "\n")
@@ -107,8 +107,8 @@ class LogBarrierTrainerMixin:
 
     def _figures(self, loss: float) -> dict[str, Any]:
         assert self._barrier is not None
-        steps = max(1, self.state.global_step - self._steps_logged)  # type: ignore[attr-defined]
-        self._steps_logged = self.state.global_step  # type: ignore[attr-defined]
+        steps = max(1, self.state.global_step - self._steps_logged)
+        self._steps_logged = self.state.global_step
         here = torch.tensor(self._penalty / steps, device=self.args.device)  # type: ignore[attr-defined]
         penalty = float(self.accelerator.gather(here).mean())  # type: ignore[attr-defined]
         self._penalty = 0.0

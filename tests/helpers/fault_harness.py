@@ -288,7 +288,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)  # and a forked process may compute
     begin = time.monotonic()
-    tally = run(seed=options.seed, flips=100, malformed=100, kills=5, disks=2, seconds=options.seconds)
+    tally = run(seed=options.seed, flips=1000, malformed=1000, kills=5, disks=2, seconds=options.seconds)
     record = {
         "command": f"make faults SECONDS={options.seconds:g} SEED={options.seed}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
