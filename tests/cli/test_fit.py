@@ -161,6 +161,18 @@ def test_comparison_with_the_naive_fit(folder, here):
     assert "compared  without the Jacobian: elpd" in result.stdout
 
 
+def test_bounded_memory_certifies_every_draw(folder, here):
+    bounds = ["--memory-radius", "1.5", "--contraction", "0.9", "--prior-scale", "30"]
+    options = ["--data", "hidden.npz", "--method", "laplace", *QUICK["laplace"]]
+    result = here("fit", *options, *bounds, "--out", "bounded", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "100 % certified" in result.stdout
+    found = posterior(folder / "bounded" / "fit.nc")
+    assert float(found["contraction"].max()) < 0.9
+    assert {"qk_matrix", "free_qk_matrix"} <= set(found)
+    assert float(abs(found["qk_matrix"]).max()) < 0.9 / 1.5**2
+
+
 def test_a_text_gives_the_posterior_of_its_attention_stage(folder, here):
     (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 60)
     small = ["--context", "12", "--dim", "4", "--stage-rank", "1", "--language-steps", "60", "--sequences", "6"]
@@ -190,6 +202,12 @@ def test_a_text_gives_the_posterior_of_its_attention_stage(folder, here):
         (["--data", "hidden.npz", "--method", "svi", "--guide", "full"], 'Invalid value "full" for --guide'),
         (["--data", "hidden.npz", "--guide", "flow"], "--guide belongs to --method svi, and the method is nuts"),
         (["--data", "hidden.npz", "--mask", "causal"], 'Invalid value "causal" for --mask. Choose from: "strict"'),
+        (
+            ["--data", "hidden.npz", "--memory-radius", "0"],
+            'Invalid value "0.0" for --memory-radius. It must be above 0',
+        ),
+        (["--data", "hidden.npz", "--contraction", "0.5"], "contraction is 0.5, which needs memory_radius"),
+        (["--data", "hidden.npz", "--contraction", "1", "--memory-radius", "1"], "It must be above 0 and below 1"),
         (["--data", "hidden.npz", "--compare", "mask"], "comparing masks needs value and output maps"),
         (["--data", "hidden.npz", "--method", "map", "--compare", "heads"], "compare needs draws"),
         (["--data", "hidden.npz", "--chains", "1", "--draws", "20", "--compare", "jacobian"], "compare needs 25 draws"),
