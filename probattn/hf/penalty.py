@@ -23,12 +23,12 @@ from probattn.hf.layers.sublayer import Projected, Sublayer, averages_to_mean
 from probattn.hf.layers.tokenwise import Rotation
 from probattn.hf.probes import TOLERANCE, Probed, probe_signs, probed_logabsdet
 from probattn.hf.stream import Stream
+from probattn.numerics import linalg
 from probattn.penalty import Penalty
 
 __all__ = ["require_probes", "residual_penalty"]
 
-_STEPS, _MOST_STEPS = 6, 384
-_COMPILED_STEPS = 24  # a graph does not ask whether fewer would do
+_STEPS = 6, 24  # of the Lanczos process; a compiled graph takes the larger number and does not ask
 _NUMBERS = 1 << 26  # how many numbers the square matrices of a chunk of tokens may hold
 
 
@@ -144,21 +144,32 @@ def _probed(block: TokenMap, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _run(block: TokenMap, z: Tensor) -> Probed:
-    """The Lanczos process, begun again with four times the steps at the positions where it has not converged."""
-    steps, most = _STEPS, z.shape[-1]
+    """The Lanczos process in a few steps, then in more where these were too few, then a factorisation."""
     if torch.compiler.is_compiling():
-        steps = min(most, _COMPILED_STEPS)
-    found = _lanczos(block, z, steps)
-    tolerance = TOLERANCE[z.dtype]
-    while steps < min(most, _MOST_STEPS) and not torch.compiler.is_compiling():
-        index = (found.residual > tolerance).any(-1).any(0).nonzero().squeeze(-1)
+        return _lanczos(block, z, _STEPS[-1])
+    found = _lanczos(block, z, _STEPS[0])
+    for steps in (_STEPS[1], None):
+        index = (found.residual > TOLERANCE[z.dtype]).any(-1).any(0).nonzero().squeeze(-1)
         if not len(index):
             break
-        steps = 4 * steps
-        again = _lanczos(block.at(index), z[:, index], steps)
+        some, rest = block.at(index), z[:, index]
+        again = _factorised(some, rest, found.smallest[:, index]) if steps is None else _lanczos(some, rest, steps)
         parts = zip(found, again, strict=True)
         found = Probed(*(part.index_copy(1, index, more) for part, more in parts))
     return found
+
+
+def _factorised(block: TokenMap, z: Tensor, smallest: Tensor) -> Probed:
+    """Exact log-determinants and solutions, one position at a time; near a singular block the process would not end."""
+    identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    values, solutions = [], []
+    for place in range(z.shape[1]):
+        one = torch.tensor([place], device=z.device)
+        transposed = identity - block.at(one).product(identity.expand(len(z), 1, -1, -1))  # J^T, (B, 1, p, p)
+        values.append(linalg.slogdet(transposed)[1].unsqueeze(-1).expand(-1, -1, z.shape[2]))
+        solutions.append(linalg.solve(transposed, z[:, one].mT, check=False).mT)
+    residual = torch.zeros(z.shape[:3], dtype=z.dtype, device=z.device)
+    return Probed(torch.cat(values, 1), torch.cat(solutions, 1), smallest, residual)
 
 
 def _lanczos(block: TokenMap, z: Tensor, steps: int) -> Probed:

@@ -99,7 +99,7 @@ def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, number):
     ids=["torchrun", "accelerate"],
 )
 def test_two_processes_train_as_one(folder, launcher):
-    options = ["--corpus", "text.txt", "--steps", "20", "--save-every", "0"]
+    options = ["--corpus", "text.txt", "--steps", "20", "--save-every", "0", "--positions", "1"]
     alone = folder / "alone"
     if not alone.exists():
         assert run(*options, "--out", "alone", cwd=folder).returncode == 0

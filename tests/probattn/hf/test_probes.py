@@ -212,3 +212,16 @@ def test_half_precision_is_computed_in_single():
     found, parts = values_and_gradients(model, u)
     assert found.values.dtype == torch.float32
     assert parts["stream"].dtype == torch.bfloat16
+
+
+def test_where_the_process_is_slow_a_factorisation_takes_over(monkeypatch):
+    """One step is too few for all of them: values are exact, and gradients those of the solution."""
+    model = tiny("llama")
+    u = stream(model, 7, batch=(2,))
+    exact, _ = values_and_gradients(model, u)
+    monkeypatch.setattr(penalty_module, "probe_signs", Complete(HADAMARD[:3]))
+    _, expected = values_and_gradients(model, u, probes=3)
+    monkeypatch.setattr(penalty_module, "_STEPS", (1, 2))
+    found, parts = values_and_gradients(model, u, probes=3)
+    torch.testing.assert_close(found.values, exact.values, rtol=0, atol=1e-10)
+    torch.testing.assert_close(parts["stream"], expected["stream"], rtol=1e-5, atol=1e-7)
