@@ -285,7 +285,8 @@ def _posterior(*, bounded: bool, full: bool) -> tuple[float, float]:
     draws = fit_nuts(target, NutsConfig(chains=4, warmup=100, draws=500 if full else 100))
     grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     with torch.no_grad():
-        density = target.log_density(grid.unsqueeze(-1)).softmax(0).cumsum(0)
+        log_density = target.log_density(grid.unsqueeze(-1))
+        density = (log_density - log_density.logsumexp(0)).exp().cumsum(0)
     flat = draws.z.flatten().sort().values
     reached = torch.searchsorted(flat, grid, right=True).double() / len(flat)
     return float(draws.statistics["diverging"].sum()), float((reached - density).abs().max())
