@@ -78,7 +78,7 @@ def folded_share(attention: Any, u: Tensor) -> float:
 
     Example:
         >>> from probattn import CausalAttention
-        >>> draws = CausalAttention.from_qk_matrix(torch.tensor([0.5, 3.0]).view(2, 1, 1))
+        >>> draws = CausalAttention.from_qk_matrix(torch.tensor([0.5, 3.0]).view(2, 1, 1, 1), heads=1)
         >>> folded_share(draws, torch.tensor([[-1.0], [1.0], [0.0]]))
         0.5
     """
