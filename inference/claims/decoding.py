@@ -157,12 +157,12 @@ def _words(name: str) -> str:
 
 
 def _measured(prediction: Prediction) -> dict[str, float]:
-    """Return the decisive number of every predictor; all targets for the means over layers and the simpler ones."""
+    """Return partial correlations of all predictors with all targets, and plain ones of the means and the others."""
     measured: dict[str, float] = {}
     for target, bands in prediction.bands.items():
         for given, band in bands.items():
             for k, name in enumerate(prediction.predictors):
-                if (target, given) == (DECISIVE, _GIVEN) or (name.endswith("_mean") and given != "given position"):
+                if given == _GIVEN or (name.endswith("_mean") and given == "alone"):
                     _record(measured, name, target, given, band, k)
     for target, bands in prediction.others.items():
         for given in ("alone", "given position"):
@@ -185,8 +185,8 @@ def _record(
         measured[f"{label}_{name}_{target}{suffix}"] = band[end][k]
 
 
-def _other(prediction: Prediction, name: str, given: str = "given position") -> str:
-    band, k = prediction.others[DECISIVE][given], OTHERS.index(name)
+def _other(prediction: Prediction, name: str, *, target: str = DECISIVE) -> str:
+    band, k = prediction.others[target]["given position"], OTHERS.index(name)
     return f"ρ = {band['estimate'][k]:.2f} [{band['low'][k]:.2f}, {band['high'][k]:.2f}]"
 
 
@@ -204,20 +204,29 @@ def _finding(prediction: Prediction) -> str:
 
     best = max(names, key=lambda name: band["estimate"][names.index(name)])
     worst = min(names, key=lambda name: band["estimate"][names.index(name)])
+    against = sum(high < 0 and value <= -_RELEVANT for value, high in zip(band["estimate"], band["high"], strict=True))
+    last = prediction.bands["kl_last_0.1"][_GIVEN]
+    first = max(names, key=lambda name: last["estimate"][names.index(name)])
+    k = names.index(first)
     return (
         f"Given position and entropy, {len(shown)} of {len(names)} predictors count, by intervals that hold for all of "
-        f"them at once. The best is {words(best)}; the most negative {words(worst)}; the one that a reader would try "
-        f"first, {words('generator_sigma_min_mean')}. The entropy of the prediction, given position, has "
-        f"{_other(prediction, 'entropy')}."
+        f"them at once, and {against} have the opposite sign as clearly. The best is {words(best)}; the most negative "
+        f"{words(worst)}; the one that a reader would try first, {words('generator_sigma_min_mean')}. The entropy of "
+        f"the prediction, given position, has {_other(prediction, 'entropy')}. For noise on the last embedding alone "
+        f"the best is {words(first).partition(':')[0]}: ρ = {last['estimate'][k]:.2f} [{last['low'][k]:.2f}, "
+        f"{last['high'][k]:.2f}], where the entropy, given position, has "
+        f"{_other(prediction, 'entropy', target='kl_last_0.1')}."
     )
 
 
 def _claim(verdict: Verdict, measured: Mapping[str, float], *, quick: bool = False, **more: Any) -> Claim:
     return Claim(
         "decoding",
-        "Along a text, the smaller the margins of a token's attention blocks, the more sensitive the next-token "
-        "distribution is to noise on the embeddings, given position and entropy; and the margin predicts this better "
-        "than the entropy of the distribution." + QUICK_WORDS * quick,
+        "Along a text, the next-token distribution is more sensitive to noise on the embeddings where the margins of a "
+        "token's attention blocks are small, by at least one of the summaries that were listed before, given position "
+        "and entropy; and that summary predicts this better than the entropy of the distribution."
+        + QUICK_WORDS
+        * quick,
         "empirical",
         verdict,
         measured,

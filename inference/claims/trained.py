@@ -31,7 +31,7 @@ def trained_claim(subject: Subject, settings: Settings, *, load: Load = language
     - "supported": both statistics, volume and nearest, are the work of training.
     - "supported_within": one of them is.
     - "not_supported": neither is.
-    - "not_run": no model or no eigenvalues, or layers are found apart where trained model and control change places.
+    - "not_run": no model or no control, or layers are found apart where trained model and control change places.
 
     Args:
         subject: the fitted model and its text.
@@ -68,7 +68,7 @@ def judge_location(location: Location, swapped: float) -> tuple[Verdict, str | N
     """
     volume, nearest = location.holds("volume"), location.holds("nearest")
     if volume is None or nearest is None:
-        return "not_run", "the eigenvalues of the controls were not measured"
+        return "not_run", "the margins of the controls were not measured"
     if not swapped <= _SWAPPED:
         return "not_run", "a control failed: layers are found apart where there is no difference"
     if volume and nearest:
@@ -92,14 +92,15 @@ def draw_location(location: Location) -> dict[str, Figure]:
     titles = {"logabsdet": "log|det J|", "sigma_min": "smallest singular value of J"}
     profiles: dict[str, dict[str, tuple[Any, Any, Any]]] = {}
     for statistic in STATISTICS.values():
-        shown = {
-            NAMES.get(group, group): _interval(kinds[statistic.kind][f"{statistic.order:g}"])
-            for group, kinds in location.profiles.items()
-            if statistic.kind in kinds
-        }
+        shown = {}
+        for group in sorted(location.profiles, key=list(NAMES).index):
+            if statistic.kind in location.profiles[group]:
+                band = _interval(location.profiles[group][statistic.kind][f"{statistic.order:g}"])
+                # Bands of controls of few texts would hide the rest; their intervals decide by the differences.
+                shown[NAMES[group]] = band if group == "text" else (band[0], band[0], band[0])
         if shown:
             profiles[statistic.words] = shown
-    boundary = {STATISTICS["volume"].words: 0.0, STATISTICS["nearest"].words: 0.0}
+    boundary = {statistic.words: 0.0 for statistic in STATISTICS.values()}
     figures = {"trained-profiles": plotting.plot_layer_profiles(location.layers, profiles, boundary)}
     if location.example:
         maps = {titles[kind]: np.array(values, dtype=float) for kind, values in location.example.items()}
@@ -189,12 +190,12 @@ def _claim(verdict: Verdict, measured: Mapping[str, float], *, quick: bool = Fal
     return Claim(
         "trained",
         "Training puts the attention blocks of a language model where they lie with respect to the boundary: in most "
-        "layers the median of log|det J_i| and the 1 % quantile of the spectral margin are apart from those of every "
+        "layers the median of log|det J_i| and the 1 % quantile of σ_min(J_i) are apart from those of every "
         "control of the weights, the quantile towards the boundary." + QUICK_WORDS * quick,
         "empirical",
         verdict,
         measured,
-        formula="median_i log|det J_i^ℓ| ≠ control,   q_1%(1 − max real λ(M_i^ℓ)) < control,   "
+        formula="median_i log|det J_i^ℓ| ≠ control,   q_1% σ_min(J_i^ℓ) < control,   "
         "J_i^ℓ = I − ∂μ_i^ℓ/∂u_i on the residual stream",
         **more,
     )

@@ -16,7 +16,7 @@ def table(values, first=0, **more):
 
 
 def location_tables(volume, nearest, *, seed=0, texts=TEXTS, shared=0.5):
-    """Trained blocks whose volume and spectral margin differ from those of two controls by given amounts per layer.
+    """Trained blocks whose volume and smallest singular value differ from those of two controls, by layer.
 
     Texts share an effect of their own in all groups, so that tokens of one text are not independent.
     """
@@ -26,11 +26,11 @@ def location_tables(volume, nearest, *, seed=0, texts=TEXTS, shared=0.5):
 
     def group(shift, near):
         logabsdet = np.asarray(shift)[None, :, None] + effect + rng.normal(size=shape)
-        spectral = 0.9 + np.asarray(near)[None, :, None] + 0.02 * rng.normal(size=shape)
+        smallest = 0.6 + np.asarray(near)[None, :, None] + 0.02 * rng.normal(size=shape)
         sign = np.where(rng.uniform(size=shape) < 0.02, -1.0, 1.0)
         return (
-            table({"sign": sign, "logabsdet": logabsdet, "sigma_min": np.exp(-np.abs(logabsdet)), "update_sign": sign}),
-            table({"spectral": spectral, "complex": spectral - 0.01}),
+            table({"sign": sign, "logabsdet": logabsdet, "sigma_min": smallest, "update_sign": sign}),
+            table({"spectral": smallest + 0.2, "complex": smallest + 0.1}),
         )
 
     zero = np.zeros(LAYERS)

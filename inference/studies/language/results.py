@@ -37,14 +37,14 @@ class Results:
 
     @property
     def origin(self) -> str:
-        """Model, text, date, command and machine in words; empty for the quick form."""
+        """Model, text, date, command, machine and other runs in words; empty for the quick form."""
         if not self.record:
             return ""
         environment = self.record["environment"]
         where = ", ".join(dict.fromkeys([environment["device"], environment["processor"]]))
         return (
             f"{self.record['model']['name']} on {self.record['corpus']['name']}, {environment['date'][:10]}, "
-            f"{environment['command']}, seed {environment['seed']}, {where}"
+            f"{environment['command']}, seed {environment['seed']}, {where}" + self.record.get("also", "")
         )
 
     def as_dict(self) -> dict[str, Any]:

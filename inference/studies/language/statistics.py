@@ -45,7 +45,7 @@ class Band(NamedTuple):
         estimate: the sample's own numbers, ``(K,)``.
         low: lower ends, ``(K,)``.
         high: upper ends, ``(K,)``.
-        factor: c, in standard deviations.
+        factor: c, in standard deviations, before it is widened for few texts.
     """
 
     estimate: Array
@@ -133,13 +133,16 @@ def resampled_means(values: Array, weights: Array) -> Array:
     return means
 
 
-def simultaneous_band(samples: Array, level: float = 0.95, *, texts: int | None = None) -> Band:
+def simultaneous_band(
+    samples: Array, level: float = 0.95, *, texts: float | Sequence[float] | Array | None = None
+) -> Band:
     """Intervals for several numbers that all hold at once.
 
     Args:
         samples: the numbers in the sample and in each resample, ``(1 + R, K)``.
         level: probability with which all K intervals hold.
-        texts: number N of texts behind them, at least two; None for many.
+        texts: number N of texts behind them, at least two, one for all or one for each of the K, which
+            need not be whole; None for many.
 
     Returns:
         :class:`Band`. A number that no resample changes has an interval of length zero; one that is NaN anywhere has
@@ -166,11 +169,14 @@ def simultaneous_band(samples: Array, level: float = 0.95, *, texts: int | None 
     if moving.any():
         distance = np.abs(samples[1:, moving] - estimate[moving]) / size[moving]
         factor = float(np.quantile(distance.max(1), level))
+    width = np.full(len(estimate), factor)
     if texts is not None:
-        require_at_least("texts", texts, 2)
+        counts = np.broadcast_to(np.asarray(texts), estimate.shape)
+        if not counts.min() > 1:
+            raise InputError(f"texts is {counts.min():g}; intervals over texts need more than one.")
         # The variance of resamples is that of the sample without its division by N - 1.
-        factor = float(stats.t.isf(stats.norm.sf(factor), texts - 1)) * (texts / (texts - 1)) ** 0.5
-    return Band(estimate, estimate - factor * size, estimate + factor * size, factor)
+        width = stats.t.isf(stats.norm.sf(factor), counts - 1) * np.sqrt(counts / (counts - 1))
+    return Band(estimate, estimate - width * size, estimate + width * size, factor)
 
 
 def rank_correlations(columns: Array, weights: Array) -> Array:

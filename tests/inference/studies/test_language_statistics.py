@@ -80,8 +80,12 @@ class TestBand:
         draws = np.random.default_rng(1).normal(2.0, 3.0, size=(4000, 1))
         samples = np.vstack([[[2.0]], draws])
         assert simultaneous_band(samples).factor == pytest.approx(1.96, abs=0.08)
-        widened = stats.t.ppf(0.975, 5) * (6 / 5) ** 0.5
-        assert simultaneous_band(samples, texts=6).factor == pytest.approx(widened, abs=0.2)
+        band = simultaneous_band(samples, texts=6)
+        widened = stats.t.ppf(0.975, 5) * (6 / 5) ** 0.5 * samples[1:].std()
+        assert band.high[0] - band.estimate[0] == pytest.approx(widened, rel=0.05)
+        both = simultaneous_band(np.repeat(samples, 2, 1), texts=[6, 1000])
+        assert both.high[0] == pytest.approx(band.high[0])
+        assert both.high[1] - 2.0 == pytest.approx(1.96 * 3.0, rel=0.05)
 
     def test_numbers_that_do_not_move_and_that_are_none(self):
         samples = np.column_stack(
