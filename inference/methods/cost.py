@@ -1,4 +1,4 @@
-"""What a fit will take, before it begins: memory that is not there is refused, long work is announced."""
+"""Memory and time of a fit, before it begins: too much memory is refused, long work is announced."""
 
 from __future__ import annotations
 

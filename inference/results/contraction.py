@@ -1,4 +1,4 @@
-r"""What the data taught: the posterior beside the prior, parameter by parameter, and the scale on which they speak.
+r"""Lessons of the data: the posterior beside the prior, parameter by parameter, and the scale on which they speak.
 
 The contraction of a parameter compares the widths of its central 90 % intervals, which heavy tails (products of
 factors have them) do not disturb as they do variances,
@@ -42,7 +42,7 @@ class Contraction(NamedTuple):
 
     @property
     def nothing(self) -> bool:
-        """Whether the entries together say that nothing was learned; the noise of single ones averages out."""
+        """True where the entries together say that nothing was learned; the noise of single ones averages out."""
         return bool(self.unlearned.mean() >= 0.9 and self.contraction.mean() < _CONTRACTED / 2)
 
 

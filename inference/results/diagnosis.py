@@ -256,7 +256,7 @@ def _regime(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
 
 
 def _from_text(fit: Fit) -> bool:
-    """Whether the data are embeddings of a text, whose prior comes with the language model."""
+    """True if the data are embeddings of a text, whose prior comes with the language model."""
     return fit.attributes.get("source") == "text"
 
 
@@ -269,7 +269,7 @@ def _rescale(fit: Fit) -> str:
 
 
 def _closer(fit: Fit) -> str:
-    """What comes closer to the posterior than the method of a fit does."""
+    """Options that come closer to the posterior than the method of a fit does."""
     if fit.method != "svi":
         return "--method svi or nuts"
     guides = {"full_rank": "--guide flow", "flow": ""}
@@ -289,7 +289,7 @@ def _scale(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
 
 
 def _learned(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
-    """What the data taught about each parameter."""
+    """Contraction of each parameter by the data."""
     posterior, prior = fit.groups["posterior"], fit.groups.get("prior", {})
     for name in ("qk_matrix", "ov_matrix", "noise_scale"):
         if name not in posterior or name not in prior:

@@ -135,7 +135,7 @@ def train(options: TrainOptions) -> dict[str, float]:
 
 
 def _summary(history: list[dict[str, Any]]) -> dict[str, float]:
-    """What the last lines of evaluation and training say; NaN where there is none."""
+    """Figures of the last lines of evaluation and training; NaN where there is none."""
 
     def last_with(name: str) -> dict[str, Any]:
         return next((line for line in reversed(history) if name in line), {})

@@ -1,4 +1,4 @@
-"""What a command says never decides what it does: a closed pipe, a full disk or a poor encoding only cut its words."""
+"""Output that never decides a command: a closed pipe, a full disk or a poor encoding only cut its words."""
 
 from __future__ import annotations
 
