@@ -66,7 +66,7 @@ def mean_jacobian(factors: JacobianFactors) -> Tensor:
 
 
 def _inner(factors: JacobianFactors) -> Tensor:
-    """What W_O is multiplied with, the heads below each other, ``(*batch, T, H dv, p)``."""
+    """Right factor of W_O in M, the heads below each other, ``(*batch, T, H dv, p)``."""
     inner = factors.cov @ factors.query.unsqueeze(-3)  # (*batch, H, T, dv, p)
     if factors.own is not None:
         inner = inner + factors.own

@@ -1,4 +1,4 @@
-r"""What brings a token to the boundary: the share of each head and of each token of the past in a margin.
+r"""Shares of each head and of each token of the past in what brings a token to the boundary.
 
 The block of a layer is a sum over heads h and over the tokens s that a token i sees,
 
@@ -47,7 +47,7 @@ class Shares(NamedTuple):
     own: Tensor
 
     def heads(self) -> Tensor:
-        """What each head does in all, ``(H,)``."""
+        """Total share of each head, ``(H,)``."""
         return self.past.sum(-1) + self.own
 
 

@@ -25,7 +25,7 @@ _FACTORS = 8  # chunks of matrices for which factors are made together
 
 
 class Request(NamedTuple):
-    """What is asked for at each position.
+    """Quantities to measure at each position.
 
     Attributes:
         kinds: quantities.

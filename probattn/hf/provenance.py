@@ -1,4 +1,4 @@
-"""Where numbers about a language model come from: digest of its weights, precision, versions."""
+"""Provenance of numbers about a language model: digest of its weights, precision, versions."""
 
 from __future__ import annotations
 

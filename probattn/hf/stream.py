@@ -20,7 +20,7 @@ _EXACT = ("eager", "sdpa")  # these are given every mask as a tensor
 
 @dataclass(frozen=True)
 class Stream:
-    """What the attention sublayer of a decoder layer is about to work on.
+    """Arguments of the attention sublayer of a decoder layer.
 
     Attributes:
         tokens: the residual stream u before the norm, ``(B, T, p)``.

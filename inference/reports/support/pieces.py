@@ -74,7 +74,7 @@ def shown_text(text: str) -> str:
 
 
 def _is_boundary(text: str, place: int) -> bool:
-    """Whether a reader sees a new character begin at a place."""
+    """Return True where a reader sees a new character begin."""
     if place <= 0 or place >= len(text):
         return True
     before, after = text[place - 1], text[place]
@@ -95,7 +95,7 @@ def _is_boundary(text: str, place: int) -> bool:
 
 
 def _is_regional(character: str) -> bool:
-    """Whether a character is one of the pairs of letters that make flags."""
+    """Return True for the letters that make flags in pairs."""
     return 0x1F1E6 <= ord(character) <= 0x1F1FF
 
 

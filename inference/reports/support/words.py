@@ -1,4 +1,4 @@
-"""What the page of support tokens says in words: margins, maps, scales, and what a margin does not mean."""
+"""Words of the page of support tokens: margins, maps, scales, and what a margin does not mean."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ _TRIAL = (0.36, 0.17, -0.13)
 
 
 def sensitivity_words() -> str:
-    """How well margins tell the sensitivity of a network to noise: from the results that ship with the package.
+    """Sentence on how well margins tell the sensitivity of a network to noise, from the results that ship with the package.
 
     Where there are none, of a small trial.
     """

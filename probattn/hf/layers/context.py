@@ -118,7 +118,7 @@ class LayerContext:
 
     @property
     def values(self) -> Tensor:
-        """What each head would add to the stream for each token of the past, W_O v, ``(*batch, H, n, p)``.
+        """Contributions W_O v of each head and each token of the past to the stream, ``(*batch, H, n, p)``.
 
         The means of a layer lie in the hull of these, but for the bias and the norm behind; solvers start there.
         """
