@@ -100,7 +100,7 @@ _TRIAL = (0.36, 0.17, -0.13)
 
 
 def sensitivity_words() -> str:
-    """Sentence on how well margins tell the sensitivity of a network to noise, from the results that ship with the package.
+    """Sentence on how well margins tell the sensitivity of a network to noise, from the results in the package.
 
     Where there are none, of a small trial.
     """
