@@ -8,11 +8,11 @@ verify: .venv/installed
 	$(BIN)/probattn verify
 
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 	$(MAKE) notebooks-smoke
 
 test-slow: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 # Kills, full disks, flipped bits and malformed inputs, from a seed; docs/reliability.md has the figures.
 faults: .venv/installed
@@ -23,7 +23,7 @@ SEED ?= 0
 
 # The numerical tests again on one thread; `make test` runs them on all threads of its processes.
 test-one-thread: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow" $(NUMERICAL)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(NUMERICAL)
 
 NUMERICAL := tests/probattn/numerics tests/probattn/moments tests/probattn/solve tests/probattn/test_blocks.py \
 	tests/probattn/test_attention.py tests/probattn/test_barrier.py tests/probattn/test_penalty.py

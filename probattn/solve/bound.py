@@ -22,6 +22,8 @@ from probattn.interface import Attention
 
 __all__ = ["bound_from_diameters", "contraction_bound", "memory_bound", "projection_slack", "running_diameters"]
 
+_DISTANCES = 1 << 22  # distances of points that exist at a time
+
 
 def contraction_bound(attention: Attention, u: Tensor) -> Tensor:
     r"""Upper bound on the norm of M_i for every u_i, at each position of a sequence.
@@ -121,12 +123,24 @@ def running_diameters(points: Tensor, known: Tensor, seen: int) -> Tensor:
         seen: number of points whose diameter is known.
 
     Returns:
-        Before each of the positions seen, ..., n - 1 and after the last, ``(n - seen + 1, *batch)``.
-        Time O((n - seen) n p).
+        Before each of the positions seen, ..., n - 1 and after the last, ``(n - seen + 1, *batch)``. Time
+        O((n - seen) n p), or O(n) on a line; memory O(n).
     """
-    # Differences, not the matrix-product form of cdist, whose rounding could make the bound too small.
-    distance = torch.cdist(points[..., seen:, :], points, compute_mode="donot_use_mm_for_euclid_dist")
-    if not distance.numel():
-        return known.expand(points.shape[:-2]).unsqueeze(0).repeat(distance.shape[-2] + 1, *[1] * (points.dim() - 2))
-    reach = distance.tril(seen).amax(-1).movedim(-1, 0)  # to the points before it, (n - seen, *batch)
+    count, dim = points.shape[-2:]
+    if count == seen or not points.numel():
+        return known.expand(points.shape[:-2]).unsqueeze(0).repeat(count - seen + 1, *[1] * (points.dim() - 2))
+    if dim == 1:
+        line = points.squeeze(-1)  # (*batch, n)
+        reach = (line.cummax(-1).values - line.cummin(-1).values)[..., seen:]
+    else:
+        step = max(1, _DISTANCES // (points[..., 0].numel()))
+        parts = []
+        for begin in range(seen, count, step):
+            end = min(begin + step, count)
+            # Differences, not the matrix-product form of cdist, whose rounding could make the bound too small.
+            rows, columns = points[..., begin:end, :], points[..., :end, :]
+            distance = torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")
+            parts.append(distance.tril(begin).amax(-1))  # to the points before it, (*batch, end - begin)
+        reach = torch.cat(parts, -1)
+    reach = reach.movedim(-1, 0)  # (n - seen, *batch)
     return torch.cat([known.expand(reach.shape[1:]).unsqueeze(0), reach]).cummax(0).values

@@ -18,9 +18,6 @@ SMALL = {"--steps": "24", "--context": "16", "--dim": "8", "--layers": "1", "--b
 QUICK = {**SMALL, "--claims": "jacobian"}
 PROBATTN = [sys.executable, "-m", "probattn"]
 
-# One worker runs this file, so that the whole verification runs once.
-pytestmark = pytest.mark.xdist_group("verify")
-
 
 def words(options):
     return [word for pair in options.items() for word in pair]

@@ -57,7 +57,6 @@ def whole(folder):
     return folder / "whole"
 
 
-@pytest.mark.xdist_group("train")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
 def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, number):
     out = folder / number.name
@@ -86,7 +85,6 @@ def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, number):
     assert [line["eval_loss"] for line in lines(out, "eval_loss")][-1] == lines(whole, "eval_loss")[-1]["eval_loss"]
 
 
-@pytest.mark.xdist_group("train")
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -131,7 +129,6 @@ main()
 """
 
 
-@pytest.mark.xdist_group("train")
 def test_the_wrapper_of_the_model_ends_before_the_group_of_processes(folder):
     # The other way round, the end of the group waits now and then for ever for threads that wait for Python's lock.
     (folder / "watched.py").write_text(WATCHED, encoding="utf-8")

@@ -24,8 +24,6 @@ from probattn.models.scalar import scalar_attention
 from probattn.solve.context import Context
 from probattn.solve.sequence import solve_sequence
 
-pytestmark = pytest.mark.xdist_group("explorer")
-
 
 def shown_with(page, settle, **views):
     state = page.evaluate("probattn.state")

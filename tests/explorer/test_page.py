@@ -27,7 +27,6 @@ LEGENDS = {
     "sequence": {"mean so far", "mean ± 2√V", "mean field V", "a σ²", "aV of the sample"},
 }
 BROKEN = re.compile(r"NaN|Infinity|undefined|null|\[object")
-pytestmark = pytest.mark.xdist_group("explorer")
 
 
 def numbers(page):

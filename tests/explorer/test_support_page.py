@@ -10,7 +10,6 @@ from probattn.models.causal_lm import CharacterTokeniser, build_causal_lm
 from probattn.models.checkpoint import Checkpoint
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.xdist_group("explorer")
 
 TEXT = "the cat 猫🙂 مرحبا <b>\u202e\n" + "x" * 60
 CHARACTERS = (*sorted(set(TEXT)), "\ufffd")

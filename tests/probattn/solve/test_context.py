@@ -142,3 +142,20 @@ class TestBound:
 def test_other_tokens_are_refused():
     with pytest.raises(InputError, match="p = 3"):
         Context.of(attention_like(0), torch.zeros(2, 2).double())
+
+
+@pytest.mark.parametrize("distances", [1, 40, 1 << 22])
+@given(seed=st.integers(0, 10**6), dim=st.integers(1, 4), count=st.integers(0, 9), seen=st.integers(0, 9))
+@settings(max_examples=20)
+def test_diameters_are_the_largest_distances_so_far_however_few_exist_at_a_time(distances, seed, dim, count, seen):
+    points, seen = tokens(seed, 2, count, dim), min(seen, count)
+
+    def diameter(number):
+        pairs = [(points[:, i] - points[:, j]).norm(dim=-1) for i in range(number) for j in range(i)]
+        return torch.stack(pairs).amax(0) if pairs else points.new_zeros(2)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bound, "_DISTANCES", distances)
+        found = bound.running_diameters(points, diameter(seen), seen)
+    expected = torch.stack([diameter(number) for number in range(seen, count + 1)])
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
