@@ -3,7 +3,7 @@
 from probattn.plotting.blocks import plot_barriers, plot_bounds, plot_conditional, plot_margins, plot_mass, plot_masses
 from probattn.plotting.calibration import plot_rank_bands, plot_recovery
 from probattn.plotting.cost import plot_cost
-from probattn.plotting.language import plot_sensitivity, plot_survival
+from probattn.plotting.language import plot_survival
 from probattn.plotting.layers import plot_layer_map, plot_layer_profiles, plot_predictors, plot_profiles_in_training
 from probattn.plotting.posterior import plot_chains, plot_comparison, plot_margin_bands, plot_posterior
 from probattn.plotting.process import plot_boundary, plot_excess, plot_growth, plot_rotation
@@ -35,7 +35,6 @@ __all__ = [
     "plot_rank_bands",
     "plot_recovery",
     "plot_rotation",
-    "plot_sensitivity",
     "plot_survival",
     "plot_training",
 ]

@@ -1,76 +1,16 @@
-"""Language models: sensitivity of their next-token distribution, and lengths of their strings."""
+"""Language models: lengths of their strings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probattn.plotting.style import COLOURS, ERROR_BARS, Array, finish, label_rows, outside_legend, panels
+from probattn.plotting.style import COLOURS, ERROR_BARS, Array, finish, panels
 
-__all__ = ["plot_sensitivity", "plot_survival"]
-
-
-def plot_sensitivity(
-    predictors: Sequence[str],
-    correlations: Mapping[str, tuple[Array, Array, Array]],
-    margin: Array,
-    sensitivity: Array,
-    entropy: Array,
-    *,
-    axes: Sequence[Axes] | None = None,
-) -> Figure:
-    """Draw rank correlations of predictors with sensitivity to noise, and one such pair, split by entropy.
-
-    Args:
-        predictors: labels of the predictors, P of them, from top to bottom.
-        correlations: correlations and the two ends of their intervals, (P,) each, by kind of noise.
-        margin: singular-value margin at each step, of any shape.
-        sensitivity: KL divergence at each step in nats, of the same shape; below 1e-12 it is drawn at 1e-12.
-        entropy: entropy of the next-token distribution at each step, of the same shape.
-        axes: one panel for the correlations, one for the pair.
-
-    Returns:
-        The figure.
-
-    Raises:
-        InputError: a wrong number of axes.
-
-    Example:
-        >>> found = (np.array([0.1]), np.array([0.0]), np.array([0.2]))
-        >>> steps = np.array([0.2, 0.5, 0.9])
-        >>> figure = plot_sensitivity(["margin"], {"small noise": found}, steps, steps, steps)
-        >>> figure.axes[1].get_yscale()
-        'log'
-    """
-    figure, (left, right) = panels(axes, 2, (11.5, 4.8), width_ratios=(1.25, 1))
-    blue, red, green, orange = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
-    rows = label_rows(left, predictors)
-    styles = cycle(((blue, "o"), (green, "s"), (red, "^"), (orange, "D")))
-    middle = (len(correlations) - 1) / 2
-    for k, (noise, (centre, low, high)) in enumerate(correlations.items()):
-        colour, marker = next(styles)
-        height = rows + 0.18 * (middle - k)
-        left.hlines(height, low, high, color=colour, linewidth=1.4)
-        left.plot(centre, height, marker, color=colour, markersize=4, label=noise)
-    left.axvline(0, color="black", linewidth=0.8, linestyle="--")
-    left.set_xlim(-1.05, 1.05)
-    outside_legend(axes, figure, left, "upper center", columns=4)
-
-    ranked = np.sort(entropy, axis=None)
-    sharp = entropy < ranked[(ranked.size - 1) // 2]  # the lower of two medians
-    for chosen, colour, marker, label in ((sharp, blue, "o", "below"), (~sharp, red, "^", "above")):
-        points = margin[chosen], np.maximum(sensitivity[chosen], 1e-12)
-        right.plot(*points, marker, color=colour, markersize=3, alpha=0.6, label=f"entropy {label} its median")
-    right.set_yscale("log")
-    finish(left, "Spearman's ρ with sensitivity (bars: 95 %, windows resampled)")
-    finish(
-        right, r"margin $\sigma_{\min}(J_i)$", "sensitivity: KL divergence (nats), noise on all embeddings", legend=True
-    )
-    return figure
+__all__ = ["plot_survival"]
 
 
 def plot_survival(

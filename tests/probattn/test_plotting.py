@@ -76,7 +76,6 @@ def inputs(seed=0):
         ),
         "plot_predictors": (({title: (["a", "b", "c"], {"KL": triple()}) for title in two}, "rho"), 2),
         "plot_profiles_in_training": (([0, 1, 10], positive(2, 3), {title: positive(2, 3, 4) for title in two}), 3),
-        "plot_sensitivity": ((["a", "b", "c"], {"last": triple(), "all": triple()}, *positive(3, 2, 4)), 2),
         "plot_survival": ((positive(4), positive(4) / 9, rng.integers(0, 6, 9), positive(4), positive(6), -3.0), 2),
     }
 
@@ -624,22 +623,6 @@ class TestRobustness:
 
 
 class TestLanguage:
-    def test_sensitivity(self):
-        centre = np.array([0.1, -0.2])
-        correlations = {
-            noise: (centre + k, centre + k - 0.1, centre + k + 0.1) for k, noise in enumerate(("last", "all"))
-        }
-        margin = np.arange(6.0).reshape(2, 3)
-        sensitivity, entropy = np.array([[0.0, 1, 2], [3, 4, 5]]), np.array([[5.0, 4, 3], [2, 1, 0]])
-        left, right = plotting.plot_sensitivity(["a", "b"], correlations, margin, sensitivity, entropy).axes
-        np.testing.assert_allclose(line(left, "last"), [[0.1, 1.09], [-0.2, 0.09]])
-        np.testing.assert_allclose(line(left, "all"), [[1.1, 0.91], [0.8, -0.09]])
-        np.testing.assert_allclose(ends(left.collections[0]), [[0.0, 0.2], [-0.3, -0.1]])
-        # The median of 0..5 is here the lower one, 2: each point is on one side.
-        assert line(right, "entropy below its median").tolist() == [[4, 4], [5, 5]]
-        assert line(right, "entropy above its median").tolist() == [[0, 1e-12], [1, 1], [2, 2], [3, 3]]
-        assert right.get_yscale() == "log"
-
     def test_survival(self):
         survival, lengths = np.array([0.5, 0.25, 0.125]), np.array([0, 0, 1, 2])
         arguments = survival, survival / 10, lengths, np.array([0.75, 0.7, 0.6]), np.array([0.5, 0.01, 0.0])

@@ -42,10 +42,11 @@ class Results:
             return ""
         environment = self.record["environment"]
         where = ", ".join(dict.fromkeys([environment["device"], environment["processor"]]))
-        return (
+        words: str = (
             f"{self.record['model']['name']} on {self.record['corpus']['name']}, {environment['date'][:10]}, "
             f"{environment['command']}, seed {environment['seed']}, {where}" + self.record.get("also", "")
         )
+        return words
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
