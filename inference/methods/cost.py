@@ -17,6 +17,7 @@ __all__ = ["announce", "free_bytes", "in_words", "require_memory"]
 
 _LOG = logging.getLogger(__name__)
 _LONG = 60.0  # seconds from which on work is announced
+_TIMED = 8  # points at which a gradient is timed: their number has not been checked against the memory yet
 
 
 def require_memory(target: LogDensity, needed: int, what: str, smaller: str) -> None:
@@ -51,13 +52,14 @@ def announce(target: LogDensity, work: str, evaluations: float, points: int = 1)
     Returns:
         Seconds.
     """
-    z = target.origin.expand(points, -1)
-    rows = torch.arange(points, device=z.device) if target.data_sets is not None else None
+    timed = min(points, _TIMED)
+    z = target.origin.expand(timed, -1)
+    rows = torch.arange(timed, device=z.device) if target.data_sets is not None else None
     target.value_and_gradient(z, rows)  # the first call compiles and allocates
     begin = time.perf_counter()
     value, _ = target.value_and_gradient(z, rows)
     float(value.sum())  # waits for a GPU
-    each = time.perf_counter() - begin
+    each = (time.perf_counter() - begin) * points / timed
     seconds = each * evaluations
     if seconds > _LONG:
         _LOG.info(

@@ -97,7 +97,7 @@ def block_margins(
                     continue
             factored = _factored(factors, whole if wide else None, sign)
             if "logabsdet" in kinds and rank is None:
-                values[f"{prefix}sign"], values[f"{prefix}logabsdet"] = factored.slogdet()
+                values[f"{prefix}sign"], values[f"{prefix}logabsdet"] = factored.logabsdet()
             if "sigma_min" in kinds:
                 if whole is not None and len(factors.output) <= DENSE:
                     smallest = blocks.smallest_singular_value_one_minus(sign * whole)

@@ -28,7 +28,7 @@ class Factored(NamedTuple):
     lu: Tensor
     pivots: Tensor
 
-    def slogdet(self) -> tuple[Tensor, Tensor]:
+    def logabsdet(self) -> tuple[Tensor, Tensor]:
         """Sign (0 where A is singular) and ``log|det A|``, ``(N,)`` each; NaN where A is not finite."""
         diagonal = self.lu.diagonal(dim1=-2, dim2=-1)
         order = torch.arange(1, self.pivots.shape[-1] + 1, device=self.pivots.device)
@@ -86,7 +86,7 @@ def factor(matrix: Tensor, *, overwrite: bool = False) -> Factored:
 
     Example:
         >>> found = factor(torch.tensor([[[0.0, 2.0], [3.0, 0.0]]]))
-        >>> found.slogdet()[0], found.solve(torch.tensor([[[2.0], [3.0]]])).flatten()
+        >>> found.logabsdet()[0], found.solve(torch.tensor([[[2.0], [3.0]]])).flatten()
         (tensor([-1.]), tensor([1., 1.]))
     """
     if matrix.device.type == "cpu" and matrix.shape[-1] > TOGETHER:

@@ -45,7 +45,7 @@ def test_verify_writes_everything(finished):
         "fit.nc",
         "report.html",
     ]
-    assert len(list((out / "figures").glob("*.png"))) == 21
+    assert len(list((out / "figures").glob("*.png"))) == 25
     assert "claim objective: holds (" in result.stdout
     assert "map step 24: objective " in result.stdout
     assert ", cross entropy " in result.stdout

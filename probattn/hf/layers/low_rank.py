@@ -38,7 +38,7 @@ def low_rank_logabsdet(factors: LayerFactors, rank: int, sign: int = 1) -> tuple
     groups = len(factors.key)
     small = heads * rank + groups * size + heads
     if rank >= min(factors.covariance.shape[-2:]) or small >= factors.size:
-        return factor(factors.identity_less_core(sign), overwrite=True).slogdet()
+        return factor(factors.identity_less_core(sign), overwrite=True).logabsdet()
     scale, carried, lefts, right = factors.between()
     covariance = factors.covariance
     generator = torch.Generator().manual_seed(0)
@@ -71,4 +71,4 @@ def low_rank_logabsdet(factors: LayerFactors, rank: int, sign: int = 1) -> tuple
     slopes = (by_head @ factors.own_value.unsqueeze(-1)).squeeze(-1).mT  # (N, n, H)
     core = torch.cat([directions, values, slopes], 2).neg_()
     core.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    return factor(core, overwrite=True).slogdet()
+    return factor(core, overwrite=True).logabsdet()
