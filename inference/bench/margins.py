@@ -226,7 +226,8 @@ def margin_peak(length: int) -> int:
         num_attention_heads=4,
         max_position_embeddings=length,
     )
-    model: Any = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    model.eval()
     ids = torch.randint(64, (1, length))
     kinds: tuple[Kind, ...] = ("logabsdet", "sigma_min")
     margins(model, ids[:, :32], kinds)  # libraries

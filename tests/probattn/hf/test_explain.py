@@ -113,7 +113,7 @@ def test_the_share_of_a_past_token_is_what_its_weight_does(name):
 
     carried = torch.autograd.functional.jacobian(output, average)  # (p, H, dv)
     gradient = drawn(layer.dim, layer.dim)
-    expected = torch.einsum("ab,ahd,hsd,hsb->hs", gradient, carried, value - average.unsqueeze(1), slope)
+    expected = torch.einsum("ab,ahe,hse,hsb->hs", gradient, carried, value - average.unsqueeze(1), slope)
     found = past_shares(layer, u, row, gradient).past.detach()
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-10)
 
