@@ -66,11 +66,11 @@ _FOREIGN = (
 # Short names of other libraries, and aliases whose values are documented where they are used.
 _SHORT = (
     "Tensor|Module|NDArray|Figure|Axes|DataTree|Dataset|Path|Any|Callable|Mapping|Sequence|Literal|Array|Form|Selection|"
-    "Describe|Seed|Control|Kind|Map"
+    "Describe|Seed|Control|Kind|Map|Tables"
 )
 # Type variables have no entry of their own.
 _VARIABLES = (
-    r"probattn\.(cli\.command\.Options|inference\.runtime\.checkpoint\.State|numerics\.precision\.Method|"
+    r"probattn\.(cli\.command\.Options|inference\.runtime\.checkpoint\.State|inference\.runtime\.lock\.Result|numerics\.precision\.Method|"
     r"hf\.layers\.sublayer\._Tuple)"
 )
 nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN}|nn|dist|constraints)\..*"), ("py:.*", _SHORT), ("py:.*", _VARIABLES)]

@@ -67,7 +67,7 @@ class CausalAttention(AttentionParameters):
         start: mu_1 under the strict mask, where nothing has been seen yet, ``(*batch, p)``; None: zero.
         memory_radius: rho > 0, a number or ``(*batch)``: keys and values see tokens through
             :func:`~probattn.numerics.ball.onto_ball`, and under the inclusive mask queries do too. The mean is then
-            bounded, and :attr:`contraction` bounds M_i for every past. None: tokens as they are.
+            bounded, and ``contraction`` bounds M_i for every past. None: tokens as they are.
         validate_args: check that the parameters are finite; None: as torch.distributions validates at the moment.
 
     Raises:
@@ -170,7 +170,7 @@ class CausalAttention(AttentionParameters):
             validate_args: as in the class.
 
         Returns:
-            The attention, with :attr:`contraction` equal to kappa.
+            The attention, with ``contraction`` equal to kappa.
 
         Raises:
             InputError: as the class, a kappa outside (0, 1), or factors that are zero.

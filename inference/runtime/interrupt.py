@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 __all__ = ["SIGNALS", "deferred_interrupt", "signals_interrupt"]
 
-#: Signals that end a run as Ctrl-C does: with what is done saved.
+#: Signals that end a run as Ctrl-C does, with what is done saved.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 

@@ -27,6 +27,8 @@ __all__ = ["ScalarMass", "next_token_density", "scalar_mass"]
 # The Gaussian beyond 40 standard deviations is below the smallest positive double.
 _REACH = 40.0
 _NODES = 24
+_HALVINGS = 60
+_NUMBERS = 1 << 21  # weights that exist at a time
 
 
 @dataclass(frozen=True)
@@ -106,25 +108,51 @@ def scalar_mass(past: Context, noise_scale: float, *, jacobian: bool = True) -> 
     # zero.
     finest = 0.25 / slope if slope > 0 else high - low
     graded = np.geomspace(finest, max(2 * finest, high - low, abs(low), abs(high)), 200)
-    coarse = np.linspace(low, high, max(100, int((high - low) / noise_scale)))
-    edges = np.unique(np.concatenate([turning, graded, -graded, coarse]))
+    edges = np.unique(np.concatenate([[low, high], turning, graded, -graded]))
     edges = edges[(edges >= low) & (edges <= high)]
+    left, right = _panels(past, edges, noise_scale, min(noise_scale, (high - low) / 100))
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    half = np.diff(edges) / 2
-    u = (edges[:-1] + half)[:, None] + half[:, None] * nodes  # (panels, nodes)
-    density = (
-        next_token_density(past, _tensor(u.ravel(), past), noise_scale, jacobian=jacobian).numpy().reshape(u.shape)
-    )
-    panels = half[:, None] * weights * density
+    half = (right - left) / 2
+    u = (left + half)[:, None] + half[:, None] * nodes  # (panels, nodes)
+    step = max(1, _NUMBERS // max(1, past.values.shape[-3] * past.length))
+    parts = _tensor(u.ravel(), past).split(step)
+    density = torch.cat([next_token_density(past, part, noise_scale, jacobian=jacobian) for part in parts])
+    panels = half[:, None] * weights * density.cpu().numpy().reshape(u.shape)
 
     ends = np.concatenate([[-np.inf], _residual(past, turning), [np.inf]])
     pieces = np.abs(np.diff(ndtr(ends / noise_scale)))
     return ScalarMass(float(np.abs(panels).sum()), float(panels.sum()), float(pieces.sum()), turning)
 
 
+def _panels(
+    past: Context, edges: NDArray[np.float64], noise_scale: float, width: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Ends of panels of at most some width that hold all of the mass, few even where tokens lie far apart.
+
+    Between neighbouring edges e is monotone, so that a panel has mass only if e comes near zero at an end or
+    changes its sign.
+    """
+    left, right = edges[:-1], edges[1:]
+    for _ in range(_HALVINGS):
+        at_left, at_right = _residual(past, left), _residual(past, right)
+        near = np.minimum(np.abs(at_left), np.abs(at_right)) <= _REACH * noise_scale
+        near |= np.sign(at_left) != np.sign(at_right)
+        left, right = left[near], right[near]
+        wide = right - left > width
+        if not wide.any():
+            break
+        middle = (left[wide] + right[wide]) / 2
+        left, right = (
+            np.concatenate([left[~wide], left[wide], middle]),
+            np.concatenate([right[~wide], middle, right[wide]]),
+        )
+    return left, right
+
+
 def _residual(past: Context, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    u = _tensor(points, past).unsqueeze(-1)
-    return np.asarray((u - past.mean(u)).squeeze(-1).numpy(), dtype=np.float64)
+    step = max(1, _NUMBERS // max(1, past.values.shape[-3] * past.length))
+    parts = [(u - past.mean(u)).squeeze(-1) for u in _tensor(points, past).unsqueeze(-1).split(step)]
+    return np.asarray(torch.cat(parts).cpu().numpy(), dtype=np.float64)
 
 
 def _tensor(points: NDArray[np.float64], past: Context) -> Tensor:

@@ -24,7 +24,7 @@ __all__ = ["TOLERANCE", "Probed", "probe_signs", "probed_logabsdet"]
 
 _Product = Callable[[Tensor], Tensor]
 
-#: Relative residual of the solution at which the process stops, by precision: the bias that is left in the gradient.
+#: Relative residual of the solution at which the process stops, by precision; it is the bias left in the gradient.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 

@@ -32,7 +32,7 @@ class Nearest(NamedTuple):
     Attributes:
         token: its position in the text.
         layer: the layer in which it is nearest to the boundary.
-        margin: its margin there, with its sign; for "logabsdet" log|det J|.
+        margin: its margin there, with its sign; for "logabsdet" ``log|det J|``.
         beyond: whether it lies beyond the boundary there.
         head: the head that pulls it there most; None: no head does, or the margin has no derivative.
         head_share: this head's part of the pull of all heads that pull.
@@ -52,11 +52,11 @@ class Nearest(NamedTuple):
 
 
 def smallest(reading: Reading, kind: Kind, which: Map) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Margin of each token in the layer where it is nearest to the boundary, by |margin|.
+    """Margin of each token in the layer where it is nearest to the boundary, by ``|margin|``.
 
     Args:
         reading: margins of a text.
-        kind: the margin; for "logabsdet" |det J| decides, whatever its sign.
+        kind: the margin; for "logabsdet" ``|det J|`` decides, whatever its sign.
         which: the map.
 
     Returns:
@@ -70,8 +70,8 @@ def smallest(reading: Reading, kind: Kind, which: Map) -> tuple[NDArray[Any], ND
 def nearest_tokens(reading: Reading, model: Any, count: int = 10) -> dict[Map, dict[Kind, list[Nearest]]]:
     """Find the tokens nearest to the boundary, by every margin and for both maps, and explain them.
 
-    The blocks of these tokens are formed anew in double precision. A head pulls by the derivative of |margin| by its
-    gain, a past token by its share in that, see :mod:`probattn.hf.explain`.
+    The blocks of these tokens are formed anew in double precision. A head pulls by the derivative of ``|margin|`` by
+    its gain, a past token by its share in that, see :mod:`probattn.hf.explain`.
 
     Args:
         reading: margins of a text.
@@ -144,7 +144,7 @@ def _pulls(
 
 
 def _gradient(reading: Reading, block: Tensor, kind: Kind, which: Map, row: int, token: int) -> Tensor | None:
-    """Derivative of |margin|, or of log|det|, by the block; None where there is none."""
+    """Derivative of ``|margin|``, or of ``log|det|``, by the block; None where there is none."""
     here = {one: float(reading.margins[variable(one, which)].values[row, token]) for one in reading.kinds}
     known = None
     if kind == "spectral":

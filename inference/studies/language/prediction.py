@@ -40,7 +40,7 @@ SUMMARIES = ("mean", "early", "middle", "late", "largest")
 
 DECISIVE = "kl_all_0.1"
 TARGETS = (DECISIVE, "kl_all_0.3", "kl_last_0.1", "next_surprisal", "surprisal")
-"""Targets of the prediction: divergences under noise, and the surprisal of the next token and of the token itself."""
+"""Targets of the prediction, divergences under noise and the surprisal of the next token and of the token itself."""
 
 GIVEN: Mapping[str, tuple[str, ...]] = {
     "alone": (),

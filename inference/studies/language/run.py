@@ -36,7 +36,7 @@ MEASURED: Mapping[str, tuple[Form, float]] = {
     "kl_all_0.3": ("all", 0.3),
     "kl_last_0.1": ("last", 0.1),
 }
-#: Small noise with draws of its own: the local sensitivity, which is the positive control.
+#: Small noise with draws of its own, for the local sensitivity, which is the positive control.
 LOCAL: Mapping[str, tuple[Form, float]] = {"local_all": ("all", 0.02), "local_last": ("last", 0.02)}
 
 
