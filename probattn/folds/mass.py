@@ -127,7 +127,9 @@ def scalar_mass(past: Context, noise_scale: float, *, jacobian: bool = True) -> 
 def _panels(
     past: Context, edges: NDArray[np.float64], noise_scale: float, width: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ends of panels of at most some width that hold all of the mass, few even where tokens lie far apart.
+    """Ends of panels that hold all of the mass, few even where tokens lie far apart.
+
+    Each has at most some width, and e changes by at most a standard deviation over it.
 
     Between neighbouring edges e is monotone, so that a panel has mass only if e comes near zero at an end or
     changes its sign.
@@ -138,7 +140,8 @@ def _panels(
         near = np.minimum(np.abs(at_left), np.abs(at_right)) <= _REACH * noise_scale
         near |= np.sign(at_left) != np.sign(at_right)
         left, right = left[near], right[near]
-        wide = right - left > width
+        # A steep e passes the Gaussian in a small part of a panel, which the nodes would miss.
+        wide = (right - left > width) | (np.abs(at_right - at_left)[near] > noise_scale)
         if not wide.any():
             break
         middle = (left[wide] + right[wide]) / 2

@@ -25,6 +25,23 @@ def test_quadrature_equals_the_mean_number_of_roots(seed, a, noise, length):
     assert (mass.absolute > 1 + 1e-12) <= (len(mass.turning_points) > 0)
 
 
+@pytest.mark.parametrize(("far", "roots"), [(50.0, 3), (5e3, 3), (5e5, 3), (5e7, 3), (0.5, 1)])
+def test_tokens_far_apart_cost_no_more_panels(far, roots, monkeypatch):
+    """Panels of the width of the noise would be 10^8 with 24 candidates each, and miss the steep middle branch."""
+    asked = []
+
+    def counted(past, u, *arguments, **options):
+        asked.append(len(u))
+        return next_token_density(past, u, *arguments, **options)
+
+    monkeypatch.setattr("probattn.folds.mass.next_token_density", counted)
+    mass = scalar_mass(past(1 / far, -far, 0.3 * far, far), 1.0)
+    assert mass.absolute == pytest.approx(mass.roots, abs=1e-7)
+    assert mass.signed == pytest.approx(1, abs=1e-7)
+    assert round(mass.roots) == roots
+    assert sum(asked) < 200_000
+
+
 @pytest.mark.parametrize("a", [-3.0, 0.5, 1.0, 1.2, 3.0])
 def test_against_scipy_on_the_tanh_example(a):
     mass = scalar_mass(past(a, -1.0, 1.0), 0.5)
