@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +15,7 @@ from probattn.hf.margins import margins
 from probattn.hf.spectra import Kind, block_margins
 from probattn.hf.streams import residual_streams
 from probattn.inference.bench.harness import Row, Timing, race
+from probattn.inference.bench.memory import growth_of_memory, peak_of
 
 __all__ = ["against_forward", "against_jacrev", "language_model", "margin_memory", "margin_peak"]
 
@@ -29,7 +26,6 @@ _RANK = 8  # of the estimate: an error of 0.6 % of the spread of log|det|, see p
 _WITH_EIGENVALUES: tuple[Kind, ...] = ("logabsdet", "sigma_min", "spectral", "complex")
 _WITHOUT: tuple[Kind, ...] = ("logabsdet", "sigma_min")
 _AUTOGRAD = 30.0  # goal: times faster than torch.func.jacrev of a layer
-_LINEAR = 2.4  # goal: growth of the memory when T doubles; 2, and room for what does not grow evenly
 _LENGTHS = (1024, 2048, 4096)
 _AT = (100, 300)  # positions at which the dense Jacobian is formed
 
@@ -191,19 +187,7 @@ def margin_memory(lengths: Sequence[int] = _LENGTHS) -> list[Row]:
     Returns:
         One row, with the largest growth from one length to the next: 2 if memory is linear.
     """
-    peaks = {length: _measured_peak(length) for length in lengths}
-    growth = max(peaks[long] / peaks[short] for short, long in pairwise(lengths))
-    notes = {f"MiB at T = {length}": round(size / 2**20, 1) for length, size in peaks.items()}
-    return [
-        Row(
-            f"peak memory of margins of every token, T = {lengths[-1]}, two layers of p = 64",
-            f"the same at T = {lengths[-2]}",
-            growth,
-            faster=False,
-            goal=_LINEAR,
-            notes=notes,
-        )
-    ]
+    return [growth_of_memory(margin_peak, lengths, "margins of every token", "two layers of p = 64")]
 
 
 def margin_peak(length: int) -> int:
@@ -231,19 +215,4 @@ def margin_peak(length: int) -> int:
     ids = torch.randint(64, (1, length))
     kinds: tuple[Kind, ...] = ("logabsdet", "sigma_min")
     margins(model, ids[:, :32], kinds)  # libraries
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    margins(model, ids, kinds, memory=1 << 22)
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _measured_peak(length: int) -> int:
-    # In a process of its own, so that nothing freed before is used again.
-    code = f"from probattn.inference.bench.margins import margin_peak; print(margin_peak({length}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return peak_of(lambda: margins(model, ids, kinds, memory=1 << 22))

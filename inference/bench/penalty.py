@@ -6,11 +6,8 @@ work that a layer does for each of its heads.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +16,7 @@ from torch import Tensor
 from probattn import blocks
 from probattn.attention import CausalAttention
 from probattn.inference.bench.harness import Row, race
+from probattn.inference.bench.memory import growth_of_memory, peak_of
 from probattn.moments.operators import past_moments
 from probattn.penalty import attention_penalty
 
@@ -39,7 +37,6 @@ _FLOOR = 2.5  # goal: times the cost of the three matrix products
 _AUTOGRAD = 200.0  # goal: times faster than the Jacobian by torch.func
 _TURN = 0.1  # seconds: a call takes milliseconds
 _LENGTHS = (1024, 2048, 4096, 8192)
-_LINEAR = 2.4  # goal: growth of the memory when T doubles; 2, and room for what does not grow evenly
 
 
 def dense_penalty(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -200,19 +197,8 @@ def memory(lengths: tuple[int, ...] = _LENGTHS) -> list[Row]:
     Returns:
         One row, with the largest growth from one length to the next: 2 if memory is linear.
     """
-    peaks = {length: _measured_peak(length) for length in lengths}
-    growth = max(peaks[long] / peaks[short] for short, long in pairwise(lengths))
-    notes = {f"MiB at T = {length}": round(size / 2**20, 1) for length, size in peaks.items()}
-    return [
-        Row(
-            f"peak memory of the exact penalty, T = {lengths[-1]}, d = 16",
-            f"the same at T = {lengths[-2]}",
-            growth,
-            faster=False,
-            goal=_LINEAR,
-            notes={**notes, "below 2 GiB": peaks[lengths[-1]] < 2**31},
-        )
-    ]
+    row = growth_of_memory(peak, lengths, "the exact penalty", "d = 16")
+    return [replace(row, notes={**row.notes, "below 2 GiB": row.notes[f"MiB at T = {lengths[-1]}"] < 2**11})]
 
 
 def peak(length: int) -> int:
@@ -227,22 +213,7 @@ def peak(length: int) -> int:
     torch.manual_seed(0)
     parts = [torch.randn(1, length, 16, requires_grad=True) for _ in range(3)]
     _backward(kernel_penalty(*(part[:, :64] for part in parts)).sum(), parts)  # libraries
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    _backward(kernel_penalty(*parts).sum(), parts)
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _measured_peak(length: int) -> int:
-    # In a process of its own, so that nothing freed before is used again.
-    code = f"from probattn.inference.bench.penalty import peak; print(peak({length}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return peak_of(lambda: _backward(kernel_penalty(*parts).sum(), parts))
 
 
 def _products(batch: int, length: int, dim: int, device: torch.device) -> Callable[[], None]:

@@ -19,8 +19,7 @@ from probattn.hf.directional import TokenMap, token_map
 from probattn.hf.layers import AttentionLayer
 from probattn.hf.layers.factors import LayerFactors, build_factors
 from probattn.hf.layers.past import attend
-from probattn.hf.layers.sublayer import Projected, Sublayer, averages_to_mean
-from probattn.hf.layers.tokenwise import Rotation
+from probattn.hf.layers.sublayer import Projected, Sublayer, averages_to_mean, project
 from probattn.hf.probes import TOLERANCE, Probed, probe_signs, probed_logabsdet
 from probattn.hf.stream import Stream
 from probattn.numerics import linalg
@@ -55,7 +54,8 @@ def residual_penalty(
         sublayer = stream.turned(layer.sublayer)
         u = stream.tokens.to(layer.dtype)
         mask = stream.visible
-        tokens = _projected(sublayer, u, rows)
+        positions = torch.arange(u.shape[1], device=u.device).unsqueeze(0)
+        tokens = project(sublayer, u, positions, rows)
         if probes is None:
             values, margins = _exact(sublayer, u, tokens, rows, mask, kind)
         else:
@@ -87,21 +87,6 @@ def require_probes(kind: BarrierKind, probes: int | None) -> None:
             f"probes is {probes} and kind {kind!r}: probes estimate log|det J| without bias, and a non-linear function "
             "of an unbiased estimate is biased; use kind='logdet', or probes=None for the exact penalty."
         )
-
-
-def _projected(sublayer: Sublayer, u: Tensor, rows: Tensor) -> Projected:
-    """Queries, keys and values as a layer makes them, with queries of the rows alone: ``(B, K, P, g, r)``."""
-    positions = torch.arange(u.shape[1], device=u.device).unsqueeze(0)
-    x = u if sublayer.norm is None else sublayer.norm(u)
-    raw_query = sublayer.query(x[:, rows]).unflatten(1, (sublayer.groups, -1)).movedim(2, 3)  # (B, K, P, g, r)
-    raw_key, value = sublayer.key(x), sublayer.value(x)  # (B, K, T, r), (B, K, T, dv)
-    query = raw_query if sublayer.query_norm is None else sublayer.query_norm(raw_query)
-    key = raw_key if sublayer.key_norm is None else sublayer.key_norm(raw_key)
-    rotation = None
-    if sublayer.rotary is not None:
-        rotation = Rotation(*sublayer.rotary(positions, u))
-        query, key = rotation.at(rows).unsqueeze(1, 3)(query), rotation.unsqueeze(1)(key)
-    return Projected(query, key, value, raw_query, raw_key, rotation)
 
 
 def _exact(

@@ -1,4 +1,4 @@
-"""What a command says never decides what it does."""
+"""Output of commands: an error in saying something never decides what a command does."""
 
 import io
 import os

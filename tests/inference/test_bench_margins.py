@@ -40,7 +40,7 @@ def test_a_model_that_is_missing_is_said(monkeypatch):
 
 
 def test_memory_is_measured_in_processes_of_their_own(monkeypatch):
-    monkeypatch.setattr(bench, "_measured_peak", lambda length: 1000 * length)
+    monkeypatch.setattr("probattn.inference.bench.memory._in_own_process", lambda peak, length: 1000 * length)
     (row,) = bench.margin_memory([8, 16, 32])
     assert row.ratio == 2
     assert row.met

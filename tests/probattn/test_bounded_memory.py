@@ -182,7 +182,7 @@ def test_margins_and_determinants_stay_within_what_the_contraction_allows(mask):
 
 
 def folds_at(attention, u):
-    """Whether det J < 0 at some token after the past u, on a line."""
+    """Return True if det J < 0 at some token after the past u, on a line."""
     return largest_sensitivity(Context.of(attention, u)).lower > 1
 
 

@@ -117,26 +117,29 @@ class Projected(NamedTuple):
     rotation: Rotation | None
 
 
-def project(sublayer: Sublayer, u: Tensor, positions: Tensor) -> Projected:
+def project(sublayer: Sublayer, u: Tensor, positions: Tensor, rows: Tensor | None = None) -> Projected:
     """Queries, keys and values of tokens.
 
     Args:
         sublayer: the parameters.
         u: tokens, ``(B, T, p)``.
         positions: for the rotation, ``(1 or B, T)``, whole numbers.
+        rows: numbers of the tokens whose queries are needed, ``(P,)``; None: all.
 
     Returns:
-        :class:`Projected`.
+        :class:`Projected`, with P queries in the place of T where rows are given.
     """
     x = u if sublayer.norm is None else sublayer.norm(u)
-    raw_query = sublayer.query(x).unflatten(1, (sublayer.groups, -1)).movedim(2, 3)  # (B, K, T, g, r)
+    asking = x if rows is None else x[:, rows]
+    raw_query = sublayer.query(asking).unflatten(1, (sublayer.groups, -1)).movedim(2, 3)  # (B, K, T or P, g, r)
     raw_key, value = sublayer.key(x), sublayer.value(x)  # (B, K, T, r), (B, K, T, dv)
     query = raw_query if sublayer.query_norm is None else sublayer.query_norm(raw_query)
     key = raw_key if sublayer.key_norm is None else sublayer.key_norm(raw_key)
     rotation = None
     if sublayer.rotary is not None:
         rotation = Rotation(*sublayer.rotary(positions, u))
-        query, key = rotation.unsqueeze(1, 3)(query), rotation.unsqueeze(1)(key)
+        own = rotation if rows is None else rotation.at(rows)
+        query, key = own.unsqueeze(1, 3)(query), rotation.unsqueeze(1)(key)
     return Projected(query, key, value, raw_query, raw_key, rotation)
 
 

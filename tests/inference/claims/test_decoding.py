@@ -1,4 +1,4 @@
-"""What margins predict: verdicts on simulated tables with known answers."""
+"""Predictions by margins: verdicts on simulated tables with known answers."""
 
 import json
 from dataclasses import replace

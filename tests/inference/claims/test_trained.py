@@ -1,4 +1,4 @@
-"""Where blocks lie: verdicts on simulated tables with known answers, and on small models."""
+"""Places of blocks: verdicts on simulated tables with known answers, and on small models."""
 
 import json
 import sys

@@ -108,7 +108,7 @@ class TestCheckpointing:
         assert distance(plain, expected) > 1e-3
 
     def test_the_memory_of_the_penalty_is_given_back(self):
-        """What is kept for the backward pass, in numbers."""
+        """Count the numbers that are kept for the backward pass."""
 
         def kept(recomputed):
             model, data = build(), batch(length=12) | {"use_cache": False}
