@@ -12,7 +12,8 @@ import probattn.hf.penalty as penalty_module
 from probattn.errors import InputError
 from probattn.hf.directional import token_map
 from probattn.hf.layers import attention_layer
-from probattn.hf.penalty import _projected, require_probes, residual_penalty
+from probattn.hf.layers.sublayer import project
+from probattn.hf.penalty import require_probes, residual_penalty
 from probattn.hf.probes import probe_signs, probed_logabsdet
 from probattn.hf.stream import Stream
 
@@ -38,7 +39,7 @@ def test_products_with_the_blocks(family, masked):
     layer, u = attention_layer(model, 1), stream(model, 7, batch=(2,))
     mask = visible(7) if masked else None
     sublayer = layer.sublayer
-    block = token_map(sublayer, u, _projected(sublayer, u, ROWS), ROWS, mask)
+    block = token_map(sublayer, u, project(sublayer, u, torch.arange(7).unsqueeze(0), ROWS), ROWS, mask)
     dense = (layer if mask is None else layer.seeing(mask.squeeze(1))).mean_jacobian(u, ROWS)
     z = torch.randn(2, 4, 3, 16, dtype=u.dtype, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(block.product(z).mT, dense @ z.mT, rtol=0, atol=1e-11)
