@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from probattn.attention import CausalAttention
 from probattn.barrier import MarginKind, stability_margin, support_tokens
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
+from probattn.inference.claims.realness import may_be_real
 from probattn.numerics import linalg
 from probattn.solve.context import Context
 
@@ -99,10 +99,8 @@ def _errors(
     spectral = margin(attention, u, "spectral")
     smallest = margin(attention, u, "singular_value")
 
-    eigenvalues = np.linalg.eigvals(change.numpy())
-    size = np.linalg.norm(change.numpy(), axis=(-2, -1))[..., None]
-    real = np.abs(eigenvalues.imag) <= 6e-8 * size
-    largest = torch.as_tensor(np.where(real, eigenvalues.real, -np.inf).max(-1))
+    eigenvalues = torch.linalg.eigvals(change)
+    largest = torch.where(may_be_real(change), eigenvalues.real, -torch.inf).amax(-1)
     spectral_gap = (spectral - (1 - largest)).abs() / (1 + largest.abs())  # two infinite margins are equal, not NaN
     turned = (1 - spectral).clamp(min=1e-12)
     at_boundary = torch.linalg.svdvals(identity - change / turned[:, None, None])[..., -1]

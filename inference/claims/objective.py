@@ -17,6 +17,7 @@ from torch import Tensor
 from probattn.barrier import BarrierKind
 from probattn.embedding_prior import Prior
 from probattn.inference.claims.claim import Claim, Subject, judge, worst
+from probattn.inference.claims.realness import may_be_real
 from probattn.models.language import LanguageConfig, LanguageModel
 from probattn.numerics import linalg
 
@@ -143,10 +144,10 @@ def _penalty(kind: BarrierKind, left: Tensor, right: Tensor) -> Tensor:
         singular: Tensor = torch.linalg.svd(identity - change)[1]
         return -singular[..., -1].clamp(max=1.0).log()
     if kind == "spectral":
-        eigenvalues: Tensor = torch.linalg.eigvals(right @ left)  # M's own, but for zeros
+        core = right @ left
+        eigenvalues: Tensor = torch.linalg.eigvals(core)  # M's own, but for zeros
         size = eigenvalues.abs().amax(-1, keepdim=True)
-        real = eigenvalues.imag.abs() <= 6e-8 * torch.linalg.matrix_norm(right @ left)[..., None]  # 4 sqrt(eps)
-        largest = torch.where(real, eigenvalues.real, -torch.inf).amax(-1)
+        largest = torch.where(may_be_real(core.detach()), eigenvalues.real, -torch.inf).amax(-1)
         # M has rank r at most: where no eigenvalue is positive, the largest is the zero of its kernel, up to rounding.
         room = 1 - torch.where(largest > 1e-13 * size.squeeze(-1), largest, 0.0)
         return -room.clamp(0.0, 1.0).log()
