@@ -60,6 +60,7 @@ class LayerContext:
             raise InputError(f"the past has shape {tuple(u.shape)}; it must be (*batch, n, p) with p = {layer.dim}.")
         batch = torch.broadcast_shapes(u.shape[:-2], layer.batch_shape)
         u = u.expand(*batch, *u.shape[-2:])
+        layer = layer.spread(batch)
         tokens = _projected(layer, layer.sublayer, u, 0)
         key, value = (part.reshape(*batch, *part.shape[1:]) for part in (tokens.key, tokens.value))
         return cls(layer, u, key, value)
@@ -68,13 +69,15 @@ class LayerContext:
         """The context with one more token u, ``(*batch, p)``, behind it."""
         batch = torch.broadcast_shapes(u.shape[:-1], self.batch_shape)
         u = u.expand(*batch, u.shape[-1]).unsqueeze(-2)
-        own = _projected(self.attention, self.attention.sublayer, u, self.length)
+        attention = self.attention.spread(batch)
+        own = _projected(attention, attention.sublayer, u, self.length)
 
         def joined(past: Tensor, new: Tensor) -> Tensor:
             return torch.cat([past.expand(*batch, *past.shape[len(self.batch_shape) :]), new], -2)
 
         key, value = (part.reshape(*batch, *part.shape[1:]) for part in (own.key, own.value))
-        return replace(self, tokens=joined(self.tokens, u), key=joined(self.key, key), value=joined(self.value, value))
+        joint = {"tokens": joined(self.tokens, u), "key": joined(self.key, key), "value": joined(self.value, value)}
+        return replace(self, attention=attention, **joint)
 
     def first(self, n: int) -> LayerContext:
         """The context of the first n tokens."""
@@ -91,6 +94,8 @@ class LayerContext:
         count, layer = len(self.batch_shape), replace(self.attention, batch_shape=torch.Size())
         if layer.positions is not None and layer.positions.dim() > 1:
             layer = layer.at(layer.positions.expand(*batch, -1)[index])
+        if layer.scaling is not None:
+            layer = replace(layer, scaling=layer.scaling.expand(batch).select(index))
         parts = {name: getattr(self, name) for name in ("tokens", "key", "value")}
         chosen = {name: part.expand(*batch, *part.shape[count:])[index] for name, part in parts.items()}
         return replace(self, attention=layer, **chosen)
@@ -124,6 +129,8 @@ class LayerContext:
         """
         output = self.attention.sublayer.output  # (p, H, dv)
         value = self.value.repeat_interleave(output.shape[1] // self.value.shape[-3], -3)  # (*batch, H, n, dv)
+        if self.attention.scaling is not None:
+            value = self.attention.scaling.strength[..., None, None] * value
         return value @ output.permute(1, 2, 0)
 
     def contraction_bound(self) -> Tensor:

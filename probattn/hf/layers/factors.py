@@ -261,13 +261,19 @@ def build_factors(
     if sublayer.query_norm is not None:
         raw = tokens.raw_query[:, :, rows].movedim(2, 1).flatten(2, 3)  # (B, P, H, r)
         covariance = sublayer.query_norm.jacobian(raw).pullback(covariance)
+    own_weight, own_slope = attended.own_weight, attended.own_slope
+    if sublayer.scaling is not None:  # own_slope has the inverse temperature already, from the query
+        scaling = sublayer.scaling.repeat(len(u))
+        strength, factor = scaling.strength.unsqueeze(1), scaling.inverse_temperature.unsqueeze(1)  # (1 or B, 1, H)
+        covariance = (strength * factor)[..., None, None] * covariance
+        own_weight, own_slope = strength * own_weight, strength.unsqueeze(-1) * own_slope
     back = back.movedim(2, 1)  # (B, P, K, g, r)
     if sublayer.key_norm is not None:
         back = sublayer.key_norm.jacobian(tokens.raw_key[:, :, rows].movedim(2, 1)).pullback(back)
     return LayerFactors(
         covariance.flatten(0, 1),
-        attended.own_weight.flatten(0, 1),
-        attended.own_slope.flatten(0, 1),
+        own_weight.flatten(0, 1),
+        own_slope.flatten(0, 1),
         back.flatten(2, 3).flatten(0, 1),
         sublayer.query.weight,
         sublayer.key.weight,

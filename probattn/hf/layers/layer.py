@@ -14,6 +14,7 @@ from probattn.errors import InputError
 from probattn.hf.layers.context import LayerContext
 from probattn.hf.layers.factors import LayerFactors, build_factors
 from probattn.hf.layers.past import attend, average
+from probattn.hf.layers.scaling import HeadScaling, head_scaling
 from probattn.hf.layers.sublayer import Sublayer, averages_to_mean, mapped, project, same_parts
 from probattn.interface import Mask
 from probattn.moments.dense import SUPPORTED
@@ -60,6 +61,7 @@ class AttentionLayer:
             the window.
         batch_shape: batch axes, which broadcast with those of the tokens; the parameters have none.
         attached: whether gradients flow to the parameters.
+        scaling: factors on the heads, see :meth:`scaled`; None: the layer as it was trained.
         mask: always "inclusive": a token attends to itself too.
     """
 
@@ -71,6 +73,7 @@ class AttentionLayer:
     visible: Tensor | None = None
     batch_shape: torch.Size = _NO_BATCH
     attached: bool = True
+    scaling: HeadScaling | None = None
     mask: Mask = field(default="inclusive", init=False)
 
     def __repr__(self) -> str:
@@ -85,7 +88,10 @@ class AttentionLayer:
         def convert(part: Tensor) -> Tensor:
             return part.to(self.dtype) if self.attached else part.detach().to(self.dtype)
 
-        return mapped(convert, self.read())
+        scaling = (
+            None if self.scaling is None else HeadScaling(*(part.to(self.dtype) for part in self.scaling.flatten()))
+        )
+        return mapped(convert, self.read())._replace(scaling=scaling)
 
     @property
     def dim(self) -> int:
@@ -123,11 +129,43 @@ class AttentionLayer:
 
     def detach(self) -> AttentionLayer:
         """The same layer cut off from the graph of its parameters."""
-        return replace(self, attached=False)
+        return replace(self, attached=False, scaling=None if self.scaling is None else self.scaling.detach())
 
     def expand(self, batch_shape: Any) -> AttentionLayer:
         """The same layer with batch axes, for processes that have some; the parameters broadcast."""
         return replace(self, batch_shape=torch.Size(batch_shape))
+
+    def scaled(
+        self,
+        gain: float | Tensor = 1.0,
+        inverse_temperature: float | Tensor = 1.0,
+        share: float | Tensor = 1.0,
+    ) -> AttentionLayer:
+        r"""The same layer with its heads made stronger or weaker, sharper or flatter.
+
+        .. math::
+            \mu_i = s\, N_o\Bigl(\sum_h g_h W_O^h \bar v^h_i(\tau_h) + b_O\Bigr), \qquad
+            \alpha^h_{it} \propto \exp(c\, \tau_h\, q^h_i \cdot k^h_t)
+
+        Args:
+            gain: g, a number or ``(*batch, H)``.
+            inverse_temperature: tau, a number or ``(*batch, H)``; logits are multiplied by it before they are capped.
+            share: s, a number or ``(*batch,)``; behind the norm of the output, where there is one.
+
+        Returns:
+            A layer whose batch axes are those of the factors too; gradients flow to the factors. They replace factors
+            that were there.
+
+        Raises:
+            InputError: factors for another number of heads or of another precision.
+        """
+        scaling = head_scaling(self.heads, self.like, gain, inverse_temperature, share)
+        batch = torch.broadcast_shapes(self.batch_shape, scaling.batch_shape)
+        return replace(self, scaling=scaling, batch_shape=batch)
+
+    def spread(self, batch: torch.Size) -> AttentionLayer:
+        """The same layer with the factors on its heads expanded to batch axes."""
+        return self if self.scaling is None else replace(self, scaling=self.scaling.expand(batch))
 
     def equals(self, other: object) -> bool:
         """True if another layer has the same parameters, rotation, precision, positions and mask."""
@@ -139,7 +177,7 @@ class AttentionLayer:
     def mean(self, u: Tensor) -> Tensor:
         """The attention mean mu, what the sublayer adds to the stream, ``(*batch, T, p)``."""
         u, batch = self._tokens(u)
-        sublayer = self.sublayer
+        sublayer = self.spread(batch).sublayer
         rows = torch.arange(u.shape[1], device=u.device)
         tokens = project(sublayer, u, self._positions(u, batch))
         mean, _ = averages_to_mean(sublayer, average(sublayer, tokens, rows, self._mask(u, batch)))
@@ -263,7 +301,7 @@ class AttentionLayer:
         """Mean and factors for some rows at a time, whose matrices of a size fit into a chunk; None: all at once."""
         u, batch = self._tokens(u)
         rows = torch.arange(u.shape[1], device=u.device) if rows is None else _require_rows(rows, u.shape[1])
-        sublayer, mask = self.sublayer, self._mask(u, batch)
+        sublayer, mask = self.spread(batch).sublayer, self._mask(u, batch)
         tokens = project(sublayer, u, self._positions(u, batch))
         step = len(rows) if size is None else max(1, _NUMBERS // (size * size * len(u)))
         for part in rows.split(max(1, step)):

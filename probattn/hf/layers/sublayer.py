@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from probattn.hf.layers.scaling import HeadScaling
 from probattn.hf.layers.tokenwise import Norm, Projection, Rotation
 
 __all__ = ["Projected", "Sublayer", "averages_to_mean", "mapped", "project", "same_parts"]
@@ -40,6 +41,7 @@ class Sublayer(NamedTuple):
         output: W_O, ``(p, H, dv)``.
         output_bias: ``(p,)``.
         output_norm: behind the output map.
+        scaling: factors on the heads, one batch axis each; None: all one, the layer as it was trained.
     """
 
     norm: Norm | None
@@ -55,6 +57,7 @@ class Sublayer(NamedTuple):
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     softcap: float | None = None
     window: int | None = None
+    scaling: HeadScaling | None = None
 
     @property
     def heads(self) -> int:
@@ -140,6 +143,9 @@ def project(sublayer: Sublayer, u: Tensor, positions: Tensor, rows: Tensor | Non
         rotation = Rotation(*sublayer.rotary(positions, u))
         own = rotation if rows is None else rotation.at(rows)
         query, key = own.unsqueeze(1, 3)(query), rotation.unsqueeze(1)(key)
+    if sublayer.scaling is not None:
+        factor = sublayer.scaling.repeat(len(u)).inverse_temperature.unflatten(-1, (sublayer.groups, -1))  # (B, K, g)
+        query = factor[:, :, None, :, None] * query
     return Projected(query, key, value, raw_query, raw_key, rotation)
 
 
@@ -151,8 +157,13 @@ def averages_to_mean(sublayer: Sublayer, average: Tensor) -> tuple[Tensor, Tenso
         average: vbar, ``(..., H, dv)``.
 
     Returns:
-        mu and what the norm behind it was given, W_O vbar + b_O, ``(..., p)`` each; the same twice without such a norm.
+        mu and what the norm behind it was given, W_O vbar + b_O, ``(..., p)`` each; the same twice without such a norm
+        and without factors on the heads.
     """
+    scaling = None if sublayer.scaling is None else sublayer.scaling.repeat(len(average))
+    if scaling is not None:
+        average = average * scaling.gain[:, None, :, None]  # (B, P, H, dv)
     before = average.flatten(-2) @ sublayer.output.flatten(1).mT  # (..., p)
     before = before if sublayer.output_bias is None else before + sublayer.output_bias
-    return (before if sublayer.output_norm is None else sublayer.output_norm(before)), before
+    mean = before if sublayer.output_norm is None else sublayer.output_norm(before)
+    return (mean if scaling is None else mean * scaling.share[:, None, None]), before

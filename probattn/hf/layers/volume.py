@@ -1,0 +1,257 @@
+r"""The sum of log|det J_i| over positions of a layer with factors on its heads, and its gradient by these factors.
+
+The graph of T blocks of p x p numbers is never held. A few positions at a time, each block is formed, factored once,
+and its factorisation serves the determinant and
+
+.. math:: \frac{\partial \log|\det(I - K)|}{\partial K} = -(I - K)^{-\top},
+
+which is carried back at once to the heads' covariances and own weights. From there automatic differentiation goes on to
+the gains, the inverse temperatures and the share through one pass of the attention. Derived here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from probattn.hf.layers.factors import LayerFactors
+from probattn.hf.layers.layer import AttentionLayer
+from probattn.hf.layers.scaling import HeadScaling
+from probattn.numerics.lu import factor
+
+__all__ = ["Volume", "VolumeMemory", "log_volume"]
+
+_NUMBERS = 1 << 22  # numbers that the square matrices of a chunk of positions may hold
+_COVARIANCES = 1 << 25  # numbers that the covariances of a group of sequences may hold
+_KEPT = 4  # results that a memory keeps
+
+
+class Volume(NamedTuple):
+    """Log-determinants summed over positions.
+
+    Attributes:
+        value: sum of log|det J_i|, ``(*batch,)``, differentiable once in the factors on the heads.
+        smallest_sign: the smallest sign of det J_i at the positions, ``(*batch,)``.
+    """
+
+    value: Tensor
+    smallest_sign: Tensor
+
+
+class _Result(NamedTuple):
+    value: Tensor  # (B,)
+    sign: Tensor  # (B,)
+    gradient: HeadScaling | None  # (B, H), (B, H), (B,)
+
+
+class VolumeMemory:
+    """The last few results by their factors, for evaluations in which only other parameters change.
+
+    Differences by the scales of a noise, for example, leave the determinants as they are.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Any, ...], tuple[Tensor, _Result]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": OrderedDict()}
+
+    def find(self, u: Tensor, rows: Tensor, scaling: HeadScaling, gradient: bool) -> _Result | None:
+        """The result for the same tokens, positions and factors, if it is known."""
+        key = _key(u, rows, scaling)
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        result = self._kept[key][1]
+        return None if gradient and result.gradient is None else result
+
+    def keep(self, u: Tensor, rows: Tensor, scaling: HeadScaling, result: _Result) -> None:
+        """Remember a result, and forget the oldest."""
+        self._kept[_key(u, rows, scaling)] = (
+            u,
+            result,
+        )  # the tokens are kept alive, so that no others have their place
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+
+
+def log_volume(
+    layer: AttentionLayer, u: Tensor, rows: Tensor | None = None, *, memory: VolumeMemory | None = None
+) -> Volume:
+    r"""Sum log|det J_i| over positions, with a gradient by the factors on the heads.
+
+    Args:
+        layer: a layer with factors, from :meth:`AttentionLayer.scaled`; its parameters count as constants.
+        u: tokens, ``(*batch, T, p)``, constants too.
+        rows: positions, ``(P,)``, increasing; None: all.
+        memory: results that are known, if they are to be used again.
+
+    Returns:
+        :class:`Volume`. Time per position O(m^3) with m = min(p, H dv): a factorisation, and with the gradient an
+        inverse; memory O(H P r dv) per sequence and a few matrices of m x m.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from probattn.hf import attention_layer
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> layer = attention_layer(LlamaForCausalLM(config), 0)
+        >>> gain = torch.ones(2, requires_grad=True)
+        >>> log_volume(layer.scaled(gain), torch.randn(4, 8)).value.backward()
+        >>> gain.grad.shape
+        torch.Size([2])
+    """
+    scaling = layer.scaled().scaling if layer.scaling is None else layer.scaling
+    assert scaling is not None
+    batch = torch.broadcast_shapes(u.shape[:-2], layer.batch_shape)
+    rows = torch.arange(u.shape[-2], device=u.device) if rows is None else rows
+    value, sign = _Volume.apply(layer, u, rows, memory, *scaling.expand(batch))  # type: ignore[no-untyped-call]
+    return Volume(value, sign)
+
+
+class _Volume(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: AttentionLayer,
+        u: Tensor,
+        rows: Tensor,
+        memory: VolumeMemory | None,
+        gain: Tensor,
+        inverse_temperature: Tensor,
+        share: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        scaling = HeadScaling(gain, inverse_temperature, share)
+        wanted = any(ctx.needs_input_grad[4:])
+        result = None if memory is None else memory.find(u, rows, scaling, wanted)
+        if result is None:
+            tokens = u.detach().expand(*share.shape, *u.shape[-2:]).reshape(-1, *u.shape[-2:])
+            result = _evaluate(_flattened(layer, share.shape), tokens, rows, scaling.flatten(), wanted)
+            if memory is not None:
+                memory.keep(u, rows, scaling, result)
+        if wanted:
+            ctx.save_for_backward(*result.gradient)
+        sign = result.sign.reshape(share.shape).clone()
+        ctx.mark_non_differentiable(sign)
+        return result.value.reshape(share.shape).clone(), sign
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+        heads = grad.unsqueeze(-1)
+        gain, temperature, share = ctx.saved_tensors
+        return (
+            None,
+            None,
+            None,
+            None,
+            heads * gain.view(*grad.shape, -1),
+            heads * temperature.view(*grad.shape, -1),
+            (grad * share.view(grad.shape)),
+        )
+
+
+def _key(u: Tensor, rows: Tensor, scaling: HeadScaling) -> tuple[Any, ...]:
+    numbers = tuple(part.detach().cpu().contiguous().numpy().tobytes() for part in scaling)
+    return (u.data_ptr(), tuple(u.shape), u._version, tuple(rows.tolist()), *numbers)
+
+
+def _evaluate(layer: AttentionLayer, u: Tensor, rows: Tensor, scaling: HeadScaling, gradient: bool) -> _Result:
+    """A group of sequences at a time, ``(B, T, p)``; positions and mask of the layer have one batch axis or none."""
+    sublayer = layer.sublayer
+    each = len(rows) * sublayer.output[0].numel() * sublayer.query.weight.shape[1]
+    found = []
+    for part in torch.arange(len(u), device=u.device).split(max(1, _COVARIANCES // each)):
+        own = {
+            name: given if given is None or given.dim() == axes else given[part]
+            for name, given, axes in (("positions", layer.positions, 1), ("visible", layer.visible, 2))
+        }
+        group = replace(layer, attached=False, batch_shape=torch.Size(), scaling=None, **own)
+        found.append(_group(group, u[part], rows, scaling.select((part,)), gradient))
+    value, sign = (torch.cat([getattr(one, name) for one in found]) for name in ("value", "sign"))
+    gradients = [one.gradient for one in found if one.gradient is not None]
+    if not gradients:
+        return _Result(value, sign, None)
+    return _Result(value, sign, HeadScaling(*(torch.cat(parts) for parts in zip(*gradients, strict=True))))
+
+
+def _group(layer: AttentionLayer, u: Tensor, rows: Tensor, scaling: HeadScaling, gradient: bool) -> _Result:
+    with torch.set_grad_enabled(gradient):
+        leaves = [part.detach().requires_grad_(gradient) for part in scaling]
+        factors = layer.scaled(*leaves).mean_and_factors(u, rows).factors
+        parts = _parts(factors)
+        kept = [part.detach().requires_grad_(gradient and part.requires_grad) for part in parts]
+        values, signs = [], []
+        size = min(len(factors.output), factors.size)
+        count = len(factors.own_weight)
+        step = max(1, _NUMBERS // size**2)
+        for start in range(0, count, step):
+            some = _slice(factors, kept, slice(start, start + step))
+            sign, value = _chunk(some, gradient)
+            values.append(value)
+            signs.append(sign)
+        value, sign = (torch.cat(found).view(len(u), len(rows)) for found in (values, signs))
+        if not gradient:
+            return _Result(value.sum(-1), sign.amin(-1), None)
+        pairs = [(part, one.grad) for part, one in zip(parts, kept, strict=True) if one.grad is not None]
+        outer = torch.autograd.grad(
+            [part for part, _ in pairs], leaves, [grad for _, grad in pairs], materialize_grads=True
+        )
+        return _Result(value.sum(-1), sign.amin(-1), HeadScaling(*outer))
+
+
+def _chunk(factors: LayerFactors, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Signs and log-determinants of some blocks, ``(n,)`` each; the gradient goes to the parts of the factors."""
+    if not gradient and factors.size <= len(factors.output):
+        return factor(factors.identity_less_core(), overwrite=True).logabsdet()
+    core = factors.sylvester_core()
+    with torch.no_grad():
+        identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+        factored = factor(identity - core.detach(), overwrite=True)
+        sign, value = factored.logabsdet()
+        inverse = factored.solve(identity.expand_as(core), transposed=True) if gradient else None
+    if inverse is not None:
+        core.backward(-inverse)
+    return sign, value
+
+
+def _parts(factors: LayerFactors) -> list[Tensor]:
+    """What depends on the factors on the heads."""
+    parts = [factors.covariance, factors.own_weight, factors.own_value, factors.own_key]
+    if factors.output_norm is not None:
+        parts += [factors.output_norm.scale, factors.output_norm.directions]
+    return parts
+
+
+def _slice(factors: LayerFactors, parts: list[Tensor], part: slice) -> LayerFactors:
+    """The factors at some of the N tokens, with other tensors in the place of :func:`_parts`."""
+    covariance, own_weight, own_value, own_key, *behind = (one[part] for one in parts)
+    norm, output_norm = factors.norm, factors.output_norm
+    if norm is not None:
+        norm = norm._replace(scale=norm.scale[part], directions=norm.directions[part])
+    if output_norm is not None:
+        output_norm = output_norm._replace(scale=behind[0], directions=behind[1])
+    return factors._replace(
+        covariance=covariance,
+        own_weight=own_weight,
+        own_value=own_value,
+        own_key=own_key,
+        norm=norm,
+        output_norm=output_norm,
+        tokens=own_weight.shape[:1],
+    )
+
+
+def _flattened(layer: AttentionLayer, batch: torch.Size) -> AttentionLayer:
+    """The layer with one batch axis in its positions and its mask, where these have any."""
+    parts = {}
+    for name, given, axes in (("positions", layer.positions, 1), ("visible", layer.visible, 2)):
+        if given is not None and given.dim() > axes:
+            own = given.shape[-axes:]
+            parts[name] = given.expand(*batch, *own).reshape(-1, *own)
+    return replace(layer, **parts)
