@@ -1,41 +1,45 @@
-"""Corruptions of characters and of embeddings, and the loss of a model under each of them.
+"""Corruptions of the characters of a window.
 
-Noise on the embeddings is normal, of a fixed size or in proportion to the model's own root mean square of the
-embeddings; adjacent characters are swapped; characters are replaced by others. The targets stay the true characters.
+Adjacent characters are swapped; characters are replaced by others, by their neighbours on a keyboard, or lost. The
+targets stay the true characters.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from probattn.errors import InputError
-from probattn.inference.studies.robustness.training import stream
-from probattn.models.corpus import Windows
-from probattn.models.gpt import CharacterGPT
+from probattn.errors import InputError, require_share
 
-__all__ = ["CLEAN", "FAMILIES", "Array", "evaluate", "label", "substitute_characters", "swap_characters"]
-
-Array = NDArray[np.float64]
+__all__ = [
+    "CLEAN",
+    "FAMILIES",
+    "delete_characters",
+    "keyboard_neighbours",
+    "label",
+    "mistype_characters",
+    "substitute_characters",
+    "swap_characters",
+]
 
 CLEAN = "clean"
 #: Levels of every family of corruptions.
 FAMILIES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "absolute noise": (0.1, 0.3, 0.5),
+        "absolute noise": (0.1, 0.3),
         "relative noise": (0.1, 0.2, 0.4),
-        "swaps": (0.02, 0.05, 0.1),
-        "substitutions": (0.02, 0.05, 0.1),
+        "embedding attack": (0.02, 0.05),
+        "character attack": (1, 2, 4),
+        "swaps": (0.05, 0.1),
+        "substitutions": (0.05, 0.1),
+        "typos": (0.05, 0.1),
+        "deletions": (0.02, 0.05),
     }
 )
-_CHUNK = 128  # windows in one pass
+_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 
 def label(family: str, level: float) -> str:
@@ -91,8 +95,7 @@ def substitute_characters(tokens: Tensor, rate: float, frequency: Tensor, genera
     Raises:
         InputError: a rate outside [0, 1], or a single character in the text.
     """
-    if not 0 <= rate <= 1:
-        raise InputError(f"rate is {rate}; a share of characters must lie in [0, 1].")
+    _require_rate(rate)
     if int((frequency > 0).sum()) < 2:
         raise InputError("the training text has a single character and no other to replace it; give another text.")
     chosen = torch.rand(tokens.shape, generator=generator) < rate
@@ -104,41 +107,87 @@ def substitute_characters(tokens: Tensor, rate: float, frequency: Tensor, genera
     return changed.to(tokens.device)
 
 
-@torch.no_grad()
-def evaluate(model: CharacterGPT, windows: Windows, frequency: Tensor, seed: int) -> dict[str, Array]:
-    """Measure the loss of every window under every corruption.
+def keyboard_neighbours(vocabulary: Sequence[str]) -> Tensor:
+    """List the neighbours of every letter on a keyboard with the letters QWERTY.
 
     Args:
-        model: model, on the device of the windows.
-        windows: held-out text, (W, T).
-        frequency: count of every character in the training text, (V,).
-        seed: random seed; the draws of a corruption depend on it and on the corruption alone.
+        vocabulary: characters by index.
 
     Returns:
-        Bits per character, (W,) each, by "clean" and :func:`label`.
+        Indices of the neighbours of the same case, ``(V, 8)``, those of a letter repeated until the row is full; -1
+        for what is no letter or has no neighbour in the vocabulary.
+
+    Example:
+        >>> keyboard_neighbours(("a", "q", "Q"))[:, 0].tolist()
+        [1, 0, -1]
     """
-    clean = model.embed(windows.inputs)
-    spread = float(clean.square().mean().sqrt())
-    losses = {CLEAN: _bits(model, clean, windows.targets)}
-    for family, levels in FAMILIES.items():
-        for level in levels:
-            generator = torch.Generator().manual_seed(stream(family, level, seed))
-            if family == "swaps":
-                u = model.embed(swap_characters(windows.inputs, level, generator))
-            elif family == "substitutions":
-                u = model.embed(substitute_characters(windows.inputs, level, frequency, generator))
-            else:
-                size = level * spread if family == "relative noise" else level
-                u = clean + size * torch.randn(clean.shape, generator=generator).to(clean.device)
-            losses[label(family, level)] = _bits(model, u, windows.targets)
-    return losses
+    index = {character: k for k, character in enumerate(vocabulary)}
+    place = {letter: (row, column) for row, letters in enumerate(_ROWS) for column, letter in enumerate(letters)}
+    table = torch.full((len(vocabulary), 8), -1)
+    for character, k in index.items():
+        if character.lower() not in place or len(character) != 1:
+            continue
+        row, column = place[character.lower()]
+        # Each row of keys lies half a key to the right of the one above.
+        near = [(0, -1), (0, 1), (-1, 0), (-1, 1), (1, -1), (1, 0)]
+        letters = [other for other, found in place.items() if (found[0] - row, found[1] - column) in near]
+        cased = (letter.upper() if character.isupper() else letter for letter in letters)
+        known = [index[letter] for letter in cased if letter in index]
+        if known:
+            table[k] = torch.tensor([known[j % len(known)] for j in range(8)])
+    return table
 
 
-def _bits(model: CharacterGPT, u: Tensor, targets: Tensor) -> Array:
-    """Return the mean cross-entropy of each window in bits per character, (W,)."""
-    found = []
-    for own, goal in zip(u.split(_CHUNK), targets.split(_CHUNK), strict=True):
-        loss = F.cross_entropy(model(u=own).transpose(1, 2), goal, reduction="none")
-        found.append(loss.mean(1).double() / math.log(2))
-    bits: Array = torch.cat(found).cpu().numpy()
-    return bits
+def mistype_characters(tokens: Tensor, rate: float, neighbours: Tensor, generator: torch.Generator) -> Tensor:
+    """Replace letters by neighbours on the keyboard.
+
+    Args:
+        tokens: indices of the characters, (N, T).
+        rate: probability that a letter is replaced; other characters stay.
+        neighbours: table of :func:`keyboard_neighbours`, (V, 8).
+        generator: random generator on the CPU.
+
+    Returns:
+        Indices, (N, T).
+
+    Raises:
+        InputError: a rate outside [0, 1].
+    """
+    _require_rate(rate)
+    own = tokens.cpu()
+    chosen = torch.rand(own.shape, generator=generator) < rate
+    which = torch.randint(neighbours.shape[1], own.shape, generator=generator)
+    found = neighbours[own].gather(-1, which.unsqueeze(-1)).squeeze(-1)
+    return torch.where(chosen & (found >= 0), found, own).to(tokens.device)
+
+
+def delete_characters(
+    tokens: Tensor, targets: Tensor, rate: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lose characters: those behind them move up, each with its own true successor as its target.
+
+    Args:
+        tokens: indices of the characters, (N, T).
+        targets: their successors, (N, T).
+        rate: probability that a character is lost; the first of a window never is.
+        generator: random generator on the CPU.
+
+    Returns:
+        Indices, targets, and True where a character is left, (N, T) each. The lost ones stand at the end, where no
+        character that is left sees them.
+
+    Raises:
+        InputError: a rate outside [0, 1].
+    """
+    _require_rate(rate)
+    lost = torch.rand(tokens.shape, generator=generator) < rate
+    lost[:, 0] = False
+    order = lost.long().argsort(dim=1, stable=True)
+    kept = (~lost).gather(1, order).to(tokens.device)
+    order = order.to(tokens.device)
+    return tokens.gather(1, order), targets.gather(1, order), kept
+
+
+def _require_rate(rate: float) -> None:
+    if rate != 0:
+        require_share("rate", rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -22,28 +23,31 @@ from probattn.errors import InputError
 from probattn.hf.penalty import residual_penalty
 from probattn.hf.stream import Stream
 from probattn.inference.runtime.environment import describe
-from probattn.inference.runtime.files import write_json
+from probattn.inference.runtime.files import write_bytes, write_json
 from probattn.inference.runtime.progress import log_step
 from probattn.inference.studies.robustness.arms import Arm, Study
-from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, Array, evaluate, label
+from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
+from probattn.inference.studies.robustness.evaluation import MEASURES, Array, Text, evaluate
 from probattn.inference.studies.robustness.training import (
     Trained,
     forward_with_streams,
     one_thread,
     residual_attention,
+    stream,
     train,
 )
 from probattn.models.corpus import Corpus, Windows
+from probattn.models.gpt import CharacterGPT
 from probattn.penalty import Penalty
 
-__all__ = ["QUANTILES", "Record", "look_inside", "run_study"]
+__all__ = ["QUANTILES", "Record", "finished_seeds", "look_inside", "read_study", "run_study", "weights_file"]
 
 _LOG = logging.getLogger(__name__)
 
 #: Quantiles of the margins that a record keeps.
 QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9)
-_SCHEMA = 1
-_LOOKED_AT = 64  # windows whose margins are measured
+_SCHEMA = 2
+_LOOKED_AT = 16  # windows whose margins are measured
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,10 @@ class Record:
         seed: random seed.
         diverged: step at which the run was stopped because its objective was not finite; None if it finished.
         losses: bits per character of every held-out window, (W,), by "clean" and
-            :func:`~probattn.inference.studies.robustness.corruptions.label`; empty if the run diverged.
-        facts: norms, margins and the share of negative determinants, by name.
+            :func:`~probattn.inference.studies.robustness.corruptions.label`, and the further measures of
+            :func:`~probattn.inference.studies.robustness.evaluation.evaluate`; empty if the run diverged.
+        facts: norms, margins and the share of negative determinants, by name; "before" marks those of the initial
+            values.
         path: root mean square of the embeddings in training, at every step.
         seconds: seconds of the training, and of the whole run.
         environment: machine, versions and date.
@@ -106,34 +112,41 @@ class Record:
 
 
 @torch.no_grad()
-def look_inside(trained: Trained, inputs: Tensor) -> dict[str, float]:
-    """Measure norms, margins of the model's own layers, and of the stage if there is one, on held-out text.
+def look_inside(trained: Trained, inputs: Tensor, before: CharacterGPT | None = None) -> dict[str, float]:
+    """Measure norms, margins on the residual stream, and those of the stage if there is one, on held-out text.
 
     Args:
         trained: trained model.
         inputs: indices of the characters, (W, T).
+        before: the model with its initial values; None leaves out its margins.
 
     Returns:
         Numbers by name, the same names for all arms but for those of the stage.
     """
     model = trained.model
+    u = model.embed(inputs[:_LOOKED_AT])
     facts = {
         "rms": float(model.embed(inputs).square().mean().sqrt()),
         "parameter_norm": math.sqrt(sum(float(part.double().square().sum()) for part in model.parameters())),
     }
-    u = model.embed(inputs[:_LOOKED_AT])
-    streams = forward_with_streams(model, u)[1]
-    rows = torch.arange(u.shape[1], device=u.device)
-    kinds: dict[str, BarrierKind] = {"determinant": "logdet", "singular_value": "singular_value"}
-    for name, kind in kinds.items():
-        layers = [
-            residual_penalty(residual_attention(model, number), Stream(tokens, None, None, None), rows, kind)
-            for number, tokens in enumerate(streams)
-        ]
-        facts |= _margins(f"residual_{name}", layers)
+    for name, kind in _MARGINS.items():
+        facts |= _margins(f"residual_{name}", _layers(model, u, kind))
+        if before is not None:
+            facts |= _margins(f"before_{name}", _layers(before, before.embed(inputs[:_LOOKED_AT]), kind))
         if trained.stage is not None:
             facts |= _margins(f"stage_{name}", [trained.stage.penalty(u, kind)])
     return facts
+
+
+_MARGINS: Mapping[str, BarrierKind] = {"determinant": "logdet", "singular_value": "singular_value"}
+
+
+def _layers(model: CharacterGPT, u: Tensor, kind: BarrierKind) -> list[Penalty]:
+    rows = torch.arange(u.shape[1], device=u.device)
+    return [
+        residual_penalty(residual_attention(model, number), Stream(tokens, None, None, None), rows, kind)
+        for number, tokens in enumerate(forward_with_streams(model, u)[1])
+    ]
 
 
 def _margins(name: str, layers: Sequence[Penalty]) -> dict[str, float]:
@@ -155,8 +168,9 @@ def run_study(
 ) -> list[Record]:
     """Train and evaluate every arm with every seed.
 
-    Each run leaves a file in the folder as soon as it is done, and is read from there the next time. Runs go through
-    joblib, one thread each; those that follow another arm come after it. Each is logged when it is done.
+    Each run leaves a file in the folder as soon as it is done, and is read from there the next time; the weights of the
+    model lie beside it. Runs go through joblib, one thread each, seed by seed, so that a study that is cut short has
+    all arms of the first seeds; those that follow another arm come last in each seed. Each is logged when it is done.
 
     Args:
         arms: arms of the study; an arm that another one follows must be among them.
@@ -183,20 +197,69 @@ def run_study(
         folder.mkdir(parents=True, exist_ok=True)
     done: dict[tuple[str, int], Record] = {}
     total = len(arms) * len(study.seeds)
-    for wave in ([arm for arm in arms if arm.steer is None], [arm for arm in arms if arm.steer is not None]):
-        # Seeds in the outer loop, so that a study that is cut short has all arms of the first seeds.
-        tasks = [(arm, seed) for seed in study.seeds for arm in wave]
-        calls = [
-            joblib.delayed(_run)(
-                arm, seed, study, corpus, folder, device, done[arm.steer, seed] if arm.steer is not None else None
-            )
-            for arm, seed in tasks
-        ]
-        workers = 1 if device.type == "cuda" else jobs
-        for record, fresh in joblib.Parallel(n_jobs=workers, return_as="generator")(calls):
-            done[record.arm, record.seed] = record
-            log_step(_LOG, f"robustness: {len(done)} of {total}, {_words(record, fresh)}", len(done), total)
+    workers = 1 if device.type == "cuda" else jobs
+    with joblib.Parallel(n_jobs=workers, return_as="generator") as parallel:
+        for seed in study.seeds:
+            for wave in ([arm for arm in arms if arm.steer is None], [arm for arm in arms if arm.steer is not None]):
+                leaders = [done[arm.steer, seed] if arm.steer is not None else None for arm in wave]
+                calls = [
+                    joblib.delayed(_run)(arm, seed, study, corpus, folder, device, leader)
+                    for arm, leader in zip(wave, leaders, strict=True)
+                ]
+                for record, fresh in parallel(calls):
+                    done[record.arm, record.seed] = record
+                    log_step(_LOG, f"robustness: {len(done)} of {total}, {_words(record, fresh)}", len(done), total)
     return [done[arm.name, seed] for arm in arms for seed in study.seeds]
+
+
+def read_study(
+    arms: Sequence[Arm], study: Study, corpus: Corpus, folder: Path, *, device: torch.device | None = None
+) -> list[Record]:
+    """Read the runs of a study that are finished, without making any.
+
+    Args:
+        arms: arms of the study.
+        study: sizes and seeds.
+        corpus: text.
+        folder: folder of the files.
+        device: device on which they were trained; None for the CPU.
+
+    Returns:
+        The records that are there, in the order of arms and seeds; files of other sizes, texts or arms are no part.
+    """
+    found: dict[tuple[str, int], Record] = {}
+    for arm in sorted(arms, key=lambda arm: arm.steer is not None):
+        for seed in study.seeds:
+            leader = found.get((arm.steer, seed)) if arm.steer is not None else None
+            if arm.steer is None or leader is not None:
+                identity = _identity(arm, seed, study, corpus, device or torch.device("cpu"), leader)
+                record = _load(folder / f"{_file_name(arm.name)}-{seed}.json", identity)
+                if record is not None:
+                    found[arm.name, seed] = record
+    return [found[arm.name, seed] for arm in arms for seed in study.seeds if (arm.name, seed) in found]
+
+
+def finished_seeds(records: Sequence[Record], arms: Sequence[Arm]) -> tuple[int, ...]:
+    """List the seeds with a run, finished or diverged, of every arm.
+
+    Args:
+        records: records of a study.
+        arms: arms of the study.
+    """
+    there = {(record.arm, record.seed) for record in records}
+    seeds = sorted({record.seed for record in records})
+    return tuple(seed for seed in seeds if all((arm.name, seed) in there for arm in arms))
+
+
+def weights_file(folder: Path, arm: str, seed: int) -> Path:
+    """Name the file with the weights of a run's model.
+
+    Args:
+        folder: folder of the study.
+        arm: name of the arm.
+        seed: random seed.
+    """
+    return folder / f"{_file_name(arm)}-{seed}.pt"
 
 
 def _run(
@@ -210,30 +273,39 @@ def _run(
         if found is not None:
             return found, False
     with one_thread():
-        record = _measure(arm, seed, study, corpus, device, leader)
-    if path is not None:
+        record, weights = _measure(arm, seed, study, corpus, device, leader)
+    if folder is not None and path is not None:
+        if weights is not None:
+            file = io.BytesIO()
+            torch.save(weights, file)
+            write_bytes(weights_file(folder, arm.name, seed), file.getvalue())
         write_json(path, {"schema": _SCHEMA, "identity": identity, **record.as_dict()})
     return record, True
 
 
-def _measure(arm: Arm, seed: int, study: Study, corpus: Corpus, device: torch.device, leader: Record | None) -> Record:
+def _measure(
+    arm: Arm, seed: int, study: Study, corpus: Corpus, device: torch.device, leader: Record | None
+) -> tuple[Record, dict[str, Tensor] | None]:
+    """Train and evaluate one model; return its record and, unless it diverged, its weights."""
     begin = time.perf_counter()
     environment = describe(device, torch.float32, seed)
     if leader is not None and leader.diverged is not None:
         # There is no path to follow to the end.
-        return Record(arm.name, seed, leader.diverged, {}, {}, [], (0.0, 0.0), environment)
+        return Record(arm.name, seed, leader.diverged, {}, {}, [], (0.0, 0.0), environment), None
     trained = train(arm, seed, corpus, study, path=None if leader is None else leader.path, device=device)
     middle = time.perf_counter() - begin
     path = [round(size, 7) for size in trained.path]
     if trained.diverged is not None:
-        return Record(arm.name, seed, trained.diverged, {}, {}, path, (middle, middle), environment)
+        return Record(arm.name, seed, trained.diverged, {}, {}, path, (middle, middle), environment), None
     windows = Windows(*(part[: study.windows].to(device) for part in corpus.windows(study.context, heldout=True)))
-    frequency = torch.bincount(corpus.encode(corpus.text), minlength=len(corpus.vocabulary))
-    losses = evaluate(trained.model, windows, frequency, seed)
-    facts = look_inside(trained, windows.inputs)
+    losses = evaluate(trained.model, windows, Text.of(corpus), seed)
+    before = CharacterGPT(study.gpt(len(corpus.vocabulary)), stream("model", seed + arm.reseed)).to(device)
+    facts = look_inside(trained, windows.inputs, before)
     if not np.isfinite([*facts.values(), *(values.sum() for values in losses.values())]).all():
-        return Record(arm.name, seed, study.steps, {}, {}, path, (middle, middle), environment)
-    return Record(arm.name, seed, None, losses, facts, path, (middle, time.perf_counter() - begin), environment)
+        return Record(arm.name, seed, len(path) - 1, {}, {}, path, (middle, middle), environment), None
+    weights = {name: value.cpu() for name, value in trained.model.state_dict().items()}
+    seconds = (middle, time.perf_counter() - begin)
+    return Record(arm.name, seed, None, losses, facts, path, seconds, environment), weights
 
 
 def _identity(arm: Arm, seed: int, study: Study, corpus: Corpus, device: torch.device, leader: Record | None) -> str:
@@ -246,6 +318,7 @@ def _identity(arm: Arm, seed: int, study: Study, corpus: Corpus, device: torch.d
         "corpus": corpus.digest,
         "device": device.type,
         "corruptions": dict(FAMILIES),
+        "measures": list(MEASURES),
         "path": None if leader is None else [leader.diverged, *leader.path],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,13 @@ from probattn.hf.layers.sublayer import Sublayer
 from probattn.hf.layers.tokenwise import Norm, Projection
 from probattn.hf.penalty import residual_penalty
 from probattn.hf.stream import Stream
-from probattn.inference.studies.robustness.arms import Arm, Study
+from probattn.inference.studies.robustness.arms import RADIUS, Arm, Study
+from probattn.inference.studies.robustness.regularisers import (
+    adversarial_step,
+    cap_products,
+    softmax_penalty,
+    with_noise,
+)
 from probattn.models.corpus import Corpus
 from probattn.models.gpt import CharacterGPT
 from probattn.numerics.random import isolated_seed
@@ -77,20 +84,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def batches(text: Tensor, study: Study, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(text: Tensor, study: Study, seed: int, steps: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw random windows of a text and their successors.
 
     Args:
         text: indices of the characters, (N,).
         study: sizes.
         seed: random seed, which alone decides the windows.
+        steps: number of pairs; None for that of the study.
 
     Yields:
         Inputs and targets, (batch, T) each, one pair per step.
     """
     generator = torch.Generator().manual_seed(stream("batches", seed))
     within = torch.arange(study.context + 1)
-    for _ in range(study.steps):
+    for _ in range(study.steps if steps is None else steps):
         begin = torch.randint(len(text) - study.context, (study.batch, 1), generator=generator)
         window = text[begin + within]
         yield window[:, :-1], window[:, 1:]
@@ -133,8 +141,9 @@ def train(
         model = CharacterGPT(study.gpt(len(corpus.vocabulary)), stream("model", own)).to(device)
         stage = None
         if arm.placement == "embeddings":
-            stage = AttentionStage(study.dim, rank=study.rank, prior=arm.prior, normalise=arm.normalise).to(device)
-            stage.requires_grad_(not arm.frozen)
+            bounded = {"memory_radius": RADIUS, "contraction": arm.contraction} if arm.contraction > 0 else {}
+            stage = AttentionStage(study.dim, rank=study.rank, prior=arm.prior, **bounded).to(device)
+        study = replace(study, steps=max(1, round(arm.length * study.steps)))
         return _optimise(arm, model, stage, batches(text, study, own), study, path if arm.steer else None)
 
 
@@ -146,7 +155,7 @@ def _optimise(
     study: Study,
     wanted: Sequence[float] | None,
 ) -> Trained:
-    parameters = [*model.parameters(), *(stage.parameters() if stage is not None and not arm.frozen else ())]
+    parameters = [*model.parameters(), *(stage.parameters() if stage is not None else ())]
     device = parameters[0].device
     optimiser = torch.optim.AdamW(parameters, lr=study.learning_rate, weight_decay=arm.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, study))
@@ -155,11 +164,7 @@ def _optimise(
         inputs, targets = inputs.to(device), targets.to(device)
         if not path:
             path.append(_follow(model, inputs, wanted[0] if wanted is not None else None))
-        u = model.embed(inputs)
-        logits, streams = forward_with_streams(model, _noisy(u, arm))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        if arm.weight > 0:
-            loss = loss + arm.weight * _penalty(arm, model, u, streams, stage)
+        loss = _objective(arm, model, stage, inputs, targets)
         optimiser.zero_grad()
         loss.backward()
         size = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -167,6 +172,8 @@ def _optimise(
             return Trained(model, stage, path, step)
         optimiser.step()
         schedule.step()
+        if arm.cap > 0:
+            cap_products(model, arm.cap)
         path.append(_follow(model, inputs, wanted[step + 1] if wanted is not None else None))
     return Trained(model, stage, path, None)
 
@@ -189,13 +196,24 @@ def _follow(model: CharacterGPT, inputs: Tensor, wanted: float | None) -> float:
     return wanted
 
 
-def _noisy(u: Tensor, arm: Arm) -> Tensor:
-    if arm.neftune > 0:
-        half = arm.neftune / math.sqrt(u.shape[1] * u.shape[2])
-        u = u + half * (2 * torch.rand_like(u) - 1)
-    if arm.relative_noise > 0:
-        u = u + arm.relative_noise * u.detach().square().mean().sqrt() * torch.randn_like(u)
-    return u
+def _objective(arm: Arm, model: CharacterGPT, stage: AttentionStage | None, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of a batch in the arm's own sense, with its penalties."""
+    u = model.embed(inputs)
+    versions = with_noise(u, arm)
+    losses = []
+    for version in versions:
+        logits, streams = forward_with_streams(model, version)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    if arm.adversarial > 0:
+        (gradient,) = torch.autograd.grad(losses[0], versions[0], retain_graph=True)
+        logits = model(u=adversarial_step(u, gradient, arm.adversarial))
+        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    loss = torch.stack(losses).mean()
+    if arm.weight > 0:
+        loss = loss + arm.weight * _penalty(arm, model, u, streams, stage)
+    if arm.jasmin > 0:
+        loss = loss + arm.jasmin * softmax_penalty(model.forward_with_heads(versions[0])[1])
+    return loss
 
 
 def _penalty(

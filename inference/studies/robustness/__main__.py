@@ -1,0 +1,109 @@
+"""``python -m probattn.inference.studies.robustness``: the study on any text and in any size, resumable run by run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from probattn.errors import InputError
+from probattn.inference.runtime.environment import select_device
+from probattn.inference.runtime.files import prepare_folder
+from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Study
+from probattn.inference.studies.robustness.report import write_study
+from probattn.inference.studies.robustness.study import finished_seeds, read_study, run_study
+from probattn.models.corpus import load_corpus
+from probattn.models.options import Device, Range, check_options
+
+__all__ = ["StudyOptions", "main", "study"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class StudyOptions:
+    """Options of the study.
+
+    Attributes:
+        corpus: text to train on: python-docs, or the path of a UTF-8 file.
+        heldout: second text for evaluation; without it, the last tenth of the first.
+        out: output folder; the runs in it are read, those that are missing are made.
+        jobs: number of processes that share the runs; 0 takes one per core.
+        variants: add the arms that vary the barrier further.
+        report: make no run; write the results of the seeds that have all arms.
+        device: where to train.
+        sizes: sizes of the study.
+    """
+
+    corpus: str = "python-docs"
+    heldout: str | None = None
+    out: Path = Path("runs/robustness")
+    jobs: Annotated[int, Range(least=0)] = 0
+    variants: bool = False
+    report: bool = False
+    device: Device = "cpu"
+    sizes: Annotated[Study, Parameter(name="*")] = field(default_factory=Study)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def study(options: StudyOptions) -> int:
+    """Make the runs that are missing and write table, figures and ``robustness.json``.
+
+    Args:
+        options: text, sizes and where to write.
+
+    Returns:
+        Exit status: 0.
+
+    Raises:
+        InputError: input that cannot be used; or, for a report, fewer than two seeds that have all arms.
+    """
+    corpus = load_corpus(options.corpus, heldout=options.heldout)
+    arms, device = (*ARMS, *(VARIANTS if options.variants else ())), select_device(options.device)
+    runs = prepare_folder(options.out) / "studies" / "robustness"  # where ``probattn verify --full`` looks for them
+    if not options.report:
+        jobs = options.jobs or os.cpu_count() or 1
+        run_study(arms, options.sizes, corpus, folder=runs, jobs=jobs, device=device)
+    records = read_study(arms, options.sizes, corpus, runs, device=device)
+    seeds = finished_seeds(records, arms)
+    if len(seeds) < 2:
+        raise InputError(f"{runs}: {len(seeds)} seeds have all {len(arms)} arms; run the study without --report first.")
+    command = shlex.join(["python", "-m", "probattn.inference.studies.robustness", *sys.argv[1:]])
+    write_study(
+        options.out,
+        [record for record in records if record.seed in seeds],
+        arms=arms,
+        study=options.sizes,
+        corpus=corpus,
+        weights=runs,
+        device=device,
+        command=command,
+    )
+    return 0
+
+
+def main() -> None:
+    """Read the command line and run."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    app = App(name="python -m probattn.inference.studies.robustness", help=__doc__)
+
+    @app.default
+    def run(options: StudyOptions | None = None) -> None:
+        try:
+            sys.exit(study(options or StudyOptions()))
+        except InputError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+
+    app()
+
+
+if __name__ == "__main__":
+    main()
