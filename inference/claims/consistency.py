@@ -103,7 +103,7 @@ def consistency_claim(settings: Settings, *, prefixes: Prefixes = draw_prefixes)
     )
 
 
-def three_token_excess(slope: float, points: int = 400) -> float:
+def three_token_excess(slope: float) -> float:
     r"""Compute the excess mass of three one-dimensional tokens at sigma = 1, E[Z(u_1, u_2)] - 1, by quadrature.
 
     With c = (u_1 + u_2)/2, h = (u_2 - u_1)/2 the residual map is :math:`e(u) = u - c - h \tanh(a h u)`. It turns where
@@ -112,7 +112,6 @@ def three_token_excess(slope: float, points: int = 400) -> float:
 
     Args:
         slope: a sigma^2; for a <= 0 the excess is zero.
-        points: number of nodes in each of the two directions.
 
     Returns:
         The excess, at least zero.
@@ -125,7 +124,7 @@ def three_token_excess(slope: float, points: int = 400) -> float:
         return 0.0
     first = 2 / math.sqrt(slope)  # the smallest |u_2 - u_1| that folds
     # The integrand begins like a power at the fold and ends like a Gaussian: a square as the variable, then panels.
-    nodes, weights = np.polynomial.legendre.leggauss(points)
+    nodes, weights = np.polynomial.legendre.leggauss(400)
     root = 0.5 * (nodes + 1)
     reach = 10.0
     gap = first + reach * root**2

@@ -36,13 +36,12 @@ _LEVELS = (0.5, 0.9)
 _CURVE = np.arange(0.1, 1.0, 0.1)
 
 
-def recovery_claim(settings: Settings, *, study: Study = STUDY, method: str = "laplace") -> Claim:
+def recovery_claim(settings: Settings, *, study: Study = STUDY) -> Claim:
     """Measure coverage at 50 and 90 % and the fall of the error with the data, with and without the Jacobian.
 
     Args:
         settings: the measurement needs ``full``.
         study: number of replicates (a multiple of the four truths) and of sequences, their length, and the weak prior.
-        method: name of a method of the study of calibration that has a form "..._without_jacobian".
     """
     if not settings.full:
         return _claim("not_run", condition="it takes minutes: run probattn verify --full")
@@ -57,7 +56,7 @@ def recovery_claim(settings: Settings, *, study: Study = STUDY, method: str = "l
         simulated = _simulate(sized)
         measured[f"certified_share_{size}"] = simulated.certified
         measured[f"without_law_{size}"] = float(simulated.redrawn)
-        for label, name in (("with the Jacobian", method), ("without", f"{method}_without_jacobian")):
+        for label, name in (("with the Jacobian", "laplace"), ("without", "laplace_without_jacobian")):
             store = None if settings.folder is None else settings.folder / f"recovery-{name}-{size}.json"
             _LOG.info("recovery by %s, %s sequences", name, size)
             ranks = calibrate(sized, name, simulated=simulated, jobs=settings.jobs, store=store)

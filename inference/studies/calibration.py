@@ -356,13 +356,9 @@ class Ranks:
         band = rank_band(len(next(iter(self.ranks.values()))), 1 - error / len(self.ranks))
         return {name: band.excess(values) for name, values in self.uniform().items()}
 
-    def calibrated(self, error: float = 0.01) -> bool:
-        """Test that every ECDF stays within its band.
-
-        Args:
-            error: probability that a calibrated method fails.
-        """
-        return max(self.excess(error).values()) <= 0
+    def calibrated(self) -> bool:
+        """Test that every ECDF stays within its band; a calibrated method fails in one percent of the studies."""
+        return max(self.excess().values()) <= 0
 
     def coverage(self, level: float) -> dict[str, float]:
         """Share of the replicates whose central interval of a level holds the truth, by quantity.

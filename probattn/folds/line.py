@@ -42,7 +42,7 @@ class Bracket:
     at: float
 
 
-def largest_sensitivity(past: Context, *, threshold: float = 1.0, tolerance: float = 1e-10) -> Bracket:
+def largest_sensitivity(past: Context, *, threshold: float = 1.0) -> Bracket:
     r"""Enclose :math:`\sup_u M(u)`, M = 1 - J, for one-dimensional tokens under the strict mask, by branch and bound.
 
     On an interval of half-width w about c two bounds hold, and the smaller counts:
@@ -54,8 +54,7 @@ def largest_sensitivity(past: Context, *, threshold: float = 1.0, tolerance: flo
 
     Args:
         past: p = 1, strict mask, no batch axes, finite.
-        threshold: stop as soon as the bracket lies on one side of it.
-        tolerance: stop when the bracket is that narrow, relative to 1 + its value.
+        threshold: stop as soon as the bracket lies on one side of it, or is narrower than 1e-10 (1 + its value).
 
     Returns:
         A :class:`Bracket`. The supremum of a map that never exceeds zero is enclosed by zero, its limit far out.
@@ -86,7 +85,7 @@ def largest_sensitivity(past: Context, *, threshold: float = 1.0, tolerance: flo
         keep = slopes.upper > max(best, _FAR, min(threshold, 1.0) * (1 - 1e-12))
         settled = max([settled, *slopes.upper[~keep].tolist()])
         upper = max(best, settled, float(slopes.upper.max()))
-        if best > threshold or upper < threshold or upper - best <= tolerance * (1 + best):
+        if best > threshold or upper < threshold or upper - best <= _NARROW * (1 + best):
             break
         left, right, centre = left[keep], right[keep], centre[keep]
         if len(left) == 0 or len(left) > _INTERVALS:
@@ -144,8 +143,8 @@ def turning_points(past: Context) -> Tensor:
     return points
 
 
-# What M may still be beyond the reach of the search.
-_FAR = 1e-6
+# What M may still be beyond the reach of the search, and a bracket that is narrow enough.
+_FAR, _NARROW = 1e-6, 1e-10
 
 
 @dataclass(frozen=True)

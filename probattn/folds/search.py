@@ -13,7 +13,7 @@ from probattn.solve.context import Context
 __all__ = ["find_fold"]
 
 
-def find_fold(past: Context, *, starts: int = 64, steps: int = 60, scale: float = 1.0, seed: int = 0) -> Tensor | None:
+def find_fold(past: Context, *, starts: int = 64, steps: int = 60) -> Tensor | None:
     """Search for a token with det J < 0, which proves that some noise has several solutions.
 
     Gradient ascent on the largest real eigenvalue of M = I - J, in steps normalised to the spread of the past, from
@@ -24,8 +24,6 @@ def find_fold(past: Context, *, starts: int = 64, steps: int = 60, scale: float 
         past: no batch axes, finite.
         starts: number of points to start from.
         steps: number of steps from each.
-        scale: spread of the starts, in units of the past's.
-        seed: random seed of the starts.
 
     Returns:
         A witness u, (p,), or None where none was found, which proves nothing.
@@ -50,9 +48,9 @@ def find_fold(past: Context, *, starts: int = 64, steps: int = 60, scale: float 
     dim = past.values.shape[-1]
     values = past.values.detach().sum(0)  # (n, p)
     centre = values.mean(0)
-    spread = scale * float(torch.linalg.vector_norm(values - centre, dim=-1).max()) + 1e-12
+    spread = float(torch.linalg.vector_norm(values - centre, dim=-1).max()) + 1e-12
     # A token far out sees one other; near the past's own values the weights are mixed.
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     noise = torch.randn(starts, dim, generator=generator, dtype=torch.float64).to(values)
     chosen = torch.randint(len(values), (starts,), generator=generator).to(values.device)
     mixed = torch.rand(starts, 1, generator=generator, dtype=torch.float64).to(values)

@@ -140,7 +140,7 @@ def without_rival(context: Context, noise: Tensor, u: Tensor) -> Tensor:
     return alone
 
 
-def find_roots(context: Context, noise: Tensor, starts: int = _MORE_STARTS) -> Tensor:
+def find_roots(context: Context, noise: Tensor) -> Tensor:
     """Solutions of u - mu(u) = eps for one past and noise: all of them on a line, else those found from many starts.
 
     In several dimensions whether they are all solutions is not proved; under the strict mask the map has degree one,
@@ -149,7 +149,6 @@ def find_roots(context: Context, noise: Tensor, starts: int = _MORE_STARTS) -> T
     Args:
         context: without batch axes.
         noise: eps, (p,).
-        starts: number of random points of the hull of what the mean can be, beside its vertices.
 
     Returns:
         (K, p): in increasing order on a line, else nearest to eps first.
@@ -173,7 +172,7 @@ def find_roots(context: Context, noise: Tensor, starts: int = _MORE_STARTS) -> T
         return line_roots(context, noise)
     begin = _usual(context, noise).unsqueeze(0)
     if context.length and not bool(context.contraction_bound() < 1):
-        begin = torch.cat([begin, noise + vertices(context), noise + hull_points(context, starts)])
+        begin = torch.cat([begin, noise + vertices(context), noise + hull_points(context, _MORE_STARTS)])
     found: list[Tensor] = []
     while len(begin):
         ends = newton(context, noise, begin)

@@ -41,6 +41,20 @@ class TestScalar:
         expected = prior + LatentAttention(scalar_attention(a), 0.8, 6).log_prob(u).sum()
         torch.testing.assert_close(trace.log_prob_sum(), expected)
 
+    @pytest.mark.parametrize("mask", ["strict", "inclusive"])
+    @pytest.mark.parametrize("jacobian", [True, False])
+    def test_options_change_the_density_as_they_say(self, mask, jacobian):
+        u = tokens(0, 5, 6, 1)
+        a, scale = torch.tensor(0.3).double(), torch.tensor(0.8).double()
+        model = ScalarModel(6, prior_scale=2.0, mask=mask, noise_spread=0.1, jacobian=jacobian)
+        attention = scalar_attention(a, mask=mask)
+        residual = torch.distributions.Normal(0, 0.8).log_prob(u - attention.mean(u)).sum()
+        prior = torch.distributions.Normal(0, 2).log_prob(a) + torch.distributions.LogNormal(0, 0.1).log_prob(scale)
+        volume = attention.logabsdet(u)[1].sum()
+        found = score(model, {"a": a, "noise_scale": scale}, u).log_prob_sum()
+        torch.testing.assert_close(found, prior + residual + (volume if jacobian else 0.0))
+        assert volume.abs() > 0.1
+
     def test_bad_sizes(self):
         with pytest.raises(InputError, match="length is 0"):
             ScalarModel(0)
