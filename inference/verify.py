@@ -197,7 +197,6 @@ def _as_fit(subject: Subject, corpus: Corpus, result: Draws, record: Mapping[str
     attention, u = subject.attention, subject.tokens(_EVALUATED)
     point = {name: value.numpy()[None, None] for name, value in subject.values.items()}
     implied = {
-        "qk_matrix": attention.qk_matrix.numpy()[None, None],
         "log_abs_det": attention.logabsdet(u)[1].numpy()[None, None],
         "margin": stability_margin(attention, u).numpy()[None, None],
     }
@@ -218,7 +217,8 @@ def _as_fit(subject: Subject, corpus: Corpus, result: Draws, record: Mapping[str
     return Fit(
         "map",
         {
-            "posterior": {**implied, **point},
+            "posterior": {"qk_matrix": attention.qk_matrix.numpy()[None, None], **point},
+            "tokens": implied,
             "observed_data": {"characters": subject.targets.numpy()},
             "constant_data": {"inputs": subject.inputs.numpy(), **history},
         },

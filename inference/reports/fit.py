@@ -71,9 +71,10 @@ def _figures(found: Fit) -> dict[str, Any]:
             shown[label] = values[at]
             if name in prior:
                 before[label] = np.asarray(prior[name])[at].ravel()
-    chains = np.asarray(posterior["margin"])
+    tokens = found.groups["tokens"]
+    chains = np.asarray(tokens["margin"])
     margin = chains[:, :, 0].reshape(-1, chains.shape[-1])
-    logabs = np.asarray(posterior["log_abs_det"])[:, :, 0].reshape(margin.shape)
+    logabs = np.asarray(tokens["log_abs_det"])[:, :, 0].reshape(margin.shape)
     figures = {"margins": plot_margin_bands(margin, logabs)}
     if found.method != "map":
         figures["posterior"] = plot_posterior({label: values.ravel() for label, values in shown.items()}, before)

@@ -237,9 +237,9 @@ def _approximation(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
 
 
 def _regime(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
-    if "regime" not in fit.groups["posterior"]:
+    if "regime" not in fit.groups.get("tokens", {}):
         return
-    codes = np.asarray(fit.groups["posterior"]["regime"])
+    codes = np.asarray(fit.groups["tokens"]["regime"])
     shares = {name: float((codes == k).mean()) for k, name in enumerate(REGIMES)}
     numbers |= {f"share_{name}": share for name, share in shares.items()}
     words = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items())

@@ -31,12 +31,14 @@ class Fit:
 
     Attributes:
         method: "map", "svi", "laplace" or "nuts".
-        groups: arrays by ArviZ group (posterior, sample_stats, observed_data, constant_data, ...) and variable. Those
-            of posterior, sample_stats and other draws are ``(chain, draw, *event)``; a point has one chain of one draw.
+        groups: arrays by group and variable: the groups of ArviZ (posterior, sample_stats, observed_data, ...)
+            and ``tokens``, the quantities per draw and token, which are no parameters. Those of posterior,
+            sample_stats, tokens and other draws are ``(chain, draw, *event)``; a point has one chain of one draw.
         dims: names of the event axes of a variable, without chain and draw; "group.variable" where a name has other
             axes in one group than elsewhere.
         coords: values along the named axes, by name.
         attributes: versions, seed, hardware and configuration, numbers and strings by name.
+        variable_attributes: attributes of a variable by its name, such as the meanings of its codes.
     """
 
     method: str
@@ -44,6 +46,7 @@ class Fit:
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
     coords: Mapping[str, Sequence[Any] | Array] = field(default_factory=dict)
     attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+    variable_attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_datatree(self) -> DataTree:
         """The fit as an ``xarray.DataTree`` with ArviZ's groups."""
@@ -58,7 +61,10 @@ class Fit:
                 axes = self.dims.get(f"{group}.{name}", self.dims.get(name))
                 if axes is not None:
                     dims[name] = list(axes)
-            datasets[group] = from_dict({group: dict(variables)}, dims=dims, coords=coords)[group].dataset
+            dataset = from_dict({group: dict(variables)}, dims=dims, coords=coords)[group].dataset
+            for name in variables:
+                dataset[name].attrs.update(self.variable_attributes.get(name, {}))
+            datasets[group] = dataset
         tree = DataTree.from_dict(datasets)
         tree.attrs.update({"method": self.method, **self.attributes})
         return tree
@@ -108,11 +114,14 @@ class Fit:
         groups: dict[str, dict[str, Array]] = {}
         dims: dict[str, list[str]] = {}
         coords: dict[str, Array] = {}
+        described: dict[str, dict[str, Any]] = {}
         for group, node in tree.children.items():
             groups[group] = {str(name): variable.values for name, variable in node.data_vars.items()}
             for name, variable in node.data_vars.items():
                 axes = [str(axis) for axis in variable.dims if axis not in ("chain", "draw", "sample")]
                 if axes:
                     dims[f"{group}.{name}"] = axes
+                if variable.attrs:
+                    described[str(name)] = {str(key): value for key, value in variable.attrs.items()}
             coords |= {str(n): v.values for n, v in node.coords.items() if n not in ("chain", "draw", "sample")}
-        return cls(method, groups, dims, coords, attributes)
+        return cls(method, groups, dims, coords, attributes, described)

@@ -21,7 +21,7 @@ from probattn.models.scalar import ScalarModel
 from probattn.models.simulate import draw_data_sets
 from probattn.solve.bound import contraction_bound
 
-__all__ = ["REGIMES", "assemble"]
+__all__ = ["DESCRIBED", "REGIMES", "assemble"]
 
 Array = NDArray[Any]
 REGIMES = ("certified", "regular", "folded")
@@ -35,7 +35,23 @@ _RAW = {
     "output",
     "contraction",
 }  # sites that give the attention
+_PER_TOKEN = ("log_abs_det", "margin", "regime")
 _SHOWN = 8  # sequences whose margins are kept token by token
+# Attributes of variables, by the CF conventions; programs that know them print "folded" for 2.
+DESCRIBED: Mapping[str, Mapping[str, Any]] = {
+    "qk_matrix": {"long_name": "QK matrix c W_K^T W_Q"},
+    "ov_matrix": {"long_name": "OV matrix W_O W_V"},
+    "noise_scale": {"long_name": "standard deviation of the noise"},
+    "smallest_margin": {"long_name": "smallest singular value of J at the sequences kept, the smallest of all tokens"},
+    "smallest_abs_det": {"long_name": "smallest |det J| at the sequences kept"},
+    "log_abs_det": {"long_name": "log |det J|"},
+    "margin": {"long_name": "smallest singular value of J"},
+    "regime": {
+        "long_name": "regime of the draw at the tokens of the sequence",
+        "flag_values": np.arange(len(REGIMES), dtype=np.int8),
+        "flag_meanings": " ".join(REGIMES),
+    },
+}
 _PREDICTIVE_BYTES = 32 * 2**20
 
 _DIMS: Mapping[str, Sequence[str]] = {
@@ -73,10 +89,10 @@ def assemble(
         attributes: versions, hardware and the like, by name.
 
     Returns:
-        :class:`Fit` with the groups posterior (sites, the products ``qk_matrix`` and ``ov_matrix``, and on the first
-        sequences ``log|det J|``, margin, the regime of the draw at the sequence's own tokens, and the smallest of
-        each), sample_stats, log_likelihood per sequence, log_prior per site, prior, prior_predictive,
-        posterior_predictive, observed_data and constant_data.
+        :class:`Fit` with the groups posterior (sites, the products ``qk_matrix`` and ``ov_matrix``, and per draw the
+        smallest margin and ``|det J|`` at the first sequences), tokens (at the tokens of these sequences ``log|det J|``
+        and the margin, and the regime of the draw at each sequence), sample_stats, log_likelihood per sequence,
+        log_prior per site, prior, prior_predictive, posterior_predictive, observed_data and constant_data.
     """
     model, u = cast(ScalarModel | EmbeddingModel, target.model), target.data[0]
     chains, count, dim = draws.z.shape
@@ -105,7 +121,8 @@ def assemble(
         return {name: value.unsqueeze(0).detach().cpu().numpy() for name, value in values.items()}
 
     groups = {
-        "posterior": by_chain({**sites, **derived}),
+        "posterior": by_chain({**sites, **{name: derived[name] for name in derived if name not in _PER_TOKEN}}),
+        "tokens": by_chain({name: derived[name] for name in _PER_TOKEN}),
         "sample_stats": {**by_chain({"lp": terms["lp"]}), **{k: v.cpu().numpy() for k, v in draws.statistics.items()}},
         "log_likelihood": by_chain({"u": terms["u"]}),
         "log_prior": by_chain({name: terms[name] for name in target.sites}),
@@ -122,7 +139,7 @@ def assemble(
     coords = {name: np.arange(length) for name, length in lengths.items()}
     axes["log_likelihood.u"] = ["sequence"]
     axes |= {f"log_prior.{name}": [] for name in target.sites}
-    return Fit(draws.method, groups, axes, coords, {**dict(attributes or {}), **info})
+    return Fit(draws.method, groups, axes, coords, {**dict(attributes or {}), **info}, DESCRIBED)
 
 
 def _with_products(model: ScalarModel | EmbeddingModel, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def test_claims_follow_their_schema(finished):
 def test_the_fit_opens_with_plain_xarray(finished):
     with xarray.open_datatree(finished[1] / "fit.nc") as tree:
         assert tree["posterior"]["qk_matrix"].dims == ("chain", "draw", "head", "key_feature", "query_feature")
-        assert tree["posterior"]["margin"].shape == (1, 1, 64, 16)
+        assert tree["tokens"]["margin"].shape == (1, 1, 64, 16)
         assert "history_objective" in tree["constant_data"]
         assert tree.attrs["version_torch"]
 

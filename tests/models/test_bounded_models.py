@@ -59,9 +59,10 @@ def test_nuts_reports_the_contraction_and_certifies_every_draw():
     model, u = data(length=6, sequences=4)
     target = LogDensity(model, u)
     draws = fit_nuts(target, NutsConfig(chains=1, warmup=30, draws=10))
-    posterior = assemble(target, draws, predictive=4).groups["posterior"]
+    groups = assemble(target, draws, predictive=4).groups
+    posterior = groups["posterior"]
     assert ((posterior["contraction"] > 0) & (posterior["contraction"] < 1)).all()
-    assert (posterior["regime"] == 0).all()
+    assert (groups["tokens"]["regime"] == 0).all()
     assert {"qk_matrix", "free_qk_matrix"} <= set(posterior)
 
 

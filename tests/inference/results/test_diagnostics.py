@@ -27,8 +27,8 @@ def healthy(method="nuts", **attributes):
             "noise_scale": np.exp(0.1 * normal(2)),
             "smallest_margin": 0.7 + 0.05 * normal(),
             "smallest_abs_det": np.full((CHAINS, DRAWS), 0.5),
-            "regime": np.zeros((CHAINS, DRAWS, 2), dtype=np.int8),
         },
+        "tokens": {"regime": np.zeros((CHAINS, DRAWS, 2), dtype=np.int8)},
         "sample_stats": {
             "diverging": np.zeros((CHAINS, DRAWS), dtype=bool),
             "energy": normal(),
@@ -141,8 +141,8 @@ class TestThresholds:
     @pytest.mark.parametrize(("count", "level"), [(0, "good"), (1, "warning"), (80, "warning"), (81, "problem")])
     def test_a_twentieth_of_folded_draws(self, count, level):
         fit = healthy()
-        assert fit.groups["posterior"]["regime"].size == 1600
-        fit.groups["posterior"]["regime"].ravel()[:count] = 2
+        assert fit.groups["tokens"]["regime"].size == 1600
+        fit.groups["tokens"]["regime"].ravel()[:count] = 2
         assert finding(diagnose(fit), "regime at the data").level == level
 
 
@@ -229,7 +229,7 @@ def test_how_an_optimisation_ended():
 @pytest.mark.parametrize(("share", "level"), [(0.02, "warning"), (0.5, "problem")])
 def test_draws_that_fold(share, level):
     fit = healthy()
-    fit.groups["posterior"]["regime"][:, : int(share * DRAWS)] = 2
+    fit.groups["tokens"]["regime"][:, : int(share * DRAWS)] = 2
     found = finding(diagnose(fit), "regime at the data")
     assert found.level == level
     assert "tighten the prior" in found.words
@@ -326,7 +326,7 @@ class TestWhatWasLearned:
 
     def test_a_text_is_not_told_to_use_the_options_of_a_file(self):
         fit = self.fit(0.2, source="text")
-        fit.groups["posterior"]["regime"][:] = 2
+        fit.groups["tokens"]["regime"][:] = 2
         fit.groups["sample_stats"]["diverging"][:] = True
         fit.groups["posterior"]["smallest_abs_det"][:] = 0.0
         words = str(diagnose(fit))

@@ -36,6 +36,7 @@ def test_groups_and_named_axes(fit):
     tree = fit.to_datatree()
     assert set(tree.children) == {
         "posterior",
+        "tokens",
         "sample_stats",
         "log_likelihood",
         "log_prior",
@@ -48,20 +49,22 @@ def test_groups_and_named_axes(fit):
     posterior = tree["posterior"]
     assert posterior["qk_matrix"].dims == ("chain", "draw", "head", "key_feature", "query_feature")
     assert posterior["noise_scale"].dims == ("chain", "draw", "feature")
-    assert posterior["margin"].dims == ("chain", "draw", "shown_sequence", "token")
+    assert tree["tokens"]["margin"].dims == ("chain", "draw", "shown_sequence", "token")
     assert tree["log_likelihood"]["u"].dims == ("chain", "draw", "sequence")
     assert tree["observed_data"]["u"].dims == ("sequence", "token", "feature")
     assert tree["posterior_predictive"]["u"].dims == ("chain", "draw", "sequence", "token", "feature")
-    assert posterior["token"].values.tolist() == list(range(8))
+    assert tree["tokens"]["token"].values.tolist() == list(range(8))
+    assert set(tree["tokens"].data_vars) == {"log_abs_det", "margin", "regime"}
 
 
 def test_the_numbers_are_those_of_the_draws(fit, target):
     posterior = fit.groups["posterior"]
     attention = target.model.attention_of({"qk_matrix": torch.as_tensor(posterior["qk_matrix"][0]).unsqueeze(1)})
     sign, logabs = attention.logabsdet(U)
-    np.testing.assert_allclose(posterior["log_abs_det"][0], logabs)
-    np.testing.assert_allclose(posterior["margin"][0], stability_margin(attention, U))
-    np.testing.assert_allclose(posterior["smallest_margin"][0], posterior["margin"][0].min((-2, -1)))
+    tokens = fit.groups["tokens"]
+    np.testing.assert_allclose(tokens["log_abs_det"][0], logabs)
+    np.testing.assert_allclose(tokens["margin"][0], stability_margin(attention, U))
+    np.testing.assert_allclose(posterior["smallest_margin"][0], tokens["margin"][0].min((-2, -1)))
     assert bool((sign > 0).all())
     values = {name: torch.as_tensor(posterior[name][0]).unsqueeze(1) for name in ("qk_matrix", "noise_scale")}
     np.testing.assert_allclose(fit.groups["log_likelihood"]["u"][0], target.model.likelihood(values).log_prob(U))
@@ -83,8 +86,10 @@ def test_a_point_has_its_density_too(target):
 def test_groups_of_draws_change_nothing(target, fit, monkeypatch):
     monkeypatch.setattr(LogDensity, "group_size", 7)
     again = assemble(target, fit_laplace(target, LaplaceConfig(draws=120)), predictive=40)
-    for name in ("margin", "log_abs_det", "regime", "smallest_margin", "smallest_abs_det"):
-        np.testing.assert_allclose(again.groups["posterior"][name], fit.groups["posterior"][name], rtol=1e-12)
+    names = {"tokens": ("margin", "log_abs_det", "regime"), "posterior": ("smallest_margin", "smallest_abs_det")}
+    for group, kept in names.items():
+        for name in kept:
+            np.testing.assert_allclose(again.groups[group][name], fit.groups[group][name], rtol=1e-12)
 
 
 def test_predictive_data_look_like_the_data(fit):
@@ -100,7 +105,7 @@ def test_regimes_are_named_by_what_was_seen():
     z = torch.zeros(1, 2, 6, dtype=torch.float64)
     z[0, 1, :4] = 5.0 * torch.eye(2, dtype=torch.float64).flatten()
     fit = assemble(target, Draws("nuts", z, {"lp": torch.zeros(1, 2)}), predictive=2)
-    names = [[REGIMES[code] for code in draw] for draw in fit.groups["posterior"]["regime"][0]]
+    names = [[REGIMES[code] for code in draw] for draw in fit.groups["tokens"]["regime"][0]]
     assert names[0] == ["certified"] * 3
     assert "folded" in names[1]
     assert fit.groups["posterior"]["smallest_abs_det"][0, 0] > 0.99
@@ -126,7 +131,8 @@ def test_saved_and_loaded_is_the_same_fit(fit, tmp_path):
     for group, variables in fit.groups.items():
         for name, values in variables.items():
             np.testing.assert_array_equal(again.groups[group][name], values)
-    xarray.testing.assert_equal(again.to_datatree().to_dataset(), fit.to_datatree().to_dataset())
+    xarray.testing.assert_equal(again.to_datatree(), fit.to_datatree())
+    assert again.variable_attributes["regime"]["flag_meanings"] == "certified regular folded"
     assert again.attributes["heads_reordered"] == 0.0
 
 
@@ -140,6 +146,27 @@ def test_arviz_reads_every_group_it_needs(fit):
         warnings.simplefilter("ignore", UserWarning)  # three sequences decide much: k-hat says so
         assert np.isfinite(arviz_stats.loo(tree).elpd)
     assert len(arviz_stats.psense(tree, var_names=["qk_matrix"])["qk_matrix"].values.ravel()) == 4
+
+
+def test_codes_carry_their_meanings_into_the_file(fit, tmp_path):
+    """By the CF conventions, which other programs read: values and meanings in one order."""
+    fit.save(tmp_path / "fit.nc")
+    with xarray.open_datatree(tmp_path / "fit.nc", engine="h5netcdf") as tree:
+        regime = tree["tokens"]["regime"]
+        assert regime.attrs["flag_values"].tolist() == [0, 1, 2]
+        assert tuple(regime.attrs["flag_meanings"].split()) == REGIMES
+        assert tree["tokens"]["margin"].attrs["long_name"] == "smallest singular value of J"
+
+
+def test_a_summary_shows_parameters_and_nothing_per_token(fit):
+    import arviz_stats
+
+    table = arviz_stats.summary(fit.to_datatree())
+    names = {name.partition("[")[0] for name in table.index}
+    assert names == {"qk_matrix", "noise_scale", "smallest_margin", "smallest_abs_det"}
+    assert {"eti89_lb", "eti89_ub"} <= set(table.columns)  # the kind and the probability of the interval
+    margins = arviz_stats.summary(fit.to_datatree(), group="tokens", var_names=["margin"], kind="stats")
+    assert len(margins) == 3 * 8
 
 
 def test_the_arviz_of_users_opens_the_file(fit, tmp_path):
