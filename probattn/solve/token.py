@@ -17,7 +17,7 @@ from probattn.errors import InputError, NoSolutionError, SeveralSolutionsError
 from probattn.numerics import linalg
 from probattn.solve.context import Context
 from probattn.solve.line import line_roots
-from probattn.solve.newton import newton, polish
+from probattn.solve.newton import Iterate, newton, polish
 from probattn.solve.selection import Selection, choose
 from probattn.solve.starts import hull_points, vertices
 
@@ -193,20 +193,33 @@ def _search(context: Context, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     """Ends of Newton's method from many starts, the first of each solution among them, the least residual, several."""
     starts = torch.cat([_usual(context, noise).unsqueeze(0), noise + _spread_out(vertices(context), noise)])
     ends = newton(context, noise, starts)
-    if not bool(ends.solved.any(0).all()):
-        # Where the mean is bounded a solution exists: look for it as far from eps as the mean is long, and from
-        # anywhere in the hull of what the mean can be.
-        more = _around(context, noise)
-        if context.length:
-            more = torch.cat([more, noise + _spread_out(hull_points(context, _MORE_STARTS), noise)])
-        again = newton(context, noise, more)
-        ends = type(ends)(*(torch.cat(pair) for pair in zip(ends, again, strict=True)))
+    missing = ~ends.solved.any(0)
+    if bool(missing.any()):
+        ends = _look_further(context, noise, ends, missing.nonzero(as_tuple=True) if missing.dim() else ())
     apart = torch.linalg.vector_norm(ends.u.unsqueeze(1) - ends.u.unsqueeze(0), dim=-1) > _same_root(ends.tolerance)
     earlier = torch.ones(len(ends.u), len(ends.u), dtype=torch.bool, device=noise.device).tril(-1)
     earlier = earlier.view(*earlier.shape, *[1] * (ends.u.dim() - 2))
     repeated = (~apart & earlier & ends.solved.unsqueeze(0)).any(1)  # found from a start before it
     valid = ends.solved & ~repeated
     return ends.u, valid, ends.distance.amin(0), valid.sum(0) > 1
+
+
+def _look_further(context: Context, noise: Tensor, ends: Iterate, index: tuple[Tensor, ...]) -> Iterate:
+    """Add more starts for the elements without a solution; the others repeat their first end."""
+    # Where the mean is bounded a solution exists: look for it as far from eps as the mean is long, and from anywhere
+    # in the hull of what the mean can be.
+    rest = context.select(index, noise.shape[:-1]) if index else context
+    noise = noise[index]  # (K, p)
+    more = _around(rest, noise)
+    if rest.length:
+        more = torch.cat([more, noise + hull_points(rest, _MORE_STARTS)])
+    again = newton(rest, noise, more)  # (more, K)
+    found = []
+    for whole, part in zip(ends, again, strict=True):
+        longer = whole[:1].repeat(len(part), *[1] * (whole.dim() - 1))
+        longer[(slice(None), *index)] = part
+        found.append(torch.cat([whole, longer]))
+    return Iterate(*found)
 
 
 def _usual(context: Context, noise: Tensor) -> Tensor:

@@ -70,6 +70,33 @@ def test_where_the_usual_starts_fail_the_hull_is_searched(monkeypatch):
         solve_token(context, noise, "smallest_step", 8)
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 4)])
+def test_an_element_does_not_depend_on_its_neighbours(shape, monkeypatch):
+    """More starts for one element are no more starts for the others."""
+    attention = attention_like(3, 1, 3, 3, size=1.5)
+    context, noise = Context.of(attention, tokens(3, 4, 8, 3)), tokens(4, *shape, 3)
+    failing = torch.zeros(shape, dtype=torch.bool)
+    failing[..., 2] = True
+    calls = []
+
+    def failing_first(context, noise, starts, newton=module.newton):
+        ends = newton(context, noise, starts)
+        calls.append(starts.shape)
+        fails = failing if ends.distance.shape[1:] == shape else failing.new_zeros(1)
+        return ends._replace(distance=ends.distance.masked_fill(fails, torch.inf))
+
+    expected = find_token(context, noise, "smallest_step")
+    monkeypatch.setattr(module, "newton", failing_first)
+    found = find_token(context, noise, "smallest_step")
+    assert len(calls) == 2
+    assert calls[1][1:] == (int(failing.sum()), 3)  # the second search is for these alone
+    assert bool(found.solved.all())
+    torch.testing.assert_close(found.u[~failing], expected.u[~failing], rtol=0, atol=0)
+    torch.testing.assert_close(found.valid.sum(0)[~failing], expected.valid.sum(0)[~failing])
+    residual = found.u - context.mean(found.u) - noise
+    torch.testing.assert_close(residual, torch.zeros_like(residual), rtol=0, atol=1e-12)
+
+
 def test_failures_are_reported_and_not_raised_by_find_token():
     attention = CausalAttention.from_qk_matrix(torch.tensor([[0.3]], dtype=torch.float64), mask="inclusive")
     context = Context.of(attention, torch.empty(0, 1, dtype=torch.float64))
