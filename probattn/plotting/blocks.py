@@ -158,7 +158,7 @@ def plot_barriers(
         >>> factor = np.array([0.0, 0.5, 1.0])
         >>> figure = plot_barriers(factor, 1.0, {"one_sided": np.array([0.0, 0.69, np.inf])})
         >>> figure.axes[0].get_legend_handles_labels()[1]
-        ['one sided']
+        ['one-sided']
     """
     figure, axis = panel(ax, (8, 3.6))
     styles = ("-", "--", ":", "-.", (0, (5, 1, 1, 1)))

@@ -221,8 +221,24 @@ def visible(character: str) -> str:
     return {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "$": r"\$"}.get(character, character)
 
 
+_WORDS = {
+    "abs": "absolute",
+    "kl": "KL divergence",
+    "log10": "log\u2081\u2080 of the",
+    "logabsdet": "log|det J|",
+    "logdet": "log-determinant",
+    "max": "largest",
+    "nuts": "NUTS",
+    "p1": "in one dimension",
+    "p2": "in two dimensions",
+    "rho": "rank correlation",
+    "svi": "SVI",
+}
+_PHRASES = {"one_sided": "one-sided", "singular_value": "singular value", "full_rank": "full-rank"}
+
+
 def words(name: str) -> str:
-    """Return a name as words: spaces for underscores.
+    """Return a name as words: spaces for underscores, and no abbreviations.
 
     Args:
         name: name of a kind, a quantity or an arm.
@@ -231,7 +247,9 @@ def words(name: str) -> str:
         Text of the label.
 
     Example:
-        >>> words("singular_value")
-        'singular value'
+        >>> words("singular_value"), words("max_logdet_error"), words("one_sided")
+        ('singular value', 'largest log-determinant error', 'one-sided')
     """
-    return name.replace("_", " ")
+    for phrase, told in _PHRASES.items():
+        name = name.replace(phrase, told)
+    return " ".join(_WORDS.get(part, part) for part in name.split("_"))

@@ -394,8 +394,10 @@ class TestBlocks:
 
     def test_barriers_leave_a_gap_where_they_are_infinite(self):
         factor = np.array([0.0, 1.0, 2.0])
-        kinds = {"logdet": np.array([0.0, np.inf, -1.0]), "one sided": np.array([0.7, np.nan, 0.3])}
-        (axis,) = plotting.plot_barriers(factor, 1.0, {"logdet": kinds["logdet"], "one_sided": kinds["one sided"]}).axes
+        kinds = {"log-determinant": np.array([0.0, np.inf, -1.0]), "one-sided": np.array([0.7, np.nan, 0.3])}
+        (axis,) = plotting.plot_barriers(
+            factor, 1.0, {"logdet": kinds["log-determinant"], "one_sided": kinds["one-sided"]}
+        ).axes
         for kind, values in kinds.items():
             np.testing.assert_array_equal(line(axis, kind)[:, 1], [values[0], np.nan, values[2]])
         assert [text.get_text() for text in axis.texts] == ["det J = 0"]
