@@ -238,13 +238,13 @@ def unwatched_folds() -> Iterator[None]:
 def _watch(attention: Attention, u: Tensor) -> None:
     """Warn once where a density is evaluated beyond a fold.
 
-    Looks at the 1st, 2nd, 4th, 8th, ... evaluation, which costs nothing in the long run and finds a chain that lives
-    there.
+    Looks at the 1st, 2nd, 4th, 8th, ... evaluation and at every 256th, which costs less than a hundredth and finds a
+    trace of chains that lives there, also late in a long session.
     """
     if _FOLDS["warned"] or not _WATCHED.get() or torch._C._get_tracing_state() or torch.compiler.is_compiling():
         return
     _FOLDS["evaluations"] += 1
-    if _FOLDS["evaluations"].bit_count() != 1:
+    if _FOLDS["evaluations"].bit_count() != 1 and _FOLDS["evaluations"] % 256:
         return
     with torch.no_grad(), suppress(RuntimeError):  # inside torch.vmap nothing can be asked
         folded = bool((attention.detach().logabsdet(u.detach())[0] < 0).any())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,16 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
+from probattn.errors import InputError
 from probattn.inference.methods.log_density import LogDensity
-from probattn.inference.runtime.checkpoint import load_checkpoint, save_checkpoint
+from probattn.inference.runtime.checkpoint import load_checkpoint, previous_checkpoint, save_checkpoint
+from probattn.inference.runtime.checksum import DamagedFileError
 from probattn.inference.runtime.isolation import isolated
 from probattn.inference.runtime.seeds import derived_seed
 
 __all__ = ["run_pyro_chains"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def run_pyro_chains(
@@ -76,6 +82,23 @@ def run_pyro_chains(
     return torch.stack([chain["z"] for chain in chains]), statistics
 
 
+def _finished(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A finished chain from its file, or from the one before where that is damaged; None: it has to be run."""
+    if not path.exists():
+        return None
+    try:
+        return load_checkpoint(path, identity)
+    except DamagedFileError as damage:
+        _LOG.debug("%s", damage)
+    before = previous_checkpoint(path)
+    with suppress(InputError):  # no such file, damaged too, or of another run
+        kept = load_checkpoint(before, identity)
+        _LOG.warning("checkpoint %s is damaged; going on from the one before, %s", path, before.name)
+        return kept
+    _LOG.warning("checkpoint %s is damaged; chain %s is run again", path, identity["chain"])
+    return None
+
+
 def _chain(
     model: nn.Module,
     data: tuple[Tensor, ...],
@@ -88,8 +111,8 @@ def _chain(
     identity: dict[str, Any],
 ) -> dict[str, Any]:
     """One chain; a finished one is kept on disk."""
-    if resume and path is not None and path.exists():
-        return load_checkpoint(path, identity)
+    if resume and path is not None and (kept := _finished(path, identity)) is not None:
+        return kept
     target = LogDensity(model, *data)
     columns: dict[str, list[float]] = {"lp": [], "step_size": [], "acceptance_rate": []}
 

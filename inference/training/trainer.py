@@ -8,7 +8,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,18 +150,23 @@ class LogBarrierTrainerMixin:
     def take_over(self, checkpoint: Path) -> None:
         """Load weights and history of a checkpoint without a step of training.
 
+        The closing line of the metrics is written if a killed run left it out.
+
         Args:
             checkpoint: folder of a whole checkpoint.
         """
         self._load_from_checkpoint(str(checkpoint))  # type: ignore[attr-defined]
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        path = self._metrics
-        # An evaluation after the last step is in the file of metrics alone.
-        for text in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else ():
-            with suppress(ValueError):
-                line = json.loads(text)
-                if "eval_loss" in line and line not in self.state.log_history:
-                    self.state.log_history.append(line)
+        if self._metrics is None or not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return
+        _keep_until(self._metrics, self.state.global_step)  # without a line that was being written
+        # What follows the last step, an evaluation at the end and the mean loss, is in the file of metrics alone.
+        lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.is_file() else []
+        for line in map(json.loads, lines):
+            if ("eval_loss" in line or "train_loss" in line) and line not in self.state.log_history:
+                self.state.log_history.append(line)
+        if not any("train_loss" in line for line in self.state.log_history):
+            self.log({"total_flos": self.state.total_flos, "train_loss": _mean_loss(self.state.log_history)})
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with the checksums of its files written last."""

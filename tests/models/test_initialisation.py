@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal, init_to_uniform
+from pyro.infer.autoguide import AutoNormal, init_to_uniform, init_to_value
 from pyro.infer.autoguide.initialization import InitMessenger
 
 from probattn import CausalAttention, LatentAttention
@@ -99,6 +99,20 @@ def test_a_density_beyond_a_fold_is_said_once(watched):
     assert len(watched.messages) == 1
     assert "det J < 0" in watched.messages[0]
     assert "init_to_feasible" in watched.messages[0]
+
+
+def test_a_trace_that_lives_beyond_a_fold_is_said_late_in_a_session_too(watched):
+    """The slope 3 folds at these tokens; a sampler that starts there stays there."""
+    module._FOLDS["evaluations"] = 5000  # between two powers of two
+    u = torch.tensor([[-1.0], [1.0], [0.0]])
+
+    def line(u):
+        a = pyro.sample("a", dist.Normal(torch.full((1, 1), 3.0), 0.01).to_event(2))
+        pyro.sample("u", LatentAttention(CausalAttention.from_qk_matrix(a), 1.0, 3), obs=u)
+
+    kernel = NUTS(line, init_strategy=init_to_value(values={"a": torch.full((1, 1), 3.0)}), max_tree_depth=4)
+    MCMC(kernel, num_samples=40, warmup_steps=20, disable_progbar=True).run(u)
+    assert sum("det J < 0" in words for words in watched.messages) == 1
 
 
 def test_who_looks_for_folds_is_not_told(watched):

@@ -380,6 +380,24 @@ def test_finished_chains_of_pyro_are_not_run_again(tmp_path, monkeypatch):
         fit_nuts(TARGET, replace(config, seed=1), checkpoint=path, resume=True)
 
 
+def test_a_damaged_chain_of_pyro_comes_from_the_file_before_or_is_run_again(tmp_path, monkeypatch, caplog):
+    config = NutsConfig(chains=1, chain_method="sequential", warmup=20, draws=4)
+    path, chain, before = (tmp_path / name for name in ("nuts.pt", "nuts.pt.0", "nuts.pt.previous.0"))
+    whole = fit_nuts(TARGET, config, checkpoint=path)
+    content = bytearray(chain.read_bytes())
+    before.write_bytes(content)
+    content[len(content) // 2] ^= 1
+    chain.write_bytes(content)
+    with monkeypatch.context() as patched:
+        patched.setattr("probattn.inference.methods.pyro_chains.NUTS", None)  # nothing is run
+        assert torch.equal(fit_nuts(TARGET, config, checkpoint=path, resume=True).z, whole.z)
+    assert "going on from the one before, nuts.pt.previous.0" in caplog.messages[-1]
+    before.write_bytes(content)
+    assert torch.equal(fit_nuts(TARGET, config, checkpoint=path, resume=True).z, whole.z)
+    assert caplog.messages[-1].endswith("is damaged; chain 0 is run again")
+    assert torch.equal(fit_nuts(TARGET, config, checkpoint=path, resume=True).z, whole.z)
+
+
 class ReachedError(Exception):
     pass
 

@@ -155,6 +155,20 @@ def test_a_finished_run_is_finished(whole, text, tmp_path):
         assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12"}
 
 
+def test_a_run_killed_before_its_closing_line_writes_it(whole, text, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / "model")
+    kept = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "train_loss" in kept[-1]
+    (out / "metrics.jsonl").write_text("\n".join(kept[:-1]) + "\n" + kept[-1][:20], encoding="utf-8")
+    assert train(replace(OPTIONS, out=out, corpus=text, resume=True)) == whole[1]
+    found, expected = lines(out), lines(whole[0])
+    assert found[:-1] == expected[:-1]
+    assert found[-1] == {name: value for name, value in expected[-1].items() if name in found[-1]}
+    assert {"step", "train_loss", "epoch"} <= found[-1].keys()
+
+
 @pytest.mark.filterwarnings("ignore:You are resuming training:UserWarning")
 def test_the_mean_loss_after_a_resumption_is_that_of_the_whole_run(whole, text, tmp_path):
     out = tmp_path / "run"
