@@ -50,6 +50,7 @@ WEIGHTS_ELSEWHERE = {
     "inference/bench/density.py",  # competitors
     "inference/bench/penalty.py",
     "inference/bench/posterior.py",
+    "inference/studies/robustness/regularisers.py",  # a competitor that penalises the weights themselves
 }
 
 

@@ -25,7 +25,8 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from probattn.inference.claims.claim import verdict_in_words
 from probattn.inference.claims.robustness import words_of_verdict
-from probattn.inference.studies.robustness.summary import Summary, judge_study
+from probattn.inference.studies.robustness.summary import Summary
+from probattn.inference.studies.robustness.verdict import judge_study
 
 HERE = Path(__file__).parents[1]
 LEDGER = HERE / "results" / "ledger" / "claims.json"
@@ -85,7 +86,7 @@ def measured(target: str) -> str:
         rows = json.loads(BENCH.read_text(encoding="utf-8"))["rows"]
         return _number(next(row for row in rows if (row["work"], row["against"]) == (work, against))["ratio"], form)
     if name == "robustness":
-        arm, between, what = re.split(r" (on|in) (?=clean|absolute|relative|swaps|substitutions)", key)
+        arm, between, what = re.split(r" (on|in) (?=[a-z]+(?: [a-z]+)*(?: [0-9.]+)?$)", key)
         if between == "in":
             return _number(study().arms[arm].losses[what], form)
         difference = study().arms[arm].differences[what]

@@ -1,8 +1,8 @@
 """Claim: a language model trained with the log-barrier is more robust to noise, at no loss of held-out accuracy.
 
-A penalty that makes the embeddings larger makes noise of a fixed size smaller beside them. The decisive noise is
-therefore in proportion to the embeddings, and a gain under noise of a fixed size alone becomes a condition of the
-verdict. The rules are those of :func:`~probattn.inference.studies.robustness.summary.judge_study`.
+A penalty that makes the embeddings larger makes noise of a fixed size smaller beside them. What decides is therefore
+noise in proportion to the embeddings, random or the worst there is; a gain under other corruptions alone becomes a
+condition of the verdict. The rules are those of :mod:`~probattn.inference.studies.robustness.rules`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,24 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-import torch
 
 from probattn.inference.claims.claim import Claim, Settings, Subject
-from probattn.inference.runtime.environment import describe, select_device
-from probattn.inference.runtime.files import write_json
-from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Arm, Study
+from probattn.inference.runtime.environment import select_device
+from probattn.inference.studies.robustness.arms import ARMS, Arm, Study
 from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
+from probattn.inference.studies.robustness.figures import draw_study
+from probattn.inference.studies.robustness.report import RESULTS, study_identity, write_study
+from probattn.inference.studies.robustness.rules import PLAIN, STATEMENTS
 from probattn.inference.studies.robustness.study import Record, run_study
-from probattn.inference.studies.robustness.summary import (
-    LITERAL,
-    PLAIN,
-    STATEMENTS,
-    Summary,
-    Verdict,
-    judge_study,
-    paired_difference,
-    summarise,
-)
-from probattn.inference.studies.robustness.table import draw_study, write_results
+from probattn.inference.studies.robustness.summary import Summary, paired_difference, summarise
+from probattn.inference.studies.robustness.verdict import Verdict, judge_study
 from probattn.models.corpus import Corpus
 
 __all__ = ["STUDY", "quick_study", "robustness_claim", "words_of_verdict"]
 
 STUDY = Study()
-_ALL_ARMS = (*ARMS, *VARIANTS)
-_RESULTS = "robustness.json"
-_QUICK_ARMS = tuple(arm for arm in ARMS if arm.name in (PLAIN, LITERAL))
+_ON_THE_STREAM = "residual logdet 0.05"
+_QUICK_ARMS = tuple(arm for arm in ARMS if arm.name in (PLAIN, _ON_THE_STREAM))
 _CONTEXT = 32  # context of the quick form: half the usual one allows twice the steps in the same time
 _PERMUTED = 20  # permutations of the labels of the two arms; of their 95 % intervals a few may miss zero
 _HOLDING = 0.75  # the smallest share that may hold zero: below it lies 0.03 % of Binomial(20, 0.95)
@@ -51,7 +42,7 @@ def robustness_claim(
     settings: Settings,
     *,
     study: Study = STUDY,
-    arms: Sequence[Arm] = _ALL_ARMS,
+    arms: Sequence[Arm] = ARMS,
     quick: Study | None = None,
 ) -> Claim:
     """Train with and without the barrier, and compare.
@@ -101,13 +92,13 @@ def words_of_verdict(verdict: Verdict) -> dict[str, str | None]:
     """Put the condition of a study's verdict into the form of a claim.
 
     Args:
-        verdict: verdict of :func:`~probattn.inference.studies.robustness.summary.judge_study`.
+        verdict: verdict of :func:`~probattn.inference.studies.robustness.verdict.judge_study`.
 
     Returns:
         The fields ``condition`` and ``finding`` of a :class:`~probattn.inference.claims.claim.Claim`.
     """
     if verdict.overall == "supported_within":
-        condition = "the noise has a fixed size, whatever the size of the embeddings"
+        condition = "the corruption is not noise in proportion to the embeddings, random or the worst"
         return {"condition": condition, "finding": _sentence(verdict.condition or "")}
     return {"condition": verdict.condition, "finding": ""}
 
@@ -120,14 +111,12 @@ def _whole(corpus: Corpus, settings: Settings, study: Study, arms: Sequence[Arm]
     device = select_device("auto")
     folder = None if settings.folder is None else settings.folder / "robustness"
     records = run_study(arms, study, corpus, folder=folder, jobs=settings.jobs, device=device)
-    summary = summarise(records, arms)
-    verdict = judge_study(summary)
-    if settings.folder is not None:
-        more: Mapping[str, Any] = {"records": records, "arms": arms, "study": study, "corpus": corpus.name}
-        write_results(settings.folder, summary, verdict, device=device, **more)
-        origin = "{date}, {command}, {processor}, {device}".format(**describe(device, torch.float32, study.seeds[0]))
-        content = {"schema": 1, "origin": origin, **_identity(corpus, study, arms), "summary": summary.as_dict()}
-        write_json(settings.folder / _RESULTS, content)
+    if settings.folder is None:
+        summary = summarise(records, arms)
+        return _of_many(summary, judge_study(summary))
+    summary, verdict = write_study(
+        settings.folder, records, arms=arms, study=study, corpus=corpus, weights=folder, device=device
+    )
     return _of_many(summary, verdict)
 
 
@@ -138,9 +127,12 @@ def _quick(subject: Subject, corpus: Corpus, settings: Settings, study: Study) -
     summary = summarise(records, _QUICK_ARMS)
     verdict = judge_study(summary)
     measured = _measured(summary)
-    subject_words = "A small language model trained for a short time with the literal log-barrier at λ = 0.05 "
+    subject_words = (
+        "A small language model trained for a short time with the literal log-barrier on its residual stream at "
+        "λ = 0.05 "
+    )
     statement = f"{subject_words}{_CLAIM} (Quick form: one arm, {len(study.seeds)} seeds.)"
-    literal = summary.arms[LITERAL]
+    literal = summary.arms[_ON_THE_STREAM]
     if not literal.differences or verdict.overall == "not_run":
         reason = verdict.condition or f"training with the barrier diverged with seeds {list(literal.diverged)}"
         return _claim("not_run", measured, condition=reason, statement=statement)
@@ -174,9 +166,7 @@ def _of_many(summary: Summary, verdict: Verdict) -> Claim:
         _measured(summary),
         **words_of_verdict(verdict),
         statement=statement,
-        control=" ".join(
-            verdict.words[name] for name in ("positive control", "negative control") if name in verdict.words
-        ),
+        control=" ".join(words for name, words in verdict.words.items() if "control" in name),
         figures=draw_study(summary),
     )
 
@@ -205,7 +195,7 @@ def _measured(summary: Summary) -> dict[str, float]:
         shown = [arm.holds(statement, plain.losses, len(summary.barriers)) for arm in summary.barriers]
         measured[f"arms_with_{_slug(statement)}"] = float(sum(shown))
     for arm in summary.arms.values():
-        for name in (CLEAN, "absolute noise", "relative noise"):
+        for name in (CLEAN, *FAMILIES):
             if name in arm.differences:
                 found, own = arm.differences[name], f"{_slug(arm.arm)}_{_slug(name)}"
                 measured[own] = found.mean
@@ -220,7 +210,9 @@ def _permuted(records: Sequence[Record], seed: int) -> float:
     names = [label("relative noise", level) for level in FAMILIES["relative noise"]]
     by_run = {(record.arm, record.seed): record for record in records if record.diverged is None}
     pairs = [
-        (by_run[LITERAL, own], by_run[PLAIN, own]) for _, own in by_run if {(LITERAL, own), (PLAIN, own)} <= set(by_run)
+        (by_run[_ON_THE_STREAM, own], by_run[PLAIN, own])
+        for name, own in by_run
+        if name == PLAIN and (_ON_THE_STREAM, own) in by_run
     ]
     values = np.array([np.mean([a.losses[n] - b.losses[n] for n in names], axis=0) for a, b in pairs])
     generator = np.random.default_rng(seed)
@@ -233,26 +225,15 @@ def _permuted(records: Sequence[Record], seed: int) -> float:
     return held / _PERMUTED
 
 
-def _identity(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> dict[str, Any]:
-    """Describe the study, arms and text that shipped results must have, as read back from JSON."""
-    content = {
-        "study": {**study.as_dict(), "seeds": study.seeds},
-        "arms": [arm.as_dict() for arm in arms],
-        "corpus": corpus.digest,
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(content))
-    return plain
-
-
 def _committed(corpus: Corpus, study: Study, arms: Sequence[Arm]) -> Summary | None:
     """Read the summary that ships with the package; None if it is of another study or text."""
-    file = resources.files("probattn.inference.studies") / "results" / _RESULTS
+    file = resources.files("probattn.inference.studies") / "results" / RESULTS
     if not file.is_file():
         return None
     content = json.loads(file.read_text(encoding="utf-8"))
-    wanted = _identity(corpus, study, arms)
+    wanted = study_identity(corpus, study, arms)
     return Summary.from_dict(content["summary"]) if all(content.get(n) == v for n, v in wanted.items()) else None
 
 
 def _slug(name: str) -> str:
-    return "_".join(name.replace("'", "").replace("+", "and").split())
+    return "_".join(name.replace("'", "").replace("+", "and").replace(",", "").split())

@@ -97,16 +97,18 @@ def plot_loss_curves(
 def plot_norms_and_margins(
     paths: Mapping[str, Array],
     margins: Mapping[str, Mapping[str, Array]],
+    before: Mapping[str, float] | None = None,
     *,
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Draw the growth of the embeddings in training, and the margins of the heads after it.
+    """Draw the growth of the embeddings in training, and the margins of the layers after it.
 
     Args:
         paths: root mean square of the embeddings at evenly spread steps, by arm.
         margins: rising quantiles by margin and arm, the last but one of them the median, (Q,) each, Q >= 4; a thin
             line joins the outer ones, a thick one the third from the end with the last. Where one exceeds 20 in size,
             the axis is symmetric-logarithmic.
+        before: median before training by margin, a dotted line.
         axes: one panel for the embeddings, then one per margin.
 
     Returns:
@@ -143,6 +145,8 @@ def plot_norms_and_margins(
             ticks = np.unique([0, *powers, *(-powers if values.min() < -20 else ())])
             axis.set_xticks(ticks, [f"{tick:.0e}" if abs(tick) > 1000 else f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
+        if before is not None and title in before:
+            axis.axvline(before[title], color="black", linewidth=0.8, linestyle=":")
         finish(axis, title=words(title))
         axis.tick_params(axis="x", labelsize=8)
     return figure

@@ -113,8 +113,8 @@ RADIUS = 4.0
 # Shares of positions and windows that keep a step within about twice a plain one, on one thread.
 _SHARES: Mapping[tuple[Placement, BarrierKind], tuple[float, float]] = {
     ("embeddings", "singular_value"): (0.25, 0.25),
-    ("residual", "logdet"): (0.25, 0.25),
-    ("residual", "one_sided"): (0.25, 0.25),
+    ("residual", "logdet"): (0.1, 0.25),
+    ("residual", "one_sided"): (0.1, 0.25),
     ("residual", "singular_value"): (0.1, 0.25),
 }
 
@@ -202,16 +202,16 @@ class Study:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    steps: int = 800
+    steps: int = 500
     batch: int = 16
     learning_rate: float = 6e-3
     warmup: int = 50
     context: int = 64
-    dim: int = 64
+    dim: int = 48
     layers: int = 2
     heads: int = 4
     rank: int = 8
-    windows: int = 192
+    windows: int = 128
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 1, "context": 3, "dim": 1, "layers": 1, "heads": 1, "rank": 1, "windows": 2}

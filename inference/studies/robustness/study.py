@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -47,7 +48,7 @@ _LOG = logging.getLogger(__name__)
 #: Quantiles of the margins that a record keeps.
 QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9)
 _SCHEMA = 2
-_LOOKED_AT = 16  # windows whose margins are measured
+_LOOKED_AT = 8  # windows whose margins are measured
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def look_inside(trained: Trained, inputs: Tensor, before: CharacterGPT | None = 
     Returns:
         Numbers by name, the same names for all arms but for those of the stage.
     """
-    model = trained.model
+    # In float64: a literal barrier drives determinants beyond what float32 holds.
+    model, stage = copy.deepcopy(trained.model).double(), copy.deepcopy(trained.stage)
     u = model.embed(inputs[:_LOOKED_AT])
     facts = {
         "rms": float(model.embed(inputs).square().mean().sqrt()),
@@ -132,9 +134,10 @@ def look_inside(trained: Trained, inputs: Tensor, before: CharacterGPT | None = 
     for name, kind in _MARGINS.items():
         facts |= _margins(f"residual_{name}", _layers(model, u, kind))
         if before is not None:
+            before = before.double()
             facts |= _margins(f"before_{name}", _layers(before, before.embed(inputs[:_LOOKED_AT]), kind))
-        if trained.stage is not None:
-            facts |= _margins(f"stage_{name}", [trained.stage.penalty(u, kind)])
+        if stage is not None:
+            facts |= _margins(f"stage_{name}", [stage.double().penalty(u, kind)])
     return facts
 
 
@@ -184,7 +187,8 @@ def run_study(
         One record per run, in the order of arms and, within an arm, of seeds.
 
     Raises:
-        InputError: two arms with the same name, or an arm that follows one which is missing or itself follows another.
+        InputError: two arms with the same name, an arm that follows one which is missing or itself follows another, or
+            a folder with runs of other sizes, of another text or device.
     """
     named = {arm.name: arm for arm in arms}
     if len(named) < len(arms):
@@ -195,6 +199,7 @@ def run_study(
     device = device or torch.device("cpu")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        _require_same_study(folder, study, corpus, device)
     done: dict[tuple[str, int], Record] = {}
     total = len(arms) * len(study.seeds)
     workers = 1 if device.type == "cuda" else jobs
@@ -308,17 +313,39 @@ def _measure(
     return Record(arm.name, seed, None, losses, facts, path, seconds, environment), weights
 
 
-def _identity(arm: Arm, seed: int, study: Study, corpus: Corpus, device: torch.device, leader: Record | None) -> str:
-    """Return the SHA-256 of everything that a run depends on."""
+def _shared(study: Study, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+    """Return what all runs of a study depend on, as plain JSON values."""
     content = {
         "schema": _SCHEMA,
-        "arm": arm.as_dict(),
-        "seed": seed,
         "study": study.as_dict(),
         "corpus": corpus.digest,
         "device": device.type,
         "corruptions": dict(FAMILIES),
         "measures": list(MEASURES),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def _require_same_study(folder: Path, study: Study, corpus: Corpus, device: torch.device) -> None:
+    """Refuse a folder of another study, whose runs would be overwritten one by one; mark a new one."""
+    file, wanted = folder / "study.json", _shared(study, corpus, device)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a new folder, or a damaged mark
+        found = None
+    if isinstance(found, dict) and found != wanted:
+        differ = ", ".join(name for name in wanted if found.get(name) != wanted[name])
+        raise InputError(f"{folder}: holds runs of another study ({differ} differ); name another folder.")
+    write_json(file, wanted)
+
+
+def _identity(arm: Arm, seed: int, study: Study, corpus: Corpus, device: torch.device, leader: Record | None) -> str:
+    """Return the SHA-256 of everything that a run depends on."""
+    content = {
+        **_shared(study, corpus, device),
+        "arm": arm.as_dict(),
+        "seed": seed,
         "path": None if leader is None else [leader.diverged, *leader.path],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-r"""Summary of the study: paired differences with intervals, and verdicts by rules fixed before anything was trained.
+r"""Summary of the study: paired differences with intervals, by the rules of this study.
 
 A difference is that of the losses of an arm and of its reference at the same seed and window. Seeds and windows are two
 crossed samples, and the bootstrap draws anew from both.
@@ -8,50 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from probattn.inference.studies.robustness.arms import Arm
-from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, Array, label
+from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
+from probattn.inference.studies.robustness.evaluation import Array
+from probattn.inference.studies.robustness.rules import LEVEL, LONGER, PLAIN, RELEVANT, SHORTER, TOLERATED
 from probattn.inference.studies.robustness.study import Record
 
-__all__ = [
-    "STATEMENTS",
-    "ArmSummary",
-    "Difference",
-    "Summary",
-    "Verdict",
-    "judge_study",
-    "paired_difference",
-    "summarise",
-]
+__all__ = ["ArmSummary", "Difference", "Summary", "in_words", "paired_difference", "summarise"]
 
 RESAMPLES = 2000
-LEVEL = 0.95
 _POINTS = 61  # of a path that is kept
-# Both limits were written down before the first run. The figures reported for the barrier, 1.7 % of the clean loss for
-# 12 % under noise, would pass them.
-TOLERATED = 0.02  # share of the clean loss that still counts as no loss of accuracy
-# Share of what the corruption costs plain training: a smaller gain is none, however certain. An arm whose penalty has
-# next to no effect differs from plain training by a ten-thousandth of a bit, consistently.
-RELEVANT = 0.05
-
-#: Statements that an arm shows, or not, by the upper end of its interval; the claim of the barrier consists of them.
-STATEMENTS: Mapping[str, str] = MappingProxyType(
-    {
-        "accuracy": "no loss of held-out accuracy (less than 1 % of the clean loss)",
-        "absolute noise": "more robust to noise of a fixed size on the embeddings",
-        "relative noise": "more robust to noise in proportion to the embeddings",
-        "swaps": "more robust to swaps of adjacent characters",
-        "substitutions": "more robust to substituted characters",
-    }
-)
-PLAIN, POSITIVE, NEGATIVE = "plain", "relative noise 0.2", "plain reseeded"
-LITERAL, LITERAL_AT_PLAIN_SCALE = "embeddings logdet 0.05", "logdet 0.05 at the plain scale"
 
 
 class Difference(NamedTuple):
@@ -122,10 +94,13 @@ class ArmSummary:
         barrier: True if its result speaks for the barrier.
         diverged: step at which a run diverged, by seed.
         losses: bits per character by corruption, averaged over seeds and windows.
-        differences: differences to the reference by "clean", corruption, and family (averaged over its levels); empty
-            if fewer than two seeds finished in both arms.
-        facts: facts of the records and "seconds", averaged over seeds.
+        differences: differences to the reference by "clean", corruption, further measure, and family (averaged over its
+            levels); empty if fewer than two seeds finished in both arms.
+        facts: facts of the records, "seconds" and "training_seconds", averaged over seeds.
         path: root mean square of the embeddings in training at evenly spread steps, averaged over seeds.
+        equal_loss: differences by family to plain training at the clean loss of the arm, interpolated between runs of
+            half, once and twice the steps; empty without them, or if that loss lies outside their range at some seed.
+        equal_compute: differences by "clean" and family to plain training of twice the steps.
     """
 
     arm: str
@@ -136,23 +111,26 @@ class ArmSummary:
     differences: Mapping[str, Difference]
     facts: Mapping[str, float]
     path: Sequence[float]
+    equal_loss: Mapping[str, Difference] = field(default_factory=dict)
+    equal_compute: Mapping[str, Difference] = field(default_factory=dict)
 
     def holds(self, statement: str, plain: Mapping[str, float], count: int = 1) -> bool:
         """Return True if the arm shows a statement, with an interval that holds for ``count`` arms at once.
 
-        An arm with a diverged run shows nothing.
+        An arm with a diverged run shows nothing, and none shows what its study did not measure.
 
         Args:
             statement: key of :data:`STATEMENTS`.
             plain: losses of plain training, by "clean" and corruption.
             count: number of barrier arms that are judged together.
         """
-        if self.diverged or not self.differences:
+        if self.diverged or (CLEAN if statement == "accuracy" else statement) not in self.differences:
             return False
         if statement == "accuracy":
             return self.differences[CLEAN].interval(count)[1] < TOLERATED * plain[CLEAN]
         found = self.differences[statement]
-        harm = float(np.mean([plain[label(statement, level)] for level in FAMILIES[statement]])) - plain[CLEAN]
+        names = [name for name in plain if name.rpartition(" ")[0] == statement]
+        harm = float(np.mean([plain[name] for name in names])) - plain[CLEAN]
         return found.interval(count)[1] < 0 and found.mean <= -RELEVANT * max(harm, 0.0)
 
 
@@ -181,7 +159,7 @@ class Summary:
                 {
                     **vars(arm),
                     "diverged": {str(seed): step for seed, step in arm.diverged.items()},
-                    "differences": {name: list(found) for name, found in arm.differences.items()},
+                    **{name: {key: list(found) for key, found in getattr(arm, name).items()} for name in _COMPARED},
                 }
             )
         return {"seeds": list(self.seeds), "arms": arms}
@@ -196,13 +174,18 @@ class Summary:
         arms = {}
         for fields in content["arms"]:
             diverged = {int(seed): step for seed, step in fields["diverged"].items()}
-            differences = {name: Difference(*found) for name, found in fields["differences"].items()}
-            arms[fields["arm"]] = ArmSummary(**{**fields, "diverged": diverged, "differences": differences})
+            compared = {
+                name: {key: Difference(*found) for key, found in fields.get(name, {}).items()} for name in _COMPARED
+            }
+            arms[fields["arm"]] = ArmSummary(**{**fields, "diverged": diverged, **compared})
         return cls(arms, tuple(content["seeds"]))
 
 
+_COMPARED = ("differences", "equal_loss", "equal_compute")
+
+
 def summarise(records: Sequence[Record], arms: Sequence[Arm], *, resamples: int = RESAMPLES) -> Summary:
-    """Compare every arm with its reference.
+    """Compare every arm with its reference, and with plain training at equal clean loss and at equal compute.
 
     Args:
         records: records of the study, one per run.
@@ -213,139 +196,72 @@ def summarise(records: Sequence[Record], arms: Sequence[Arm], *, resamples: int 
         A summary per arm.
     """
     by_arm = {arm.name: {record.seed: record for record in records if record.arm == arm.name} for arm in arms}
-    seeds = tuple(sorted({record.seed for record in records}))
+    finished = {
+        name: {seed: record.losses for seed, record in own.items() if record.diverged is None}
+        for name, own in by_arm.items()
+    }
     found = {}
     for arm in arms:
-        own, other = by_arm[arm.name], by_arm[arm.reference]
-        finished = [record for record in own.values() if record.diverged is None]
-        shared = [seed for seed, record in own.items() if record.diverged is None and other[seed].diverged is None]
-        differences = {}
-        if len(shared) >= 2 and arm.name != arm.reference:
-            single = {
-                name: np.stack([own[seed].losses[name] - other[seed].losses[name] for seed in shared])
-                for name in own[shared[0]].losses
-            }
-            families = {
-                family: np.mean([single[label(family, level)] for level in levels], axis=0)
-                for family, levels in FAMILIES.items()
-            }
-            differences = {
-                name: paired_difference(values, resamples=resamples) for name, values in {**single, **families}.items()
-            }
+        own, differences, equal_loss, equal_compute = finished[arm.name], {}, {}, {}
+        if arm.name != arm.reference:
+            differences = _compare(own, finished[arm.reference], resamples)
+        if arm.name not in (PLAIN, SHORTER, LONGER) and LONGER in finished:
+            families = (CLEAN, *FAMILIES)
+            compared = _compare(own, finished[LONGER], resamples)
+            equal_compute = {name: compared[name] for name in families if name in compared}
+            matched = _at_the_loss_of(own, [finished.get(name, {}) for name in (SHORTER, PLAIN, LONGER)])
+            if matched is not None:
+                compared = _compare(own, matched, resamples)
+                equal_loss = {name: compared[name] for name in FAMILIES if name in compared}
+        kept = [record for record in by_arm[arm.name].values() if record.diverged is None]
         found[arm.name] = ArmSummary(
             arm.name,
             arm.reference,
             arm.barrier,
-            {seed: record.diverged for seed, record in own.items() if record.diverged is not None},
-            _means([{name: float(values.mean()) for name, values in record.losses.items()} for record in finished]),
+            {seed: record.diverged for seed, record in by_arm[arm.name].items() if record.diverged is not None},
+            _means([{name: float(values.mean()) for name, values in record.losses.items()} for record in kept]),
             differences,
-            _means([{**record.facts, "seconds": record.seconds[1]} for record in finished]),
-            _mean_path([record.path for record in finished]),
+            _means([_facts(record) for record in kept]),
+            _mean_path([record.path for record in kept]),
+            equal_loss,
+            equal_compute,
         )
-    return Summary(found, seeds)
+    return Summary(found, tuple(sorted({record.seed for record in records})))
 
 
-class Verdict(NamedTuple):
-    """Verdict of a study.
-
-    Attributes:
-        overall: "supported", "supported_within" (under absolute noise only), "not_supported" or "not_run".
-        condition: condition under which the claim holds, or the reason why nothing can be said; None without either.
-        words: one line for each statement, for the question of scale and for the controls, by name.
-    """
-
-    overall: Literal["supported", "supported_within", "not_supported", "not_run"]
-    condition: str | None
-    words: Mapping[str, str]
+_Losses = Mapping[int, Mapping[str, Array]]  # by seed and corruption
 
 
-def judge_study(summary: Summary) -> Verdict:
-    """Judge a study by these rules, in this order.
-
-    - "not_run": plain training diverged, or there are fewer than two seeds; or noise training, known to help against
-      noise, was not found to help (where the study has that arm): the study could not have seen an effect.
-    - "supported": some barrier arm loses no accuracy and is more robust to *relative* noise, with intervals adjusted
-      for the number of barrier arms, by at least 1 % of what the noise costs plain training.
-    - "supported_within": some barrier arm loses no accuracy and is more robust to absolute noise, but none to relative.
-    - "not_supported": anything else.
-
-    Args:
-        summary: summary of the study.
-    """
-    plain = summary.arms[PLAIN]
-    if plain.diverged or len(summary.seeds) < 2:
-        reason = f"plain training diverged with seeds {list(plain.diverged)}, or has a single seed: nothing to compare"
-        return Verdict("not_run", reason, {})
-    losses, barriers = plain.losses, summary.barriers
-    words = {name: _who(name, meaning, barriers, losses) for name, meaning in STATEMENTS.items()}
-    words["scale"] = _scale(summary, losses)
-    words |= _controls(summary, losses)
-    if POSITIVE in summary.arms and not summary.arms[POSITIVE].holds("relative noise", losses):
-        return Verdict(
-            "not_run",
-            "the positive control failed: training with relative noise, which is known to help against it, was not "
-            "found to help, so that this study could not have seen an effect of the barrier",
-            words,
-        )
-
-    def both(statement: str) -> list[str]:
-        count = len(barriers)
-        return [
-            arm.arm for arm in barriers if arm.holds("accuracy", losses, count) and arm.holds(statement, losses, count)
-        ]
-
-    if both("relative noise"):
-        return Verdict("supported", None, words)
-    if both("absolute noise"):
-        condition = (
-            f"only under absolute noise ({', '.join(both('absolute noise'))}): no barrier arm is more robust to noise "
-            f"in proportion to the embeddings at no loss of accuracy. {words['scale']}"
-        )
-        return Verdict("supported_within", condition, words)
-    return Verdict("not_supported", None, words)
+def _compare(own: _Losses, other: _Losses, resamples: int) -> dict[str, Difference]:
+    """Differences at the seeds that both have, by corruption and family; none with fewer than two seeds."""
+    shared = [seed for seed in own if seed in other]
+    if len(shared) < 2:
+        return {}
+    single = {name: np.stack([own[seed][name] - other[seed][name] for seed in shared]) for name in own[shared[0]]}
+    families = {
+        family: np.mean([single[label(family, level)] for level in levels], axis=0)
+        for family, levels in FAMILIES.items()
+    }
+    return {name: paired_difference(values, resamples=resamples) for name, values in {**single, **families}.items()}
 
 
-def _who(statement: str, meaning: str, barriers: Sequence[ArmSummary], losses: Mapping[str, float]) -> str:
-    """Say which barrier arms show a statement."""
-    alone = [arm.arm for arm in barriers if arm.holds(statement, losses)]
-    sure = [arm.arm for arm in barriers if arm.holds(statement, losses, len(barriers))]
-    head = f"{meaning}: {len(sure)} of {len(barriers)} barrier arms, adjusted for their number"
-    return head + (f" ({', '.join(sure)})" if sure else "") + f"; {len(alone)} by themselves."
+def _at_the_loss_of(own: _Losses, plain: Sequence[_Losses]) -> _Losses | None:
+    """Losses that plain training would have at an arm's clean loss, seed by seed; None where it has none such."""
+    matched = {}
+    for seed, losses in own.items():
+        runs = sorted((run[seed] for run in plain if seed in run), key=lambda run: float(run[CLEAN].mean()))
+        clean, wanted = [float(run[CLEAN].mean()) for run in runs], float(losses[CLEAN].mean())
+        place = int(np.searchsorted(clean, wanted))
+        if not 0 < place < len(runs):
+            return None
+        share = (wanted - clean[place - 1]) / (clean[place] - clean[place - 1])
+        matched[seed] = {name: (1 - share) * runs[place - 1][name] + share * runs[place][name] for name in runs[place]}
+    return matched
 
 
-def _scale(summary: Summary, losses: Mapping[str, float]) -> str:
-    """Say whether the gain under absolute noise remains when the embeddings keep the scale of plain training."""
-    literal, fixed = summary.arms.get(LITERAL), summary.arms.get(LITERAL_AT_PLAIN_SCALE)
-    if literal is None or fixed is None or not fixed.differences or not literal.differences:
-        return "That the gain is not a matter of scale was not tested here."
-    if not literal.holds("absolute noise", losses):
-        return "That the gain is not a matter of scale: no gain of the literal barrier under absolute noise was found."
-    left = fixed.differences["absolute noise"]
-    verdict = "supported" if fixed.holds("absolute noise", losses) else "not supported"
-    return (
-        f"That the gain is not a matter of scale: {verdict} (with the literal barrier at the scale of plain training "
-        f"the difference is {in_words(left)} bits per character, of {in_words(literal.differences['absolute noise'])} "
-        "at its own scale)."
-    )
-
-
-def _controls(summary: Summary, losses: Mapping[str, float]) -> dict[str, str]:
-    words = {}
-    positive, negative = summary.arms.get(POSITIVE), summary.arms.get(NEGATIVE)
-    if positive is not None and positive.differences:
-        verdict = "found" if positive.holds("relative noise", losses) else "not found"
-        words["positive control"] = (
-            f"Positive: training with relative noise is {verdict} to help against relative noise, "
-            f"{in_words(positive.differences['relative noise'])} bits per character."
-        )
-    if negative is not None and negative.differences:
-        names = (CLEAN, *FAMILIES)
-        held = [low <= 0 <= high for low, high in (negative.differences[name].interval(len(names)) for name in names)]
-        words["negative control"] = (
-            f"Negative: plain training with other initial values and batches differs from plain training in "
-            f"{len(names) - sum(held)} of {len(names)} measures (none is expected)."
-        )
-    return words
+def _facts(record: Record) -> dict[str, float]:
+    training, total = record.seconds
+    return {**record.facts, "seconds": total, "training_seconds": training}
 
 
 def in_words(found: Difference) -> str:

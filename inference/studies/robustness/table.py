@@ -1,80 +1,27 @@
-"""Table and figures of a finished study."""
+"""Tables of a finished study, as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-
-from probattn import plotting
-from probattn.inference.runtime.environment import describe
-from probattn.inference.runtime.files import write_figure, write_text
 from probattn.inference.studies.robustness.arms import Arm, Study
 from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
+from probattn.inference.studies.robustness.evaluation import MEASURES, SMALL_NOISE
+from probattn.inference.studies.robustness.obfuscation import ATTACKS, Attacked
+from probattn.inference.studies.robustness.rules import DECISIVE, PLAIN, RELEVANT, STATEMENTS, TOLERATED
 from probattn.inference.studies.robustness.study import QUANTILES, Record
-from probattn.inference.studies.robustness.summary import (
-    LITERAL,
-    LITERAL_AT_PLAIN_SCALE,
-    PLAIN,
-    POSITIVE,
-    RELEVANT,
-    STATEMENTS,
-    TOLERATED,
-    ArmSummary,
-    Summary,
-    Verdict,
-    in_words,
-)
+from probattn.inference.studies.robustness.summary import ArmSummary, Difference, Summary
+from probattn.inference.studies.robustness.verdict import Verdict
 
-__all__ = ["draw_study", "render_table", "write_results"]
+__all__ = ["escape", "render_table"]
 
-# The arms of the curves, besides the best barrier arm under each kind of noise.
-_CURVES = (PLAIN, "weight decay 0.1", POSITIVE, "NEFTune 5", LITERAL, LITERAL_AT_PLAIN_SCALE)
 _OVERALL = {
     "supported": "supported",
     "supported_within": "supported within limits",
     "not_supported": "not supported",
     "not_run": "nothing can be said",
 }
-
-
-def write_results(
-    folder: Path,
-    summary: Summary,
-    verdict: Verdict,
-    *,
-    records: Sequence[Record],
-    arms: Sequence[Arm],
-    study: Study,
-    corpus: str,
-    device: torch.device | None = None,
-) -> Path:
-    """Write ``robustness.md`` and its figures.
-
-    Args:
-        folder: output folder.
-        summary: summary of the study.
-        verdict: its verdict.
-        records: records of the runs.
-        arms: arms of the study.
-        study: sizes of the study.
-        corpus: name of the text.
-        device: device on which it ran; None for the CPU.
-
-    Returns:
-        Path of the table.
-    """
-    environment = describe(device or torch.device("cpu"), torch.float32, study.seeds[0])
-    figures = draw_study(summary)
-    for name, figure in figures.items():
-        write_figure(folder / f"{name}.png", figure)
-    path = folder / "robustness.md"
-    write_text(path, render_table(summary, verdict, records, arms, study, corpus, environment, list(figures)))
-    return path
 
 
 def render_table(
@@ -86,6 +33,7 @@ def render_table(
     corpus: str,
     environment: Mapping[str, Any],
     figures: Sequence[str] = (),
+    attacked: Sequence[Attacked] = (),
 ) -> str:
     """Write the whole result as Markdown; text from outside the package is escaped.
 
@@ -98,47 +46,57 @@ def render_table(
         corpus: name of the text.
         environment: machine and versions, see :func:`~probattn.inference.runtime.environment.describe`.
         figures: names of the figures to link, without suffix.
+        attacked: what stronger attacks found.
 
     Returns:
         Markdown.
     """
-    count = len(summary.barriers)
     lines = ["# Is training with the log-barrier more robust?", "", f"**Verdict: {_OVERALL[verdict.overall]}.**"]
     if verdict.condition:
         lines += ["", escape(_capital(verdict.condition).rstrip(".") + ".")]
     lines += ["", *(f"- {escape(_capital(words))}" for words in verdict.words.values()), ""]
+    lines += _method(summary, records, study, corpus, environment)
+    for name in figures:
+        lines += [f"![{name}]({name}.png)", ""]
+    lines += ["## Differences to plain training", ""]
+    lines += _table(
+        ("arm", CLEAN, *FAMILIES, "shows, by itself", "shows, adjusted", "diverged"),
+        [_family_row(arm, summary) for arm in summary.arms.values()],
+    )
+    lines += _second_comparisons(summary)
+    lines += ["", "## Stronger attacks", ""]
+    lines += _obfuscation(attacked)
     lines += [
-        "## How it was measured",
         "",
-        f"{len(records)} runs of a character GPT ({study.layers} layers, {study.heads} heads, dimension {study.dim}, "
-        f"context {study.context}, {study.steps} steps of {study.batch} windows) on {escape(corpus)}; seeds "
-        f"{', '.join(map(str, study.seeds))}. Every arm of a seed starts from the same values, sees the same batches, "
-        f"and is tried on the same {study.windows} held-out windows at most with the same corruptions. Characters are "
-        "replaced by others in proportion to their frequency in the training text.",
+        "## Why: sensitivity, bias and first order",
         "",
-        "Differences are to the arm named, paired by seed and window, in bits per character; negative is better. 95 % "
-        "intervals: bootstrap of seeds and windows, Student's t with one degree of freedom less than seeds. "
-        f'"Adjusted" intervals hold for the {count} barrier arms at once. No loss of accuracy: the upper end of the '
-        f"clean difference lies below {TOLERATED:.0%} of the clean loss of plain training. More robust: the upper end "
-        f"lies below 0, and the gain is at least {RELEVANT:.0%} of what the corruption costs plain training.",
-        "",
-        f"Command: `{str(environment['command']).replace('`', ' ')}`. {environment['date']}, "
-        f"{environment['processor']}, {environment['cores']} cores, device {environment['device']}, "
-        f"Python {environment['python']}, torch {environment['versions']['torch']}.",
-        "",
-        "## Differences by family",
+        f"Under normal noise of {SMALL_NOISE:g} of the embeddings' root mean square, in bits per character: the bias "
+        "is the mean change of a window's loss, which is the harm; the first-order term has mean zero, and its "
+        "standard deviation is given. The sensitivity is the share of later predictions that one replaced character "
+        "changes.",
         "",
     ]
     lines += _table(
-        ("arm", "compared with", "clean", *FAMILIES, "shows, by itself", "shows, adjusted", "diverged"),
-        [_family_row(arm, summary) for arm in summary.arms.values()],
+        ("arm", *MEASURES, *(f"{name}, difference" for name in MEASURES)),
+        [_measure_row(arm) for arm in summary.arms.values() if arm.losses],
     )
-    lines += ["", "## Differences by level", ""]
-    levels = [label(family, level) for family, levels in FAMILIES.items() for level in levels]
-    compared = [arm for arm in summary.arms.values() if arm.differences]
+    lines += ["", "## Margins on the residual stream before and after training, and the costs", ""]
+    quantiles = ", ".join(f"{q:.0%}" for q in QUANTILES)
     lines += _table(
-        ("arm", *levels), [(arm.arm, *(in_words(arm.differences[name]) for name in levels)) for arm in compared]
+        (
+            "arm",
+            "rms of u",
+            "norm of the parameters",
+            "det < 0",
+            f"det: {quantiles}",
+            f"σ_min: {quantiles}",
+            "stage det < 0",
+            "stage σ_min",
+            "seconds of training",
+        ),
+        [*_before_row(summary), *(_fact_row(arm) for arm in summary.arms.values() if arm.facts)],
     )
+    levels = [label(family, level) for family, levels in FAMILIES.items() for level in levels]
     lines += ["", "## Losses in bits per character", ""]
     lines += _table(
         ("arm", CLEAN, *levels),
@@ -148,70 +106,14 @@ def render_table(
             if arm.losses
         ],
     )
-    lines += ["", "## Norms and margins of the model's own layers, and of the stage where there is one", ""]
+    lines += ["", "## Differences by level", ""]
     lines += _table(
-        (
-            "arm",
-            "rms of u",
-            "norm of the parameters",
-            "det < 0",
-            "det: " + ", ".join(f"{q:.0%}" for q in QUANTILES),
-            "σ_min: " + ", ".join(f"{q:.0%}" for q in QUANTILES),
-            "stage det < 0",
-            "stage σ_min",
-            "seconds",
-        ),
-        [_fact_row(arm) for arm in summary.arms.values() if arm.facts],
+        ("arm", *levels),
+        [(arm.arm, *_written(arm.differences, levels)) for arm in summary.arms.values() if arm.differences],
     )
     lines += ["", "## The arms", ""]
     lines += _table(("arm", "settings", "why"), [(arm.name, _settings(arm), arm.reason) for arm in arms])
-    for name in figures:
-        lines += ["", f"![{name}]({name}.png)"]
     return "\n".join(lines) + "\n"
-
-
-def draw_study(summary: Summary) -> dict[str, Figure]:
-    """Draw the figures of a study.
-
-    Args:
-        summary: summary of the study.
-
-    Returns:
-        Differences, losses against noise, and norms with margins, by file name without suffix.
-    """
-    clean = summary.arms[PLAIN].losses[CLEAN] if summary.arms[PLAIN].losses else 0.0
-    compared = [arm for arm in summary.arms.values() if arm.differences]
-    figures = {}
-    if compared:
-        panels = {}
-        for name in (CLEAN, *FAMILIES):
-            ends = np.array([(arm.differences[name].mean, *arm.differences[name].interval()) for arm in compared])
-            panels[name] = (ends[:, 0], ends[:, 1], ends[:, 2])
-        limits = {CLEAN: TOLERATED * clean}
-        figures["robustness-differences"] = plotting.plot_arm_differences([arm.arm for arm in compared], panels, limits)
-    shown = [name for name in _CURVES if name in summary.arms and summary.arms[name].losses]
-    for family in ("absolute noise", "relative noise"):
-        ranked = sorted(
-            (arm for arm in summary.barriers if arm.differences), key=lambda arm: arm.differences[family].mean
-        )
-        shown += [arm.arm for arm in ranked[:1] if arm.arm not in shown]
-    if shown:
-        curves = {}
-        for family in ("absolute noise", "relative noise"):
-            names = (CLEAN, *(label(family, level) for level in FAMILIES[family]))
-            losses = {arm: np.array([summary.arms[arm].losses[name] for name in names]) for arm in shown}
-            curves[family] = (np.array([0.0, *FAMILIES[family]]), losses)
-        figures["robustness-noise"] = plotting.plot_loss_curves(curves)
-    known = [arm for arm in summary.arms.values() if arm.facts]
-    if known:
-        titles = {"determinant": "det J of the layers", "singular_value": "smallest singular value of J"}
-        margins = {
-            title: {arm.arm: np.array(_quantiles(arm, f"residual_{kind}")) for arm in known}
-            for kind, title in titles.items()
-        }
-        paths = {arm.arm: np.array(arm.path) for arm in known}
-        figures["robustness-norms"] = plotting.plot_norms_and_margins(paths, margins)
-    return figures
 
 
 def escape(text: str) -> str:
@@ -225,6 +127,82 @@ def escape(text: str) -> str:
     return text.replace("\n", " ")
 
 
+def _method(
+    summary: Summary, records: Sequence[Record], study: Study, corpus: str, environment: Mapping[str, Any]
+) -> list[str]:
+    diverged = sum(record.diverged is not None for record in records)
+    return [
+        "## How it was measured",
+        "",
+        f"{len(records)} runs of a character GPT ({study.layers} layers, {study.heads} heads, dimension {study.dim}, "
+        f"context {study.context}, {study.steps} steps of {study.batch} windows) on {escape(corpus)}; seeds "
+        f"{', '.join(map(str, summary.seeds))}; {diverged} runs diverged. Every arm of a seed starts from the same "
+        f"values, sees the same batches, and is tried on the same {study.windows} held-out windows at most with the "
+        "same corruptions. Noise and attacks on embeddings are given as a share of the embeddings' root mean square or "
+        "of each one's norm (absolute noise: as it is), swaps, substitutions, typing errors and deletions as a share "
+        "of the characters, the attack on characters as their number per window.",
+        "",
+        "Differences are to plain training unless another arm is named, paired by seed and window, in bits per "
+        "character; negative is better. The half-width of a 95 % interval follows ±: bootstrap of seeds and windows, "
+        f'Student\'s t with {len(summary.seeds) - 1} degrees of freedom. "Adjusted" intervals hold for the '
+        f"{len(summary.barriers)} barrier arms at once. No loss of accuracy: the upper end of the clean difference "
+        f"lies below {TOLERATED:.0%} of the clean loss of plain training. More robust: the upper end lies below 0, and "
+        f"the gain is at least {RELEVANT:.0%} of what the corruption costs plain training. These limits, and that "
+        f"{' and '.join(DECISIVE)} decide, were fixed before the first run.",
+        "",
+        f"Command: `{str(environment['command']).replace('`', ' ')}`. {environment['date']}, "
+        f"{environment['processor']}, {environment['cores']} cores, device {environment['device']}, "
+        f"Python {environment['python']}, torch {environment['versions']['torch']}.",
+        "",
+    ]
+
+
+def _second_comparisons(summary: Summary) -> list[str]:
+    names = (CLEAN, *FAMILIES)
+    lines = ["", "## At equal clean loss", ""]
+    matched = [arm for arm in summary.arms.values() if arm.equal_loss]
+    lines += [
+        "Differences to plain training at the arm's own clean loss, interpolated between runs of half, once and twice "
+        "the steps; arms whose clean loss lies outside that range at some seed are left out.",
+        "",
+    ]
+    if matched:
+        lines += _table(("arm", *FAMILIES), [(arm.arm, *_written(arm.equal_loss, FAMILIES)) for arm in matched])
+    longer = [arm for arm in summary.arms.values() if arm.equal_compute]
+    lines += ["", "## At equal compute", "", "Differences to plain training of twice the steps.", ""]
+    if longer:
+        lines += _table(
+            ("arm", "seconds of training", *names),
+            [
+                (arm.arm, f"{arm.facts.get('training_seconds', 0.0):.0f}", *_written(arm.equal_compute, names))
+                for arm in longer
+            ],
+        )
+    return lines
+
+
+def _obfuscation(attacked: Sequence[Attacked]) -> list[str]:
+    plain = next((found for found in attacked if found.arm == PLAIN), None)
+    if plain is None:
+        return ["No models were kept to attack."]
+    count = len(plain.seeds)
+    hidden = [found.arm for found in attacked if found.suspicious]
+    lines = [
+        f"Bits per character on 48 windows, averaged over {count} seeds, under the strongest level of the study's two "
+        "attacks, the first with three times the steps and from three random starts, the second with the texts that "
+        "were made for the model of another seed. A text of another seed that misleads more than the arm's own would "
+        f"be a sign of hidden gradients: {escape(', '.join(hidden)) if hidden else 'none does'}. The last column is "
+        "the share of the gain over plain training that the strongest of the three attacks on embeddings leaves.",
+        "",
+    ]
+    rows = []
+    for found in attacked:
+        left = found.left(plain)
+        losses = [f"{found.losses[name]:.3f}" if name in found.losses else "–" for name in (CLEAN, *ATTACKS)]
+        rows.append((found.arm, *losses, f"{left:.0%}" if left == left else "no gain"))
+    return lines + _table(("arm", CLEAN, *ATTACKS, "gain left"), rows)
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -236,45 +214,61 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(head), line(["---"] * len(head)), *(line([escape(cell) for cell in row]) for row in rows)]
 
 
+def _written(found: Mapping[str, Difference], names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    return [f"{found[name].mean:+.3f} ± {found[name].interval()[1] - found[name].mean:.3f}" for name in names]
+
+
 def _family_row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:
     diverged = ", ".join(f"seed {seed} at step {step}" for seed, step in arm.diverged.items()) or "none"
+    name = arm.arm if arm.reference in (PLAIN, arm.arm) else f"{arm.arm} (compared with {arm.reference})"
     if not arm.differences:
-        return (arm.arm, *("–",) * (len(FAMILIES) + 4), diverged)
+        return (name, *("–",) * (len(FAMILIES) + 3), diverged)
     plain = summary.arms[PLAIN].losses
 
     def shows(count: int) -> str:
         return ", ".join(name for name in STATEMENTS if arm.holds(name, plain, count)) or "nothing"
 
     adjusted = shows(len(summary.barriers)) if arm.barrier else "–"
-    numbers = (in_words(arm.differences[name]) for name in (CLEAN, *FAMILIES))
-    return (arm.arm, arm.reference, *numbers, shows(1), adjusted, diverged)
+    return (name, *_written(arm.differences, (CLEAN, *FAMILIES)), shows(1), adjusted, diverged)
+
+
+def _measure_row(arm: ArmSummary) -> tuple[str, ...]:
+    differences = _written(arm.differences, MEASURES) if arm.differences else ["–"] * len(MEASURES)
+    return (arm.arm, *(f"{arm.losses[name]:.3f}" for name in MEASURES), *differences)
+
+
+def _listed(facts: Mapping[str, float], name: str) -> str:
+    if f"{name}_0" not in facts:
+        return "–"
+    values = (facts[f"{name}_{q:g}"] for q in QUANTILES)
+    return ", ".join(f"{value:.3f}" if abs(value) < 1e4 else f"{value:.1e}" for value in values)
+
+
+def _before_row(summary: Summary) -> list[tuple[str, ...]]:
+    facts = summary.arms[PLAIN].facts
+    if "before_determinant_0" not in facts:
+        return []
+    margins = (_listed(facts, f"before_{kind}") for kind in ("determinant", "singular_value"))
+    return [("before training", "–", "–", f"{facts['before_determinant_negative']:.2%}", *margins, "–", "–", "–")]
 
 
 def _fact_row(arm: ArmSummary) -> tuple[str, ...]:
     facts = arm.facts
-
-    def listed(name: str) -> str:
-        return ", ".join(f"{value:.3f}" for value in _quantiles(arm, name)) if f"{name}_0" in facts else "–"
-
     stage = "stage_determinant_negative"
     return (
         arm.arm,
-        f"{facts['rms']:.4f}",
-        f"{facts['parameter_norm']:.2f}",
+        f"{facts['rms']:.3f}",
+        f"{facts['parameter_norm']:.1f}",
         f"{facts['residual_determinant_negative']:.2%}",
-        listed("residual_determinant"),
-        listed("residual_singular_value"),
+        _listed(facts, "residual_determinant"),
+        _listed(facts, "residual_singular_value"),
         f"{facts[stage]:.2%}" if stage in facts else "–",
-        listed("stage_singular_value"),
-        f"{facts['seconds']:.0f}",
+        _listed(facts, "stage_singular_value"),
+        f"{facts['training_seconds']:.0f}",
     )
-
-
-def _quantiles(arm: ArmSummary, name: str) -> list[float]:
-    return [arm.facts[f"{name}_{q:g}"] for q in QUANTILES]
 
 
 def _settings(arm: Arm) -> str:
     usual = Arm("usual").as_dict()
-    changed = {name: value for name, value in arm.as_dict().items() if name != "name" and value != usual.get(name)}
+    changed = {name: value for name, value in arm.as_dict().items() if name != "name" and value != usual[name]}
     return ", ".join(f"{name} {value}" for name, value in changed.items()) or "–"

@@ -1,7 +1,6 @@
 """Runs that are alike in all but what is compared, corruptions at their rates, and verdicts that turn."""
 
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,31 +11,37 @@ from listening import listening
 from probattn.errors import InputError
 from probattn.inference.claims.claim import Settings
 from probattn.inference.claims.robustness import quick_study, robustness_claim
+from probattn.inference.studies.robustness import __main__ as command
 from probattn.inference.studies.robustness import study as runs
 from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Arm, Study
-from probattn.inference.studies.robustness.corruptions import (
-    CLEAN,
-    FAMILIES,
-    evaluate,
-    label,
-    substitute_characters,
-    swap_characters,
-)
-from probattn.inference.studies.robustness.study import QUANTILES, Record, run_study
-from probattn.inference.studies.robustness.summary import (
+from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
+from probattn.inference.studies.robustness.evaluation import MEASURES
+from probattn.inference.studies.robustness.figures import draw_study
+from probattn.inference.studies.robustness.rules import (
+    DECISIVE,
     LITERAL,
     LITERAL_AT_PLAIN_SCALE,
+    LONGER,
     NEGATIVE,
     POSITIVE,
-    Summary,
-    judge_study,
-    paired_difference,
-    summarise,
+    POSITIVE_ATTACK,
+    SHORTER,
 )
-from probattn.inference.studies.robustness.table import draw_study, escape, render_table
+from probattn.inference.studies.robustness.study import (
+    QUANTILES,
+    Record,
+    finished_seeds,
+    read_study,
+    run_study,
+    weights_file,
+)
+from probattn.inference.studies.robustness.summary import Summary, paired_difference, summarise
+from probattn.inference.studies.robustness.table import escape, render_table
 from probattn.inference.studies.robustness.training import batches, forward_with_streams, residual_attention, train
-from probattn.models.corpus import UNKNOWN, Corpus, Windows
+from probattn.inference.studies.robustness.verdict import judge_study
+from probattn.models.corpus import UNKNOWN, Corpus
 from probattn.models.gpt import CharacterGPT, GPTConfig
+from probattn.plotting.style import words
 
 TINY = Study(
     seeds=(0, 1), steps=6, batch=4, warmup=2, context=8, dim=8, layers=1, heads=2, rank=2, windows=6, learning_rate=1e-2
@@ -77,7 +82,7 @@ class TestTraining:
             return step(model, tokens)
 
         monkeypatch.setattr(CharacterGPT, "embed", spy)
-        for arm in ARMS[:6] + ARMS[-1:] + VARIANTS[:1] + VARIANTS[-1:]:
+        for arm in ARMS[:10] + ARMS[-1:] + VARIANTS[-1:]:
             train(replace(arm, steer=None), 0, text, TINY)
         plain = seen.pop("plain")
         other = seen.pop(NEGATIVE)
@@ -95,9 +100,12 @@ class TestTraining:
         assert first.path == second.path
         assert len(first.path) == TINY.steps + 1
 
-    @pytest.mark.parametrize("arm", [*ARMS[5:], *VARIANTS], ids=lambda arm: arm.name)
+    @pytest.mark.parametrize(
+        "arm", [arm for arm in (*ARMS[1:], *VARIANTS) if arm.steer is None], ids=lambda arm: arm.name
+    )
     def test_each_arm_does_something(self, text, arm):
-        short = replace(TINY, steps=3)
+        # So large a step that the cap is passed.
+        short = replace(TINY, steps=3, learning_rate=0.3 if arm.cap else TINY.learning_rate)
         plain, found = train(PLAIN, 0, text, short), train(arm, 0, text, short)
         assert found.diverged is None
         assert not same(plain.model, found.model)
@@ -116,13 +124,14 @@ class TestTraining:
         own = train(Arm("steered", steer="plain"), 0, text, TINY, path=free.path)
         torch.testing.assert_close(own.model(last), free.model(last), atol=1e-4, rtol=1e-4)
 
-    def test_a_frozen_stage_keeps_its_values(self, text):
-        free = train(replace(BARRIER, weight=1.0), 0, text, TINY)
-        frozen = train(replace(BARRIER, weight=1.0, frozen=True), 0, text, TINY)
-        start = train(replace(BARRIER, weight=1.0, frozen=True), 0, text, replace(TINY, steps=1))
-        assert same(frozen.stage, start.stage)
-        assert not same(frozen.stage, free.stage)
-        assert not same(frozen.model, train(PLAIN, 0, text, TINY).model)
+    def test_a_contractive_stage_stays_below_its_limit(self, text):
+        bounded = train(replace(BARRIER, weight=1.0, contraction=0.5), 0, text, TINY).stage.attention()
+        assert float(bounded.contraction.detach()) < 0.5
+        assert train(replace(BARRIER, weight=1.0), 0, text, TINY).stage.memory_radius is None
+
+    def test_the_length_of_an_arm_is_a_multiple_of_the_studys(self, text):
+        half, twice = (train(Arm("x", length=length), 0, text, TINY) for length in (0.5, 2.0))
+        assert (len(half.path), len(twice.path)) == (TINY.steps // 2 + 1, 2 * TINY.steps + 1)
 
     def test_divergence_is_seen(self, text):
         found = train(replace(BARRIER, weight=1e38), 0, text, replace(TINY, steps=40))
@@ -137,6 +146,9 @@ class TestTraining:
             ({"weight": -1.0}, "weight"),
             ({"positions": 0.0}, "positions"),
             ({"windows": 2.0}, "windows"),
+            ({"contraction": 1.0}, "contraction"),
+            ({"length": 0.0}, "length"),
+            ({"adversarial": float("nan")}, "adversarial"),
         ],
     )
     def test_arms_that_cannot_be(self, fields, word):
@@ -157,72 +169,6 @@ class TestTraining:
             train(PLAIN, 0, replace(text, text="one two "), TINY)
 
 
-class TestCorruptions:
-    @pytest.mark.parametrize("rate", [0.02, 0.1, 0.5])
-    def test_swaps_have_their_rate_and_move_no_character_twice(self, rate):
-        tokens = torch.arange(40).repeat(4000, 1)
-        found = swap_characters(tokens, rate, torch.Generator().manual_seed(0))
-        assert found.sort(1).values.equal(tokens)
-        begun = found[:, :-1] == tokens[:, :-1] + 1
-        assert int((found - tokens).abs().max()) == 1
-        assert not bool((begun[:, :-1] & begun[:, 1:]).any())
-        # The same at every place, to four standard errors.
-        assert float((begun.double().mean(0) - rate).abs().max()) < 4 * math.sqrt(rate * (1 - rate) / 4000)
-
-    def test_substitutions_have_their_rate_and_their_frequencies(self):
-        frequency = torch.tensor([60, 30, 10, 0])
-        tokens = torch.zeros(400, 100, dtype=torch.long)
-        found = substitute_characters(tokens, 0.1, frequency, torch.Generator().manual_seed(0))
-        assert float((found != tokens).double().mean()) == pytest.approx(0.1, abs=0.006)
-        counts = torch.bincount(found[found != tokens], minlength=4).double()
-        assert counts[0] == counts[3] == 0
-        assert float(counts[1] / counts.sum()) == pytest.approx(0.75, abs=0.03)
-
-    def test_none_at_rate_zero(self):
-        tokens, generator = torch.randint(5, (3, 7)), torch.Generator()
-        assert swap_characters(tokens, 0.0, generator).equal(tokens)
-        assert substitute_characters(tokens, 0.0, torch.ones(5), generator).equal(tokens)
-
-    def test_what_cannot_be(self):
-        tokens, generator = torch.zeros(1, 4, dtype=torch.long), torch.Generator()
-        with pytest.raises(InputError, match="rate"):
-            swap_characters(tokens, 0.6, generator)
-        with pytest.raises(InputError, match="rate"):
-            substitute_characters(tokens, 1.1, torch.ones(2), generator)
-        with pytest.raises(InputError, match="single"):
-            substitute_characters(tokens, 0.1, torch.tensor([1, 0]), generator)
-
-    def test_bits_of_a_model_that_knows_nothing(self, text):
-        model = CharacterGPT(TINY.gpt(len(text.vocabulary)))
-        torch.nn.init.zeros_(model.readout.weight)
-        torch.nn.init.zeros_(model.readout.bias)
-        windows = text.windows(8, heldout=True)
-        losses = evaluate(model, windows, torch.bincount(text.encode(text.text)), 0)
-        assert set(losses) == {
-            CLEAN,
-            *(label(family, level) for family, levels in FAMILIES.items() for level in levels),
-        }
-        for values in losses.values():
-            np.testing.assert_allclose(values, math.log2(len(text.vocabulary)), rtol=1e-6)
-
-    def test_relative_noise_does_not_see_a_scale_that_the_model_undoes(self, text):
-        """Ten times the embeddings change absolute noise, not relative noise, where a layer norm comes first."""
-        model = CharacterGPT(replace(TINY.gpt(len(text.vocabulary)), layers=1))
-        for name, part in model.named_parameters():
-            if name.startswith("blocks") and ("output" in name or "perceptron.2" in name):
-                torch.nn.init.zeros_(part)  # the layer adds nothing: logits depend on LN(u) alone
-        windows = Windows(*(part[:20] for part in text.windows(8, heldout=True)))
-        frequency = torch.bincount(text.encode(text.text))
-        before = evaluate(model, windows, frequency, 0)
-        with torch.no_grad():
-            model.table.mul_(10)
-            model.positions.mul_(10)
-        after = evaluate(model, windows, frequency, 0)
-        np.testing.assert_allclose(after["relative noise 0.4"], before["relative noise 0.4"], rtol=1e-3)
-        moved = [np.abs(found["absolute noise 0.5"] - found[CLEAN]).mean() for found in (before, after)]
-        assert moved[1] < 0.3 * moved[0]
-
-
 class TestStudy:
     arms = (PLAIN, BARRIER, Arm("steered", steer=LITERAL))
 
@@ -240,7 +186,7 @@ class TestStudy:
         with pytest.raises(KeyboardInterrupt):
             run_study(self.arms, TINY, text, folder=tmp_path)
         first = calls.copy()
-        assert len(list(tmp_path.glob("*.json"))) == 3
+        assert len(list(tmp_path.glob("*-?.json"))) == 3
         calls.clear()
         monkeypatch.setattr(
             runs, "_measure", lambda arm, seed, *rest: calls.append((arm.name, seed)) or real(arm, seed, *rest)
@@ -264,11 +210,43 @@ class TestStudy:
         run_study(changed, TINY, text, folder=tmp_path)
         assert sorted(calls) == [(LITERAL, 0), (LITERAL, 1), ("plain", 1), ("steered", 0), ("steered", 1)]
         calls.clear()
-        run_study(changed, replace(TINY, steps=7), text, folder=tmp_path)
-        assert len(calls) == 6
-        calls.clear()
-        run_study(changed, replace(TINY, steps=7), replace(text, heldout=text.heldout[:-1]), folder=tmp_path)
-        assert len(calls) == 6
+        # Nothing is overwritten by a study of other sizes or of another text.
+        for study, corpus in ((replace(TINY, steps=7), text), (TINY, replace(text, heldout=text.heldout[:-1]))):
+            with pytest.raises(InputError, match="another study"):
+                run_study(changed, study, corpus, folder=tmp_path)
+        assert not calls
+        assert read_study(changed, replace(TINY, steps=7), text, tmp_path) == []
+        assert len(read_study(changed, TINY, text, tmp_path)) == 6
+
+    def test_seeds_with_all_arms_are_told_from_those_without(self, text, tmp_path):
+        run_study(self.arms, TINY, text, folder=tmp_path)
+        (tmp_path / "steered-1.json").unlink()
+        records = read_study(self.arms, TINY, text, tmp_path)
+        assert len(records) == 5
+        assert finished_seeds(records, self.arms) == (0,)
+        assert finished_seeds(records, self.arms[:2]) == (0, 1)
+        state = torch.load(weights_file(tmp_path, "plain", 1), weights_only=True)
+        assert torch.equal(state["table"], train(PLAIN, 1, text, TINY).model.table.detach())
+
+    def test_the_command_goes_on_and_reports_seeds_that_have_all_arms(self, text, tmp_path, monkeypatch):
+        monkeypatch.setattr(command, "ARMS", self.arms)
+        (tmp_path / "train.txt").write_text(text.text)
+        (tmp_path / "test.txt").write_text(text.heldout)
+        options = command.StudyOptions(
+            str(tmp_path / "train.txt"), str(tmp_path / "test.txt"), tmp_path / "out", jobs=1, sizes=TINY
+        )
+        with pytest.raises(InputError, match="0 seeds"):
+            command.study(replace(options, report=True))
+        assert command.study(options) == 0
+        results = json.loads((tmp_path / "out" / "robustness.json").read_text())
+        assert results["summary"]["seeds"] == [0, 1]
+        assert [found["arm"] for found in results["attacked"]] == [arm.name for arm in self.arms]
+        page = (tmp_path / "out" / "robustness.md").read_text()
+        assert "python -m probattn.inference.studies.robustness" in page
+        assert "## Stronger attacks" in page
+        (tmp_path / "out" / "studies" / "robustness" / "plain-1.json").unlink()
+        with pytest.raises(InputError, match="1 seeds"):
+            command.study(replace(options, report=True))
 
     def test_processes_share_it(self, text, tmp_path):
         alone = run_study(self.arms[:2], TINY, text)
@@ -339,6 +317,7 @@ JUDGED = (
     PLAIN,
     Arm(NEGATIVE, reseed=1000),
     Arm(POSITIVE, relative_noise=0.2),
+    Arm(POSITIVE_ATTACK, adversarial=0.1),
     BARRIER,
     Arm("embeddings one_sided 0.05", "embeddings", "one_sided", 0.05),
     Arm(LITERAL_AT_PLAIN_SCALE, "embeddings", "logdet", 0.05, steer="plain"),
@@ -347,7 +326,7 @@ JUDGED = (
 
 def planted(effects, *, arms=JUDGED, seeds=5, windows=40, diverged=()):
     """Records in which arms differ from plain by given amounts, by family, beside noise of seeds and windows."""
-    effects = {POSITIVE: {"relative noise": -0.3}, **effects}
+    effects = {POSITIVE: {"relative noise": -0.3}, POSITIVE_ATTACK: {"embedding attack": -0.3}, **effects}
     records = []
     for seed in range(seeds):
         shared = np.random.default_rng(seed).normal(2.3, 0.2, windows)
@@ -364,8 +343,11 @@ def planted(effects, *, arms=JUDGED, seeds=5, windows=40, diverged=()):
                 + generator.normal(0, 0.01, windows)
                 for family, name in names
             }
-            facts = {"rms": 0.5, "parameter_norm": 10.0, "residual_determinant_negative": 0.0}
-            facts |= {f"residual_{kind}_{q:g}": q for kind in ("determinant", "singular_value") for q in QUANTILES}
+            losses |= {name: generator.normal(0.1, 0.01, windows) for name in MEASURES}
+            facts = {"rms": 0.5, "parameter_norm": 10.0}
+            for when in ("residual", "before"):
+                facts[f"{when}_determinant_negative"] = 0.0
+                facts |= {f"{when}_{kind}_{q:g}": q for kind in ("determinant", "singular_value") for q in QUANTILES}
             stopped = 7 if (arm.name, seed) in diverged else None
             records.append(Record(arm.name, seed, stopped, {} if stopped else losses, facts, [0.5, 0.6]))
     return records
@@ -399,12 +381,12 @@ class TestVerdict:
         found = verdict_of({})
         assert found.overall == "not_supported"
         assert "0 of 2" in found.words["relative noise"]
-        assert "differs from plain training in 0 of 5" in found.words["negative control"]
+        assert "differs from plain training in 0 of 9" in found.words["negative control"]
 
     def test_scale_alone_is_absolute_noise_alone(self):
         found = verdict_of({LITERAL: {"absolute noise": -0.05, "relative noise": 0.02}})
         assert found.overall == "supported_within"
-        assert found.condition.startswith(f"only under absolute noise ({LITERAL})")
+        assert found.condition.startswith(f"only under some corruptions (absolute noise: {LITERAL})")
         assert "not a matter of scale: not supported" in found.condition
 
     def test_a_gain_that_stays_at_the_plain_scale(self):
@@ -412,14 +394,27 @@ class TestVerdict:
         found = verdict_of({LITERAL: gain, LITERAL_AT_PLAIN_SCALE: gain})
         assert "not a matter of scale: supported" in found.words["scale"]
 
+    def test_the_attack_on_embeddings_decides_if_its_own_control_is_found(self):
+        gain = {LITERAL: {"embedding attack": -0.05}}
+        assert verdict_of(gain).overall == "supported"
+        blind = verdict_of({**gain, POSITIVE_ATTACK: {"embedding attack": 0.0}})
+        assert blind.overall == "supported_within"
+        assert "not found to help" in blind.words["positive control of attacks"]
+
+    @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in DECISIVE])
+    def test_other_corruptions_are_a_condition(self, family):
+        found = verdict_of({LITERAL: {family: -0.05}})
+        assert found.overall == "supported_within"
+        assert family in found.condition
+
     def test_robustness_that_costs_accuracy_does_not_count(self):
-        found = verdict_of({LITERAL: {"relative noise": -0.2, "absolute noise": -0.2, CLEAN: 0.04}})
+        found = verdict_of({LITERAL: {"relative noise": -0.2, "absolute noise": -0.2, CLEAN: 0.06}})
         assert found.overall == "not_supported"
 
     def test_a_gain_too_small_to_matter_is_none(self):
-        """One that is sure, but less than a hundredth of the half bit that the corruption costs."""
+        """One that is sure, but less than a twentieth of the half bit that the corruption costs."""
         exact = [record for record in planted({}) if record.arm == "plain"]
-        for gain, overall in ((0.004, "not_supported"), (0.006, "supported")):
+        for gain, overall in ((0.02, "not_supported"), (0.03, "supported")):
             records = planted({})
             for k, record in enumerate(records):
                 if record.arm == LITERAL:
@@ -431,10 +426,10 @@ class TestVerdict:
             assert summary.arms[LITERAL].differences["relative noise"].interval()[1] < 0
             assert judge_study(summary).overall == overall
 
-    def test_one_percent_is_the_limit(self):
+    def test_two_percent_is_the_limit(self):
         gain = {"relative noise": -0.2}
-        assert verdict_of({LITERAL: {**gain, CLEAN: 0.015}}).overall == "supported"
-        assert verdict_of({LITERAL: {**gain, CLEAN: 0.025}}).overall == "not_supported"
+        assert verdict_of({LITERAL: {**gain, CLEAN: 0.035}}).overall == "supported"
+        assert verdict_of({LITERAL: {**gain, CLEAN: 0.05}}).overall == "not_supported"
 
     def test_a_positive_control_that_fails_leaves_nothing_to_say(self):
         found = verdict_of({POSITIVE: {"relative noise": 0.0}})
@@ -453,7 +448,7 @@ class TestVerdict:
         assert verdict_of(effects, arms=(*JUDGED, mixed)).overall == "not_supported"
 
     def test_seeds_that_disagree_are_no_evidence(self):
-        records = planted({LITERAL: {"relative noise": -0.02}})
+        records = planted({LITERAL: {"relative noise": -0.04}})
         wild = [
             replace(record, losses={name: values + 0.05 * (record.seed - 2) for name, values in record.losses.items()})
             if record.arm == LITERAL
@@ -502,16 +497,67 @@ class TestResults:
 
     def test_figures(self, records):
         figures = draw_study(summarise(records, JUDGED, resamples=50))
-        assert list(figures) == ["robustness-differences", "robustness-noise", "robustness-norms"]
-        differences, noise, norms = figures.values()
-        assert [axis.get_title() for axis in differences.axes] == [CLEAN, *FAMILIES]
-        assert [label.get_text() for label in differences.axes[0].get_yticklabels()] == [
-            arm.name.replace("_", " ") for arm in JUDGED[1:]
+        names = ["questions", "characters", "strength", "margins", "others-1"]
+        assert list(figures) == [f"robustness-{name}" for name in names]
+        questions, characters, strength, margins, others = figures.values()
+        assert [axis.get_title() for axis in questions.axes] == [
+            CLEAN,
+            "relative noise",
+            "embedding attack",
+            "character attack",
         ]
-        assert PLAIN.name in [line.get_label() for line in noise.axes[0].lines]
-        assert len(norms.axes[0].lines) == len(JUDGED)
+        assert [axis.get_title() for axis in characters.axes] == ["swaps", "substitutions", "typos", "deletions"]
+        shown = [{label.get_text() for label in figure.axes[0].get_yticklabels()} for figure in (questions, others)]
+        assert shown[0] == {LITERAL, POSITIVE, POSITIVE_ATTACK}
+        assert shown[0] | shown[1] == {words(arm.name) for arm in JUDGED[1:]}
+        assert PLAIN.name in [line.get_label() for line in strength.axes[0].lines]
+        assert len(margins.axes[0].lines) == 4
         for figure in figures.values():
             figure.draw_without_rendering()
+
+    def test_no_panel_has_more_than_six_arms(self):
+        arms = (*JUDGED, *(replace(BARRIER, name=f"arm {k}") for k in range(20)))
+        figures = draw_study(summarise(planted({}, arms=arms), arms, resamples=20))
+        seen = set()
+        for name, figure in figures.items():
+            arms_shown = {label.get_text() for label in figure.axes[0].get_yticklabels()}
+            if name in ("robustness-strength", "robustness-margins"):
+                arms_shown = {line.get_label() for line in figure.axes[0].lines}
+            assert len(arms_shown) <= 6
+            seen |= arms_shown
+        assert {words(arm.name) for arm in arms} <= seen
+
+    def test_equal_loss_and_equal_compute(self):
+        """Runs of half and twice the steps that lie on a line: an arm on it gains nothing at equal clean loss."""
+        arms = (*JUDGED, Arm(SHORTER, length=0.5), Arm(LONGER, length=2.0))
+        better = {CLEAN: -0.2, "relative noise": -0.4}
+        worse = {CLEAN: 0.2, "relative noise": 0.4}
+        on_it = {CLEAN: -0.1, "relative noise": -0.2, "swaps": -0.1}
+        outside = {CLEAN: 0.5}
+        effects = {LONGER: better, SHORTER: worse, LITERAL: on_it, "embeddings one_sided 0.05": outside}
+        summary = summarise(planted(effects, arms=arms), arms, resamples=200)
+        found = summary.arms[LITERAL]
+        assert found.equal_loss["relative noise"].mean == pytest.approx(0, abs=0.01)
+        assert found.equal_loss["swaps"].mean == pytest.approx(-0.1, abs=0.01)
+        assert found.equal_compute["relative noise"].mean == pytest.approx(0.2, abs=0.01)
+        assert found.equal_compute[CLEAN].mean == pytest.approx(0.1, abs=0.01)
+        assert summary.arms["embeddings one_sided 0.05"].equal_loss == {}
+        page = render(summary, planted(effects, arms=arms), arms)
+        assert "## At equal clean loss" in page
+        assert "## At equal compute" in page
+
+    def test_a_summary_of_other_corruptions_is_read_and_shows_what_it_has(self):
+        """One that was written before attacks were measured."""
+        summary = summarise(planted({LITERAL: {"relative noise": -0.05}}), JUDGED, resamples=50)
+        content = json.loads(json.dumps(summary.as_dict()))
+        for fields in content["arms"]:
+            del fields["equal_loss"], fields["equal_compute"]
+            for part in (fields["losses"], fields["differences"]):
+                for name in [name for name in part if "attack" in name or "typos" in name]:
+                    del part[name]
+        found = judge_study(Summary.from_dict(content))
+        assert found.overall == "supported"
+        assert "0 of 2" in found.words["typos"]
 
 
 class TestClaim:
@@ -535,7 +581,7 @@ class TestClaim:
         settings = Settings(full=True, named=True, folder=tmp_path)
         claim = robustness_claim(small, settings, study=TINY, arms=arms)
         names = {path.name for path in tmp_path.iterdir()}
-        assert {"robustness.md", "robustness.json", "robustness", "robustness-differences.png"} <= names
+        assert {"robustness.md", "robustness.json", "robustness", "robustness-questions.png"} <= names
         assert "Of 1 ways" in claim.statement
         # Such a file is read in, where it ships with the package and is of the same study.
         (tmp_path / "results").mkdir()
@@ -563,9 +609,11 @@ def test_the_declared_arms_fit_together():
     assert len(named) == len(every)
     assert all(arm.steer is None or named[arm.steer].steer is None for arm in every)
     assert all(arm.reference in named for arm in every)
-    assert {"plain", LITERAL, LITERAL_AT_PLAIN_SCALE, POSITIVE, NEGATIVE} <= set(named)
+    assert {"plain", LITERAL, LITERAL_AT_PLAIN_SCALE, POSITIVE, POSITIVE_ATTACK, NEGATIVE, SHORTER, LONGER} <= set(
+        named
+    )
     assert all(arm.reason for arm in every)
-    assert sum(arm.barrier for arm in every) == 17
+    assert sum(arm.barrier for arm in ARMS) == 11
 
 
 def test_a_layer_on_the_residual_stream_is_what_the_model_computes():
