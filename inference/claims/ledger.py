@@ -21,6 +21,7 @@ from probattn.inference.claims.margin import margin_claim
 from probattn.inference.claims.normalisation import normalisation_claim
 from probattn.inference.claims.objective import objective_claim
 from probattn.inference.claims.recovery import recovery_claim
+from probattn.inference.claims.published import published_claim
 from probattn.inference.claims.robustness import robustness_claim
 from probattn.inference.claims.stationarity import stationarity_claim
 from probattn.inference.claims.stationary_distribution import stationary_distribution_claim
@@ -48,6 +49,7 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),
         "robustness": robustness_claim,
+        "published": published_claim,
         "trained": trained_claim,
         "decoding": decoding_claim,
         "tightness": lambda subject, settings: tightness_claim(subject, settings, end=subject.line_feed),
