@@ -31,6 +31,7 @@ EXPECTED = {
     "stationarity": "holds",
     "stationary-distribution": "does not hold",
     "bounded": "holds",
+    "published": "holds",
     "recovery": "not run (it takes minutes: run probattn verify --full)",
     "calibration": "not run (it takes minutes: run probattn verify --full)",
     "robustness": "does not hold",
