@@ -46,7 +46,7 @@ class HeadScaling(NamedTuple):
 
     @property
     def strength(self) -> Tensor:
-        """s g, the factor on each head in all, ``(*batch, H)``."""
+        """Factor on each head in all, s g, ``(*batch, H)``."""
         return self.share.unsqueeze(-1) * self.gain
 
     def expand(self, batch: torch.Size) -> HeadScaling:
