@@ -1,6 +1,8 @@
 """Starts where nothing folds, and the warning of densities beyond a fold."""
 
 import logging
+import re
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -126,3 +128,23 @@ def test_vectorised_maps_are_left_alone(watched):
     attention = CausalAttention.from_qk_matrix(torch.tensor([[3.0]]))
     found = torch.vmap(LatentAttention(attention, 1.0, 3, validate_args=False).log_prob)(u)
     assert found.shape == (4,)
+
+
+SAMPLERS = re.compile(
+    r"\b(?:NUTS|HMC|Auto(?:Delta|Normal|MultivariateNormal|LowRank\w+|Diagonal\w+|Laplace\w+))\(\s*\w+[^)\n]*"
+)
+
+
+def careless(code):
+    """Samplers and guides of Pyro on a model in a piece of code, without a start where nothing folds."""
+    return [call for call in SAMPLERS.findall(code) if "potential_fn" not in call and "init_to_feasible" not in call]
+
+
+def test_every_example_starts_where_nothing_folds():
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *(root / "docs").rglob("*.md"), *(root / "notebooks").glob("*.ipynb")]
+    found = {path.name: calls for path in pages if (calls := careless(path.read_text(encoding="utf-8")))}
+    assert found == {}
+    page = (root / "docs" / "how-to" / "from-plain-pyro.md").read_text(encoding="utf-8")
+    assert len(SAMPLERS.findall(page)) >= 2
+    assert careless(page.replace("init_to_feasible(model, u)", "init_to_uniform"))  # the control
