@@ -17,7 +17,8 @@ from probattn.inference.runtime.environment import select_device
 from probattn.inference.runtime.files import prepare_folder
 from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Study
 from probattn.inference.studies.robustness.report import write_study
-from probattn.inference.studies.robustness.study import finished_seeds, read_study, run_study
+from probattn.inference.studies.robustness.rules import PLAIN
+from probattn.inference.studies.robustness.study import read_study, run_study
 from probattn.models.corpus import load_corpus
 from probattn.models.options import Device, Range, check_options
 
@@ -35,7 +36,7 @@ class StudyOptions:
         out: output folder; the runs in it are read, those that are missing are made.
         jobs: number of processes that share the runs; 0 takes one per core.
         variants: add the arms that vary the barrier further.
-        report: make no run; write the results of the seeds that have all arms.
+        report: make no run; write the results of those that are finished, each arm with the seeds that it has.
         device: where to train.
         sizes: sizes of the study.
     """
@@ -63,7 +64,7 @@ def study(options: StudyOptions) -> int:
         Exit status: 0.
 
     Raises:
-        InputError: input that cannot be used; or, for a report, fewer than two seeds that have all arms.
+        InputError: input that cannot be used; or, for a report, fewer than two seeds of plain training.
     """
     corpus = load_corpus(options.corpus, heldout=options.heldout)
     arms, device = (*ARMS, *(VARIANTS if options.variants else ())), select_device(options.device)
@@ -72,13 +73,13 @@ def study(options: StudyOptions) -> int:
         jobs = options.jobs or os.cpu_count() or 1
         run_study(arms, options.sizes, corpus, folder=runs, jobs=jobs, device=device)
     records = read_study(arms, options.sizes, corpus, runs, device=device)
-    seeds = finished_seeds(records, arms)
-    if len(seeds) < 2:
-        raise InputError(f"{runs}: {len(seeds)} seeds have all {len(arms)} arms; run the study without --report first.")
+    plain = sum(record.arm == PLAIN for record in records)
+    if plain < 2:
+        raise InputError(f"{runs}: {plain} finished runs of plain training, fewer than two; leave out --report first.")
     command = shlex.join(["python", "-m", "probattn.inference.studies.robustness", *sys.argv[1:]])
     write_study(
         options.out,
-        [record for record in records if record.seed in seeds],
+        records,
         arms=arms,
         study=options.sizes,
         corpus=corpus,

@@ -41,7 +41,7 @@ from probattn.models.corpus import Corpus, Windows
 from probattn.models.gpt import CharacterGPT
 from probattn.penalty import Penalty
 
-__all__ = ["QUANTILES", "Record", "finished_seeds", "look_inside", "read_study", "run_study", "weights_file"]
+__all__ = ["QUANTILES", "Record", "look_inside", "read_study", "run_study", "weights_file"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -242,18 +242,6 @@ def read_study(
                 if record is not None:
                     found[arm.name, seed] = record
     return [found[arm.name, seed] for arm in arms for seed in study.seeds if (arm.name, seed) in found]
-
-
-def finished_seeds(records: Sequence[Record], arms: Sequence[Arm]) -> tuple[int, ...]:
-    """List the seeds with a run, finished or diverged, of every arm.
-
-    Args:
-        records: records of a study.
-        arms: arms of the study.
-    """
-    there = {(record.arm, record.seed) for record in records}
-    seeds = sorted({record.seed for record in records})
-    return tuple(seed for seed in seeds if all((arm.name, seed) in there for arm in arms))
 
 
 def weights_file(folder: Path, arm: str, seed: int) -> Path:

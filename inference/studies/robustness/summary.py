@@ -101,6 +101,7 @@ class ArmSummary:
         equal_loss: differences by family to plain training at the clean loss of the arm, interpolated between runs of
             half, once and twice the steps; empty without them, or if that loss lies outside their range at some seed.
         equal_compute: differences by "clean" and family to plain training of twice the steps.
+        runs: number of runs, finished or diverged.
     """
 
     arm: str
@@ -113,6 +114,7 @@ class ArmSummary:
     path: Sequence[float]
     equal_loss: Mapping[str, Difference] = field(default_factory=dict)
     equal_compute: Mapping[str, Difference] = field(default_factory=dict)
+    runs: int = 0
 
     def holds(self, statement: str, plain: Mapping[str, float], count: int = 1) -> bool:
         """Return True if the arm shows a statement, with an interval that holds for ``count`` arms at once.
@@ -225,6 +227,7 @@ def summarise(records: Sequence[Record], arms: Sequence[Arm], *, resamples: int 
             _mean_path([record.path for record in kept]),
             equal_loss,
             equal_compute,
+            len(by_arm[arm.name]),
         )
     return Summary(found, tuple(sorted({record.seed for record in records})))
 

@@ -60,7 +60,7 @@ def render_table(
         lines += [f"![{name}]({name}.png)", ""]
     lines += ["## Differences to plain training", ""]
     lines += _table(
-        ("arm", CLEAN, *FAMILIES, "shows, by itself", "shows, adjusted", "diverged"),
+        ("arm", "seeds", CLEAN, *FAMILIES, "shows, by itself", "shows, adjusted", "diverged"),
         [_family_row(arm, summary) for arm in summary.arms.values()],
     )
     lines += _second_comparisons(summary)
@@ -136,15 +136,16 @@ def _method(
         "",
         f"{len(records)} runs of a character GPT ({study.layers} layers, {study.heads} heads, dimension {study.dim}, "
         f"context {study.context}, {study.steps} steps of {study.batch} windows) on {escape(corpus)}; seeds "
-        f"{', '.join(map(str, summary.seeds))}; {diverged} runs diverged. Every arm of a seed starts from the same "
-        f"values, sees the same batches, and is tried on the same {study.windows} held-out windows at most with the "
+        f"{', '.join(map(str, summary.seeds))}{_missing(summary)}; {diverged} runs diverged. Every "
+        f"arm of a seed starts from the same values, sees the same batches, and is tried on the same {study.windows} "
+        "held-out windows at most with the "
         "same corruptions. Noise and attacks on embeddings are given as a share of the embeddings' root mean square or "
         "of each one's norm (absolute noise: as it is), swaps, substitutions, typing errors and deletions as a share "
         "of the characters, the attack on characters as their number per window.",
         "",
         "Differences are to plain training unless another arm is named, paired by seed and window, in bits per "
         "character; negative is better. The half-width of a 95 % interval follows ±: bootstrap of seeds and windows, "
-        f'Student\'s t with {len(summary.seeds) - 1} degrees of freedom. "Adjusted" intervals hold for the '
+        'Student\'s t with one degree of freedom less than seeds. "Adjusted" intervals hold for the '
         f"{len(summary.barriers)} barrier arms at once. No loss of accuracy: the upper end of the clean difference "
         f"lies below {TOLERATED:.0%} of the clean loss of plain training. More robust: the upper end lies below 0, and "
         f"the gain is at least {RELEVANT:.0%} of what the corruption costs plain training. These limits, and that "
@@ -155,6 +156,12 @@ def _method(
         f"Python {environment['python']}, torch {environment['versions']['torch']}.",
         "",
     ]
+
+
+def _missing(summary: Summary) -> str:
+    """Say which arms lack a seed."""
+    short = [f"{arm.arm}: {arm.runs}" for arm in summary.arms.values() if arm.runs < len(summary.seeds)]
+    return f" (fewer seeds so far for {escape(', '.join(short))})" if short else ""
 
 
 def _second_comparisons(summary: Summary) -> list[str]:
@@ -220,16 +227,17 @@ def _written(found: Mapping[str, Difference], names: Sequence[str] | Mapping[str
 
 def _family_row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:
     diverged = ", ".join(f"seed {seed} at step {step}" for seed, step in arm.diverged.items()) or "none"
+    seeds = str(arm.runs)
     name = arm.arm if arm.reference in (PLAIN, arm.arm) else f"{arm.arm} (compared with {arm.reference})"
     if not arm.differences:
-        return (name, *("–",) * (len(FAMILIES) + 3), diverged)
+        return (name, seeds, *("–",) * (len(FAMILIES) + 3), diverged)
     plain = summary.arms[PLAIN].losses
 
     def shows(count: int) -> str:
         return ", ".join(name for name in STATEMENTS if arm.holds(name, plain, count)) or "nothing"
 
     adjusted = shows(len(summary.barriers)) if arm.barrier else "–"
-    return (name, *_written(arm.differences, (CLEAN, *FAMILIES)), shows(1), adjusted, diverged)
+    return (name, seeds, *_written(arm.differences, (CLEAN, *FAMILIES)), shows(1), adjusted, diverged)
 
 
 def _measure_row(arm: ArmSummary) -> tuple[str, ...]:

@@ -30,7 +30,6 @@ from probattn.inference.studies.robustness.rules import (
 from probattn.inference.studies.robustness.study import (
     QUANTILES,
     Record,
-    finished_seeds,
     read_study,
     run_study,
     weights_file,
@@ -218,24 +217,28 @@ class TestStudy:
         assert read_study(changed, replace(TINY, steps=7), text, tmp_path) == []
         assert len(read_study(changed, TINY, text, tmp_path)) == 6
 
-    def test_seeds_with_all_arms_are_told_from_those_without(self, text, tmp_path):
+    def test_finished_runs_are_read_with_their_weights(self, text, tmp_path):
         run_study(self.arms, TINY, text, folder=tmp_path)
         (tmp_path / "steered-1.json").unlink()
         records = read_study(self.arms, TINY, text, tmp_path)
-        assert len(records) == 5
-        assert finished_seeds(records, self.arms) == (0,)
-        assert finished_seeds(records, self.arms[:2]) == (0, 1)
+        assert [(record.arm, record.seed) for record in records][-2:] == [(LITERAL, 1), ("steered", 0)]
+        summary = summarise(records, self.arms, resamples=20)
+        assert [arm.runs for arm in summary.arms.values()] == [2, 2, 1]
+        assert not summary.arms["steered"].differences
+        assert "fewer seeds so far for steered: 1" in render(summary, records, self.arms)
+        (tmp_path / f"{LITERAL.replace(' ', '-')}-1.json").unlink()  # which the follower's run depends on
+        assert len(read_study(self.arms, TINY, text, tmp_path)) == 4
         state = torch.load(weights_file(tmp_path, "plain", 1), weights_only=True)
         assert torch.equal(state["table"], train(PLAIN, 1, text, TINY).model.table.detach())
 
-    def test_the_command_goes_on_and_reports_seeds_that_have_all_arms(self, text, tmp_path, monkeypatch):
+    def test_the_command_goes_on_and_reports_what_is_finished(self, text, tmp_path, monkeypatch):
         monkeypatch.setattr(command, "ARMS", self.arms)
         (tmp_path / "train.txt").write_text(text.text)
         (tmp_path / "test.txt").write_text(text.heldout)
         options = command.StudyOptions(
             str(tmp_path / "train.txt"), str(tmp_path / "test.txt"), tmp_path / "out", jobs=1, sizes=TINY
         )
-        with pytest.raises(InputError, match="0 seeds"):
+        with pytest.raises(InputError, match="0 finished runs"):
             command.study(replace(options, report=True))
         assert command.study(options) == 0
         results = json.loads((tmp_path / "out" / "robustness.json").read_text())
@@ -245,7 +248,7 @@ class TestStudy:
         assert "python -m probattn.inference.studies.robustness" in page
         assert "## Stronger attacks" in page
         (tmp_path / "out" / "studies" / "robustness" / "plain-1.json").unlink()
-        with pytest.raises(InputError, match="1 seeds"):
+        with pytest.raises(InputError, match="1 finished runs"):
             command.study(replace(options, report=True))
 
     def test_processes_share_it(self, text, tmp_path):
