@@ -95,6 +95,8 @@ def _from_text(options: FitOptions, corpus_name: str) -> Problem:
         dim=text.dim,
         stage_rank=text.stage_rank,
         stage_heads=options.heads,
+        stage_radius=options.memory_radius,
+        stage_contraction=options.contraction,
         mask=options.mask,
     )
     windows = corpus.windows(config.context)

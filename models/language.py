@@ -37,6 +37,10 @@ class LanguageConfig:
         decoder_heads: number of heads in the decoder's own attention, a divisor of dim.
         stage_heads: number H of heads in the attention stage of the prior.
         stage_rank: size r of queries and keys in that stage.
+        stage_radius: radius of the ball on which keys and values of the stage see embeddings; without it embeddings are
+            seen as they are.
+        stage_contraction: limit, below 1, of the contraction of the stage that holds for every past; needs
+            stage_radius. The penalty then has a floor that training cannot pass.
         weight: power lambda to which the density of the embeddings is raised; 0 omits the stage.
         kind: penalty that replaces ``-log|det J|``.
         prior: full, with the Gaussian term and the penalty, or margin, with the penalty alone, which is the limit of
@@ -53,6 +57,8 @@ class LanguageConfig:
     decoder_heads: Annotated[int, Range(least=1)] = 4
     stage_heads: Annotated[int, Range(least=1)] = 1
     stage_rank: Annotated[int, Range(least=1)] = 8
+    stage_radius: Annotated[float | None, Range(above=0)] = None
+    stage_contraction: Annotated[float | None, Range(above=0, below=1)] = None
     weight: Annotated[float, Range(least=0)] = 0.05
     kind: BarrierKind = "logdet"
     prior: Prior = "full"
@@ -66,6 +72,8 @@ class LanguageConfig:
             raise InputError(
                 f"dim is {self.dim}, which decoder_heads = {self.decoder_heads} does not divide; choose a multiple."
             )
+        if self.stage_contraction is not None and self.stage_radius is None:
+            raise InputError(f"stage_contraction is {self.stage_contraction}, which needs stage_radius; give one.")
 
     def as_dict(self) -> dict[str, object]:
         """Return the fields by name."""
@@ -193,7 +201,10 @@ class LanguageModel(SequenceModel):
 
     def stage(self, values: dict[str, Tensor]) -> CausalAttention:
         """Attention of the prior, with W_V = W_O = I."""
-        return CausalAttention(values["query"], values["key"], mask=self.config.mask)
+        config = self.config
+        free = CausalAttention(values["query"], values["key"], mask=config.mask, memory_radius=config.stage_radius)
+        limit = config.stage_contraction
+        return free if limit is None else free.scaled_to(limit, shrink=True)
 
     def decode(self, values: dict[str, Tensor], u: Tensor) -> Tensor:
         """Logits of the next character, ``(*particles, N, T, V)``, with ``torch.vmap`` over particles."""

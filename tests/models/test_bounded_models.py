@@ -1,16 +1,24 @@
 """Models of bounded attention: fits never meet a fold, and a contraction can be fixed or inferred."""
 
+import math
+from dataclasses import replace
+
 import pyro
 import pytest
 import torch
 from pyro import poutine
 
+from probattn import CausalAttention, LatentAttention, log_barrier
 from probattn.errors import InputError
+from probattn.inference import problem
+from probattn.inference.fit import FitOptions, TextOptions
+from probattn.inference.language import LanguageFit, fit_language
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import MapConfig, fit_map
 from probattn.inference.methods.nuts import NutsConfig, fit_nuts
 from probattn.inference.results.posterior import assemble
-from probattn.models import EmbeddingModel
+from probattn.models import EmbeddingModel, LanguageModel
+from probattn.models.language import LanguageConfig
 from support import tokens
 
 LIMITED = {"memory_radius": 1.5, "contraction": 0.9}
@@ -97,3 +105,74 @@ def test_map_starts_at_the_origin_of_a_limited_model():
 def test_contractions_that_do_not_exist_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         EmbeddingModel(5, 2, **options)
+
+
+class TestLanguageModel:
+    CONFIG = LanguageConfig(7, context=6, dim=4, layers=1, decoder_heads=2, stage_rank=2, weight=0.5)
+    INPUTS = torch.arange(18).view(3, 6) % 7
+
+    def values(self, **options):
+        model = LanguageModel(replace(self.CONFIG, **options)).double()
+        values = model.initial_values(0)
+        values["query"], values["key"] = 5 * values["query"], 5 * values["key"]  # far beyond the limit
+        return model, values
+
+    @pytest.mark.parametrize("mask", ["strict", "inclusive"])
+    def test_the_stage_is_the_bounded_attention_and_its_density_the_prior(self, mask):
+        # Two heads, which share the identity as output, have W_O scaled under the inclusive mask.
+        model, values = self.values(stage_radius=1.5, stage_contraction=0.9, mask=mask, stage_heads=2)
+        stage = model.stage(values)
+        assert float(stage.contraction) < 0.9
+        assert float(stage.memory_radius) == 1.5
+        free = CausalAttention(values["query"], values["key"], mask=mask, memory_radius=1.5)
+        torch.testing.assert_close(stage.query, free.scaled_to(0.9, shrink=True).query)
+        trace = poutine.trace(poutine.condition(model, values)).get_trace(self.INPUTS, self.INPUTS)
+        trace.compute_log_prob()
+        u = model.embed(values, self.INPUTS)
+        expected = 0.5 * LatentAttention(stage, 1.0, 6).log_prob(u).sum()
+        torch.testing.assert_close(trace.nodes["u"]["log_prob_sum"], expected)
+        other, _ = self.values(mask=mask, stage_heads=2)
+        assert float((LatentAttention(other.stage(values), 1.0, 6).log_prob(u).sum() * 0.5 - expected).abs()) > 0.1
+
+    def test_the_barrier_keeps_its_floor_in_a_fit_and_loses_it_without_the_radius(self):
+        floor = -4 * math.log(1.9)
+
+        def lowest(**options):
+            model = LanguageModel(
+                replace(self.CONFIG, weight=5.0, prior="margin", prior_scale=100.0, **options)
+            ).double()
+            fit = LanguageFit(steps=60, batch=0, learning_rate=0.1, patience=0, shards=1)
+            values, _ = fit_language(model, (self.INPUTS, self.INPUTS), fit)
+            return float(log_barrier(model.stage(values), model.embed(values, self.INPUTS)).min())
+
+        assert lowest(stage_radius=1.5, stage_contraction=0.9) >= floor
+        assert lowest() < floor
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"stage_radius": -1.0}, "stage_radius is -1.0"),
+            ({"stage_contraction": 0.5}, "which needs stage_radius"),
+            ({"stage_radius": 1.0, "stage_contraction": 1.0}, "stage_contraction is 1.0"),
+        ],
+    )
+    def test_stages_that_cannot_be_are_refused(self, options, message):
+        with pytest.raises(InputError, match=message):
+            replace(self.CONFIG, **options)
+
+
+def test_a_fit_from_text_takes_the_radius_for_the_language_model_too(tmp_path, monkeypatch):
+    text, seen = tmp_path / "text.txt", []
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+
+    def watched(model, *args, **kwargs):
+        seen.append(model.config)
+        return fit_language(model, *args, **kwargs)
+
+    monkeypatch.setattr(problem, "fit_language", watched)
+    small = TextOptions(context=8, dim=4, language_steps=3)
+    posed = problem.pose(
+        FitOptions(corpus=str(text), memory_radius=1.5, contraction=0.9, text=small, out=tmp_path / "out")
+    )
+    assert (seen[0].stage_radius, seen[0].stage_contraction) == (1.5, 0.9)
+    assert (posed.model.memory_radius, posed.model.contraction) == (1.5, 0.9)

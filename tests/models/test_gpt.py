@@ -1,6 +1,7 @@
 """The ordinary transformer: what it may see, its heads against a loop, and where its randomness comes from."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,7 +89,64 @@ def test_learning_a_text_by_heart():
     assert float(loss.detach()) < 0.1
 
 
+class TestBounded:
+    """A model whose own attention has a memory radius, and a contraction below one."""
+
+    LIMITED = replace(CONFIG, memory_radius=3.0, contraction=0.9)
+
+    @torch.no_grad()
+    def test_a_layer_adds_the_mean_of_its_attention(self):
+        model = CharacterGPT(self.LIMITED, 3).double()
+        x = 2 * torch.randn(4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        block, attention = model.blocks[0], model.attentions()[0]
+        middle = x + attention.mean(x) + block.output.bias
+        torch.testing.assert_close(block(x)[0], middle + block.perceptron(block.perceptron_norm(middle)))
+        free = CharacterGPT(replace(CONFIG, memory_radius=3.0), 3).double()
+        assert float((free.blocks[0](x)[0] - block(x)[0]).abs().max()) > 0.01  # the limit is felt
+        middle = x + free.attentions()[0].mean(x) + free.blocks[0].output.bias
+        torch.testing.assert_close(free.blocks[0](x)[0], middle + block.perceptron(block.perceptron_norm(middle)))
+
+    def test_every_layer_is_a_contraction_also_after_training_and_on_huge_streams(self, tokens):
+        model = CharacterGPT(self.LIMITED)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(10):
+            loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        for attention in model.double().attentions():
+            assert float(attention.contraction.detach()) < 0.9
+            x = 1e4 * torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            assert float(torch.linalg.matrix_norm(attention.detach().mean_jacobian(x), 2).max()) < 0.9
+
+    def test_without_the_limit_the_same_weights_are_none(self):
+        model = CharacterGPT(replace(CONFIG, memory_radius=3.0))
+        assert all(float(attention.contraction.detach()) > 1 for attention in model.attentions())
+
+    def test_no_position_sees_the_future(self, tokens):
+        model = CharacterGPT(self.LIMITED)
+        changed = tokens.clone()
+        changed[:, 5:] = (changed[:, 5:] + 1) % 11
+        torch.testing.assert_close(model(changed)[:, :5], model(tokens)[:, :5])
+
+    def test_a_model_without_a_radius_has_no_such_attention(self, model):
+        with pytest.raises(InputError, match="memory_radius"):
+            model.attentions()
+
+
 class TestErrors:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"memory_radius": 0.0}, "memory_radius"),
+            ({"contraction": 0.5}, "needs memory_radius"),
+            ({"memory_radius": 1.0, "contraction": 1.5}, "contraction is 1.5"),
+        ],
+    )
+    def test_bounds_that_do_not_exist(self, fields, message):
+        with pytest.raises(InputError, match=message):
+            replace(CONFIG, **fields)
+
     @pytest.mark.parametrize("fields", [{"dim": 0}, {"dim": 6, "heads": 4}, {"vocabulary": 0}])
     def test_sizes(self, fields):
         with pytest.raises(InputError, match=next(iter(fields))):
