@@ -30,11 +30,12 @@ version = release = probattn.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",  # the reader's browser fetches MathJax; without a network formulas stay as TeX
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "formulas",
     "ledger",
+    "machine_index",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 nitpicky = True
@@ -79,6 +80,7 @@ html_theme = "furo"
 html_title = f"probattn {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_math_renderer = "katex"
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}

@@ -1,11 +1,12 @@
 """The pages of the site: their code runs, their links lead somewhere, their numbers exist, and nothing is missing."""
 
 import ast
+import contextlib
 import doctest
 import importlib
-import importlib.util
 import inspect
 import json
+import os
 import pkgutil
 import re
 import shutil
@@ -27,6 +28,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# Blocks whose libraries are not among the dependencies; they run where these are installed.
+OPTIONAL_CODE = re.compile(r"^```py\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# Pages on which comments at the end of a block are what it prints.
+PRINTING = ("five-minutes.md", "how-to/arviz.md", "how-to/language-models.md")
 LEDGER = DOCS / "results" / "ledger" / "claims.json"
 # The second circle of docs/api/index.md; the first is `probattn.__all__`.
 DOCUMENTED = (
@@ -52,17 +57,30 @@ def prose(page):
 
 
 @pytest.fixture(scope="module")
-def ledger():
-    """The extension of Sphinx that reads the committed results."""
+def extensions():
+    """The extensions of Sphinx, by name."""
     pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
-    spec = importlib.util.spec_from_file_location("ledger", DOCS / "_ext" / "ledger.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS / "_ext")
+        return {path.stem: importlib.import_module(path.stem) for path in sorted((DOCS / "_ext").glob("*.py"))}
 
 
+@pytest.fixture(scope="module")
+def ledger(extensions):
+    """The extension that reads the committed results."""
+    return extensions["ledger"]
+
+
+@pytest.fixture
+def _usual_precision():
+    """Pages may change the default; the next test has the usual one."""
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_usual_precision")
 @pytest.mark.parametrize("page", [page for page in PAGES if CODE.search(page.read_text(encoding="utf-8"))], ids=name)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "verify").mkdir(parents=True)
     shutil.copy(LEDGER, tmp_path / "runs" / "verify" / "claims.json")
     monkeypatch.chdir(tmp_path)
@@ -71,7 +89,31 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SeveralSolutionsWarning)
         for code in CODE.findall(page.read_text(encoding="utf-8")):
+            capsys.readouterr()
             exec(compile(code, name(page), "exec"), names)
+            if name(page) in PRINTING:
+                assert capsys.readouterr().out.splitlines() == re.findall(r"^# (.*)", code, re.MULTILINE)
+
+
+def test_pages_whose_output_is_compared_print_something():
+    for page in PRINTING:
+        blocks = CODE.findall((DOCS / page).read_text(encoding="utf-8"))
+        assert any(re.search(r"^# ", code, re.MULTILINE) for code in blocks), page
+
+
+@pytest.mark.slow
+def test_the_plots_of_arviz_run(tmp_path, monkeypatch):
+    pytest.importorskip("arviz_plots", reason="arviz-plots is not a dependency")
+    import xarray
+
+    page = (DOCS / "how-to" / "arviz.md").read_text(encoding="utf-8")
+    fitted, (plots,) = CODE.findall(page)[0], OPTIONAL_CODE.findall(page)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(fitted, "arviz.md", "exec"), {})
+    with xarray.open_datatree("runs/one/fit.nc", engine="h5netcdf") as tree, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of another library
+        exec(compile(plots, "arviz.md", "exec"), {"tree": tree})
+    assert {path.name for path in tmp_path.glob("*.png")} == {"trace.png", "forest.png", "prior.png"}
 
 
 def test_pages_say_what_their_code_prints(capsys, tmp_path, monkeypatch):
@@ -143,8 +185,117 @@ def test_measured_numbers_exist(page, ledger):
         assert "nan" not in words
 
 
+@pytest.mark.parametrize("module", ["formulas", "ledger", "machine_index"])
+def test_the_examples_of_the_extensions_run(extensions, module):
+    result = doctest.testmod(extensions[module])
+    assert result.failed == 0
+    assert result.attempted
+
+
+def test_programs_find_every_claim(extensions):
+    content = extensions["machine_index"].claims_and_names({"results/ledger": ("Ledger", "All claims.")})
+    assert [claim["id"] for claim in content["claims"]] == list(extensions["ledger"].claims())
+    assert all(claim["verdict_in_words"] and claim["statement"] for claim in content["claims"])
+    assert all((DOCS / claim["page"]).with_suffix(".md").exists() for claim in content["claims"])
+    assert content["public"] == [f"probattn.{name}" for name in probattn.__all__]
+    assert content["results"] == [{"title": "Ledger", "page": "results/ledger.html"}]
+    json.dumps(content, allow_nan=False)
+    listed = extensions["machine_index"].page_list({"theory": ("Theory", "Derives."), "claims/margin": ("Margin", "")})
+    assert "- [Theory](theory.html): Derives.\n" in listed
+    assert "- [Margin](claims/margin.html)\n" in listed
+
+
+def formulas(as_displayed):
+    """TeX of all pages, notebooks and docstrings, each with whether it is displayed."""
+    tokens = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    tokens.use(importlib.import_module("mdit_py_plugins.dollarmath").dollarmath_plugin, double_inline=True)
+    tokens.use(importlib.import_module("mdit_py_plugins.amsmath").amsmath_plugin)
+
+    def walk(found):
+        for token in found:
+            if token.type.startswith(("math", "amsmath")):
+                displayed = token.type != "math_inline"
+                own = token.type == "amsmath"
+                yield (as_displayed(token.content, own) if displayed else token.content), displayed
+            yield from walk(token.children or [])
+
+    for page in PAGES:
+        yield from walk(tokens.parse(page.read_text(encoding="utf-8")))
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                yield from walk(tokens.parse("".join(cell["source"])))
+    for module in sorted(all_modules()):
+        text = inspect.getsource(importlib.import_module(module))
+        yield from ((tex, False) for tex in re.findall(r":math:`([^`]+)`", text))
+        for _, tex in re.findall(r"^( *)\.\. math::(.*\n(?:(?:\1 +.*)?\n)*)", text, re.MULTILINE):
+            yield as_displayed(inspect.cleandoc(tex)), True
+
+
+def test_every_formula_is_typeset_by_what_ships_with_the_site(extensions):
+    """In a browser, as for a reader, without a network; KaTeX refuses what it does not know."""
+    browser = browser_or_skip()
+    wanted = list(formulas(extensions["formulas"].as_displayed))
+    assert len(wanted) > 800
+    with browser as (context, asked):
+        page = context.new_page()
+        page.goto("about:blank")
+        page.add_script_tag(content=(DOCS / "_static" / "katex" / "katex.min.js").read_text(encoding="utf-8"))
+        refused = page.evaluate(
+            """all => all.filter(([tex, displayMode]) => {
+                try { katex.renderToString(tex, {displayMode, strict: false}); return false } catch { return true }
+            })""",
+            [*wanted, (r"\nosuchcommand{x}", False)],
+        )
+    assert refused == [[r"\nosuchcommand{x}", False]]
+    assert asked == []
+
+
+@contextlib.contextmanager
+def chromium(path):
+    """A browser without a network, and the list of what it asked of one."""
+    asked = []
+
+    def answer(route):
+        local = route.request.url.startswith(("file:", "data:", "about:"))
+        if not local:
+            asked.append(route.request.url)
+        route.continue_() if local else route.abort()
+
+    with sync_api().sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        context = opened.new_context(viewport={"width": 1280, "height": 900})
+        context.route("**/*", answer)
+        yield context, asked
+        opened.close()
+
+
+def sync_api():
+    return pytest.importorskip("playwright.sync_api")
+
+
+def browser_or_skip():
+    """Chromium as the tests of the explorer find it."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("PROBATTN_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        if os.environ.get("PROBATTN_REQUIRE_BROWSER"):
+            pytest.fail("no Chromium on this machine: install one, or name it in PROBATTN_CHROMIUM")
+        pytest.skip("no Chromium on this machine")
+    sync_api()
+    return chromium(path)
+
+
+def test_fonts_of_the_formulas_are_there_with_their_licence():
+    folder = DOCS / "_static" / "katex"
+    wanted = set(re.findall(r"url\(([^)]+)\)", (folder / "katex.min.css").read_text(encoding="utf-8")))
+    assert wanted
+    assert all((folder / font).exists() for font in wanted)
+    assert "MIT License" in (folder / "LICENSE").read_text(encoding="utf-8")
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 2_000_000
+
+
 def test_how_numbers_are_written(ledger):
-    assert doctest.testmod(ledger).failed == 0
     assert ledger.measured("jacobian:above_diagonal") == "0"
     assert ledger.measured("jacobian:max_abs_error:.1e") == "1.9 × 10⁻¹⁴"
     assert ledger.measured("barrier-training:mean_on_text:.1f") == "−14.6"
@@ -285,6 +436,19 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stderr
     for page in PAGES:
         assert (tmp_path / "html" / name(page)).with_suffix(".html").exists()
-    html = (tmp_path / "html" / "claims" / "jacobian.html").read_text(encoding="utf-8")
+    built = tmp_path / "html"
+    content = json.loads((built / "index.json").read_text(encoding="utf-8"))
+    assert {claim["id"] for claim in content["claims"]} == set(CLAIMS)
+    linked = re.findall(r"\]\(([^)]+)\)", (built / "llms.txt").read_text(encoding="utf-8"))
+    assert len(linked) > len(PAGES)
+    assert all((built / target).exists() for target in linked)
+    with browser_or_skip() as (context, asked):
+        page = context.new_page()
+        page.goto((built / "theory.html").as_uri())
+        page.wait_for_selector(".katex")
+        assert page.locator(".katex").count() > 150
+        assert page.locator(".katex-error").count() == 0
+        assert asked == []
+    html = (built / "claims" / "jacobian.html").read_text(encoding="utf-8")
     assert 'class="verdict verdict-supported"' in html
     assert "{measured}" not in html
