@@ -64,7 +64,7 @@ class _Size:
 
 
 _QUICK = _Size((16, 64), range(6, 11), 100, 1600, 1000, (100,), 400)
-_FULL = _Size((16, 64, 256, 512), range(6, 14), 400, 6400, 4000, (100, 200, 400), 2000)
+_FULL = _Size((16, 64, 256, 512), range(6, 13), 300, 6400, 4000, (100, 200, 400), 2000)
 
 
 def published_claim(subject: Subject, settings: Settings, *, growth: GrowthResults | None = None) -> Claim:

@@ -109,7 +109,7 @@ def measure_transition(length: int, cosine: float = 0.0) -> Transition:
         sign, logabs = linalg.slogdet(block)
         return float(sign) * math.exp(float(logabs) / length)  # the root keeps sign and zero
 
-    peak = minimize_scalar(lambda g: -covariance(g), bounds=(0.7, 1.6), method="bounded", options={"xatol": 1e-3})
+    peak = minimize_scalar(lambda g: -covariance(g), bounds=(0.7, 1.6), method="bounded", options={"xatol": 5e-3})
     return Transition(
         length,
         own_weight(1.0),
