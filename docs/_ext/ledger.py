@@ -6,7 +6,8 @@
 - ``{measured}`NAME:KEY:FORMAT```: one number in a sentence, such as ``{measured}`jacobian:max_abs_error:.0e```.
 
 The claim ``robustness`` is a study of its own, read from ``inference/studies/results/robustness.json``; its keys are
-``ARM on MEASURE`` (a difference with its interval) or ``ARM in CORRUPTION`` (a loss). ``bench:WORK against OTHER`` is a
+``ARM on MEASURE`` (a difference with its interval) or ``ARM in CORRUPTION`` (a loss); ``robustness-earlier`` is the
+study before it, on another text. ``bench:WORK against OTHER`` is a
 ratio of ``results/bench/bench.json``. A name, a key or a file that does not exist fails the build.
 """
 
@@ -31,6 +32,7 @@ from probattn.inference.studies.robustness.verdict import judge_study
 HERE = Path(__file__).parents[1]
 LEDGER = HERE / "results" / "ledger" / "claims.json"
 STUDY = HERE.parent / "inference" / "studies" / "results" / "robustness.json"
+EARLIER = HERE / "results" / "robustness" / "earlier.json"
 BENCH = HERE / "results" / "bench" / "bench.json"
 _LISTED = 12  # largest number of rows that are shown without a fold
 
@@ -59,9 +61,9 @@ def claims() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def study() -> Summary:
-    """Read the study of robustness: differences of every arm, with intervals."""
-    return Summary.from_dict(json.loads(STUDY.read_text(encoding="utf-8"))["summary"])
+def study(path: Path = STUDY) -> Summary:
+    """Read a study of robustness: differences of every arm, with intervals."""
+    return Summary.from_dict(json.loads(path.read_text(encoding="utf-8"))["summary"])
 
 
 def measured(target: str) -> str:
@@ -85,11 +87,12 @@ def measured(target: str) -> str:
         work, _, against = key.partition(" against ")
         rows = json.loads(BENCH.read_text(encoding="utf-8"))["rows"]
         return _number(next(row for row in rows if (row["work"], row["against"]) == (work, against))["ratio"], form)
-    if name == "robustness":
+    if name in ("robustness", "robustness-earlier"):
+        found = study(STUDY if name == "robustness" else EARLIER)
         arm, between, what = re.split(r" (on|in) (?=[a-z]+(?: [a-z]+)*(?: [0-9.]+)?$)", key)
         if between == "in":
-            return _number(study().arms[arm].losses[what], form)
-        difference = study().arms[arm].differences[what]
+            return _number(found.arms[arm].losses[what], form)
+        difference = found.arms[arm].differences[what]
         ends = (_number(end, form) for end in difference.interval())
         return f"{_number(difference.mean, form)} [{', '.join(ends)}]"
     return _number(claims()[name]["measured"][key], form)

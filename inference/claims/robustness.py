@@ -75,7 +75,7 @@ def quick_study(subject: Subject) -> Study:
     context, dim = min(config.context, _CONTEXT), config.dim if small else STUDY.dim
     return Study(
         seeds=tuple(subject.seed + k for k in range(3)),
-        steps=25 * min(context, dim),
+        steps=12 * min(context, dim),
         warmup=20,
         batch=16,
         learning_rate=1e-2,
@@ -84,7 +84,7 @@ def quick_study(subject: Subject) -> Study:
         heads=config.decoder_heads if small else STUDY.heads,
         layers=min(config.layers, STUDY.layers),
         rank=min(config.stage_rank, STUDY.rank),
-        windows=256,
+        windows=128,
     )
 
 

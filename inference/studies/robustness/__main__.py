@@ -12,7 +12,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from probattn.errors import InputError
+from probattn.errors import InputError, require_choice
 from probattn.inference.runtime.environment import select_device
 from probattn.inference.runtime.files import prepare_folder
 from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Study
@@ -36,6 +36,7 @@ class StudyOptions:
         out: output folder; the runs in it are read, those that are missing are made.
         jobs: number of processes that share the runs; 0 takes one per core.
         variants: add the arms that vary the barrier further.
+        arms: names of the arms to run now; none stands for all.
         report: make no run; write the results of those that are finished, each arm with the seeds that it has.
         device: where to train.
         sizes: sizes of the study.
@@ -46,6 +47,7 @@ class StudyOptions:
     out: Path = Path("runs/robustness")
     jobs: Annotated[int, Range(least=0)] = 0
     variants: bool = False
+    arms: tuple[str, ...] = ()
     report: bool = False
     device: Device = "cpu"
     sizes: Annotated[Study, Parameter(name="*")] = field(default_factory=Study)
@@ -69,9 +71,12 @@ def study(options: StudyOptions) -> int:
     corpus = load_corpus(options.corpus, heldout=options.heldout)
     arms, device = (*ARMS, *(VARIANTS if options.variants else ())), select_device(options.device)
     runs = prepare_folder(options.out) / "studies" / "robustness"  # where ``probattn verify --full`` looks for them
+    for name in options.arms:
+        require_choice("arms", name, [arm.name for arm in arms])
     if not options.report:
         jobs = options.jobs or os.cpu_count() or 1
-        run_study(arms, options.sizes, corpus, folder=runs, jobs=jobs, device=device)
+        chosen = [arm for arm in arms if not options.arms or arm.name in options.arms]
+        run_study(chosen, options.sizes, corpus, folder=runs, jobs=jobs, device=device)
     records = read_study(arms, options.sizes, corpus, runs, device=device)
     plain = sum(record.arm == PLAIN for record in records)
     if plain < 2:

@@ -23,9 +23,9 @@ from probattn.inference.studies.robustness.training import stream
 from probattn.models.corpus import Corpus, Windows
 from probattn.models.gpt import CharacterGPT
 
-__all__ = ["ATTACKS", "Attacked", "attack_harder", "check_obfuscation"]
+__all__ = ["ATTACKS", "Attacked", "attack_harder", "check_obfuscation", "read_models"]
 
-_WINDOWS, _LONGER, _STARTS = 48, 12, 3
+_WINDOWS, _LONGER, _STARTS = 32, 12, 3
 #: Names of the attacks, in the order of the table.
 ATTACKS = ("embedding attack", "of more steps", "of random starts", "character attack", "from another seed")
 
@@ -78,16 +78,33 @@ def check_obfuscation(
     text = Text.of(corpus)
     found = []
     for arm in arms:
-        models = {}
-        for seed in seeds:
-            file = weights_file(folder, arm.name, seed)
-            if file.is_file():
-                model = CharacterGPT(study.gpt(len(corpus.vocabulary)))
-                model.load_state_dict(torch.load(file, weights_only=True))
-                models[seed] = model.requires_grad_(False)
+        models = read_models(folder, arm, study, corpus, seeds)
         if models:
             found.append(attack_harder(arm.name, models, windows, text.frequency > 0))
     return found
+
+
+def read_models(folder: Path, arm: Arm, study: Study, corpus: Corpus, seeds: Sequence[int]) -> dict[int, CharacterGPT]:
+    """Read the models of an arm that a study left in its folder.
+
+    Args:
+        folder: folder of the runs.
+        arm: arm of the study.
+        study: sizes.
+        corpus: text.
+        seeds: seeds; those without weights are left out.
+
+    Returns:
+        Models by seed, on the CPU, their parameters without gradients.
+    """
+    models = {}
+    for seed in seeds:
+        file = weights_file(folder, arm.name, seed)
+        if file.is_file():
+            model = CharacterGPT(study.gpt(len(corpus.vocabulary)))
+            model.load_state_dict(torch.load(file, weights_only=True))
+            models[seed] = model.requires_grad_(False)
+    return models
 
 
 def attack_harder(arm: str, models: Mapping[int, Any], windows: Windows, allowed: Tensor) -> Attacked:

@@ -13,6 +13,7 @@ from probattn.inference.runtime.environment import describe
 from probattn.inference.runtime.files import write_figure, write_json, write_text
 from probattn.inference.studies.robustness.arms import Arm, Study
 from probattn.inference.studies.robustness.figures import draw_study
+from probattn.inference.studies.robustness.gains import measure_gains
 from probattn.inference.studies.robustness.obfuscation import check_obfuscation
 from probattn.inference.studies.robustness.study import Record
 from probattn.inference.studies.robustness.summary import Summary, summarise
@@ -75,8 +76,9 @@ def write_study(
         write_figure(folder / f"{name}.png", figure)
     with one_thread():
         attacked = [] if weights is None else check_obfuscation(weights, arms, study, corpus, summary.seeds)
+        gains = [] if weights is None else measure_gains(weights, arms, study, corpus, summary.seeds)
     table = render_table(
-        summary, verdict, records, arms, study, corpus.name, environment, list(figures), attacked=attacked
+        summary, verdict, records, arms, study, corpus.name, environment, list(figures), attacked=attacked, gains=gains
     )
     write_text(folder / "robustness.md", table)
     content = {
@@ -85,6 +87,7 @@ def write_study(
         **study_identity(corpus, study, arms),
         "summary": summary.as_dict(),
         "attacked": [found._asdict() for found in attacked],
+        "gains": [found._asdict() for found in gains],
     }
     write_json(folder / RESULTS, content)
     return summary, verdict

@@ -8,6 +8,7 @@ from typing import Any
 from probattn.inference.studies.robustness.arms import Arm, Study
 from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
 from probattn.inference.studies.robustness.evaluation import MEASURES, SMALL_NOISE
+from probattn.inference.studies.robustness.gains import Gains, rank_correlations
 from probattn.inference.studies.robustness.obfuscation import ATTACKS, Attacked
 from probattn.inference.studies.robustness.rules import DECISIVE, PLAIN, RELEVANT, STATEMENTS, TOLERATED
 from probattn.inference.studies.robustness.study import QUANTILES, Record
@@ -34,6 +35,7 @@ def render_table(
     environment: Mapping[str, Any],
     figures: Sequence[str] = (),
     attacked: Sequence[Attacked] = (),
+    gains: Sequence[Gains] = (),
 ) -> str:
     """Write the whole result as Markdown; text from outside the package is escaped.
 
@@ -47,6 +49,7 @@ def render_table(
         environment: machine and versions, see :func:`~probattn.inference.runtime.environment.describe`.
         figures: names of the figures to link, without suffix.
         attacked: what stronger attacks found.
+        gains: gains of the layers' two maps.
 
     Returns:
         Markdown.
@@ -80,6 +83,7 @@ def render_table(
         ("arm", *MEASURES, *(f"{name}, difference" for name in MEASURES)),
         [_measure_row(arm) for arm in summary.arms.values() if arm.losses],
     )
+    lines += _gains(summary, gains)
     lines += ["", "## Margins on the residual stream before and after training, and the costs", ""]
     quantiles = ", ".join(f"{q:.0%}" for q in QUANTILES)
     lines += _table(
@@ -195,7 +199,7 @@ def _obfuscation(attacked: Sequence[Attacked]) -> list[str]:
     count = len(plain.seeds)
     hidden = [found.arm for found in attacked if found.suspicious]
     lines = [
-        f"Bits per character on 48 windows, averaged over {count} seeds, under the strongest level of the study's two "
+        f"Bits per character on 32 windows, averaged over {count} seeds, under the strongest level of the study's two "
         "attacks, the first with three times the steps and from three random starts, the second with the texts that "
         "were made for the model of another seed. A text of another seed that misleads more than the arm's own would "
         f"be a sign of hidden gradients: {escape(', '.join(hidden)) if hidden else 'none does'}. The last column is "
@@ -208,6 +212,49 @@ def _obfuscation(attacked: Sequence[Attacked]) -> list[str]:
         losses = [f"{found.losses[name]:.3f}" if name in found.losses else "–" for name in (CLEAN, *ATTACKS)]
         rows.append((found.arm, *losses, f"{left:.0%}" if left == left else "no gain"))
     return lines + _table(("arm", CLEAN, *ATTACKS, "gain left"), rows)
+
+
+def _gains(summary: Summary, gains: Sequence[Gains]) -> list[str]:
+    if not gains:
+        return []
+    lines = [
+        "",
+        "## Why: the map that is guarded and the map that is applied",
+        "",
+        "The barrier guards I − M, the network applies I + M. Medians over tokens and layers of the residual stream, "
+        "averaged over seeds; the cost is the loss under the noise or attack, averaged over its levels, minus the "
+        "clean loss of the same arm.",
+        "",
+    ]
+    costs = {family: _costs(summary, family) for family in DECISIVE}
+    head = (
+        "arm",
+        "σ_min(I − M)",
+        "1 / σ_min(I − M)",
+        "σ_max(I + M)",
+        "rms σ(I + M)",
+        *(f"cost: {f}" for f in DECISIVE),
+    )
+    rows = [
+        (found.arm, *(f"{value:.3f}" for value in found[1:]), *(f"{costs[f][found.arm]:.3f}" for f in DECISIVE))
+        for found in gains
+        if all(found.arm in cost for cost in costs.values())
+    ]
+    lines += _table(head, rows)
+    for family in DECISIVE:
+        ranked = rank_correlations(gains, costs[family])
+        words = (f"{ranked[name]:+.2f} for {sign}" for name, sign in zip(Gains._fields[1:], head[1:5], strict=True))
+        lines += ["", f"Rank correlation over arms with the cost of {family}: {escape(', '.join(words))}."]
+    return lines
+
+
+def _costs(summary: Summary, family: str) -> dict[str, float]:
+    names = [label(family, level) for level in FAMILIES[family]]
+    return {
+        arm.arm: sum(arm.losses[name] for name in names) / len(names) - arm.losses[CLEAN]
+        for arm in summary.arms.values()
+        if arm.losses
+    }
 
 
 def _capital(text: str) -> str:

@@ -240,6 +240,10 @@ class TestStudy:
         )
         with pytest.raises(InputError, match="0 finished runs"):
             command.study(replace(options, report=True))
+        with pytest.raises(InputError, match="arms"):
+            command.study(replace(options, arms=("missing",)))
+        assert command.study(replace(options, arms=("plain",))) == 0
+        assert json.loads((tmp_path / "out" / "robustness.json").read_text())["summary"]["arms"][1]["runs"] == 0
         assert command.study(options) == 0
         results = json.loads((tmp_path / "out" / "robustness.json").read_text())
         assert results["summary"]["seeds"] == [0, 1]
