@@ -283,6 +283,8 @@ class TestSupportTokens:
     def test_k_out_of_range(self, k):
         with pytest.raises(InputError, match=f"k is {k}; it must lie between 1 and the 3 tokens"):
             support_tokens(scalar(0.5), PAIR, k=k)
+        with pytest.raises(InputError, match=f"k is {k}; it must lie between 1 and the 3 tokens"):
+            support_tokens(scalar(0.5), PAIR.expand(2, 3, 1), k=k)
 
 
 def assert_witness(attention, u, found):

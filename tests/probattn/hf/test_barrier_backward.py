@@ -176,7 +176,9 @@ class TestCompile:
     # 2026-11-25: inductor imports modules of torch that use what torch has deprecated.
     @pytest.mark.filterwarnings("ignore:.*deprecated")
     @pytest.mark.slow
-    def test_with_generated_code(self):
+    def test_with_generated_code(self, tmp_path, monkeypatch):
+        # The compiler trusts its cache, also a library that a killed run left unfinished there.
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         self.check(build(dtype=torch.float32), batch("left"), "inductor", 1e-4)
 
     @pytest.mark.slow
