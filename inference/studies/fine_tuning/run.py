@@ -154,9 +154,9 @@ def render(records: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> str:
         "| arm | " + " | ".join(names) + " |",
         "| --- |" + " --- |" * len(names),
     ]
-    for arm, found in compare(records, arms).items():
+    for name_of_arm, found in compare(records, arms).items():
         cells = (f"{found[name].mean:+.4f} ± {found[name].interval()[1] - found[name].mean:.4f}" for name in names)
-        lines.append(f"| {_escape(arm)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_escape(name_of_arm)} | " + " | ".join(cells) + " |")
     lines += ["", "| arm | clean | det < 0 | median log det | median σ_min | seconds | diverged |", "|" + " --- |" * 7]
     for arm in arms:
         own = [record for record in records if record["arm"] == arm.name]

@@ -57,7 +57,8 @@ def adversarial_step(u: Tensor, gradient: Tensor, size: float) -> Tensor:
     Returns:
         Embeddings, ``(N, T, p)``; the step itself is held fixed in the backward pass.
     """
-    return u + size * u.detach().norm(dim=-1, keepdim=True) * F.normalize(gradient.detach(), dim=-1, eps=1e-30)
+    length: Tensor = size * u.detach().norm(dim=-1, keepdim=True)
+    return u + length * F.normalize(gradient.detach(), dim=-1, eps=1e-30)
 
 
 def product_norms(model: CharacterGPT) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,8 @@ def product_norms(model: CharacterGPT) -> tuple[Tensor, Tensor]:
 def _norm(left: Tensor, right: Tensor) -> Tensor:
     """Spectral norm of a product of thin factors, (H, p, r) and (H, r, p), from one matrix of size r."""
     root = torch.linalg.qr(left, mode="r").R  # left = Q R, and Q keeps norms
-    return torch.linalg.matrix_norm(root @ right, 2)
+    found: Tensor = torch.linalg.matrix_norm(root @ right, 2)
+    return found
 
 
 @torch.no_grad()

@@ -96,4 +96,5 @@ def replacement_sensitivity(
     changed = tokens.scatter(1, place, others)
     differ = model(tokens).argmax(-1) != model(changed).argmax(-1)
     later = torch.arange(tokens.shape[1], device=tokens.device) >= place
-    return (differ & later).sum(1) / later.sum(1)
+    share: Tensor = (differ & later).sum(1) / later.sum(1)
+    return share

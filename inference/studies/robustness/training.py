@@ -141,8 +141,10 @@ def train(
         model = CharacterGPT(study.gpt(len(corpus.vocabulary)), stream("model", own)).to(device)
         stage = None
         if arm.placement == "embeddings":
-            bounded = {"memory_radius": RADIUS, "contraction": arm.contraction} if arm.contraction > 0 else {}
-            stage = AttentionStage(study.dim, rank=study.rank, prior=arm.prior, **bounded).to(device)
+            radius, limit = (RADIUS, arm.contraction) if arm.contraction > 0 else (None, None)
+            stage = AttentionStage(
+                study.dim, rank=study.rank, prior=arm.prior, memory_radius=radius, contraction=limit
+            ).to(device)
         study = replace(study, steps=max(1, round(arm.length * study.steps)))
         return _optimise(arm, model, stage, batches(text, study, own), study, path if arm.steer else None)
 

@@ -22,6 +22,7 @@ from probattn.inference.studies.robustness.corruptions import (
     swap_characters,
 )
 from probattn.inference.studies.robustness.evaluation import MEASURES, Text, evaluate
+from probattn.inference.studies.robustness.gains import Gains, layer_gains, rank_correlations
 from probattn.inference.studies.robustness.obfuscation import ATTACKS, Attacked, attack_harder
 from probattn.inference.studies.robustness.regularisers import (
     adversarial_step,
@@ -32,7 +33,7 @@ from probattn.inference.studies.robustness.regularisers import (
     with_noise,
 )
 from probattn.inference.studies.robustness.sensitivity import noise_terms, replacement_sensitivity
-from probattn.inference.studies.robustness.training import train
+from probattn.inference.studies.robustness.training import forward_with_streams, residual_attention, train
 from probattn.models.corpus import UNKNOWN, Corpus, Windows
 from probattn.models.gpt import CharacterGPT, GPTConfig
 
@@ -416,3 +417,33 @@ class TestRegularisers:
             return float(torch.stack([window_bits(model, drawn + one, windows.targets) for one in noise]).mean())
 
         assert measured(other) < measured(plain)
+
+
+class TestGains:
+    def test_singular_values_of_both_maps(self, model, windows):
+        """Against the dense Jacobian of each layer by automatic differentiation."""
+        tokens = windows.inputs[:2]
+        smallest, inverse, update = [], [], []
+        for u, (number, _) in zip(
+            forward_with_streams(model, model.embed(tokens))[1], enumerate(model.blocks), strict=True
+        ):
+            layer = residual_attention(model, number)
+            for n in range(2):
+                whole = torch.autograd.functional.jacobian(layer.mean, u[n])
+                for i in range(8):
+                    own = whole[i, :, i]
+                    smallest.append(torch.linalg.svdvals(torch.eye(8) - own)[-1])
+                    inverse.append(1 / smallest[-1])
+                    update.append(torch.linalg.svdvals(torch.eye(8) + own))
+        found = layer_gains(model, tokens)
+        whole = torch.stack(update).square().mean(-1).sqrt()
+        wanted = [torch.stack(values).median() for values in (smallest, inverse, [one[0] for one in update])]
+        assert found == pytest.approx([float(value) for value in (*wanted, whole.median())], rel=1e-6)
+
+    def test_ranks_follow_what_costs(self):
+        gains = [Gains(str(k), k, -k, 2 * k, k % 2) for k in range(5)]
+        found = rank_correlations(gains, {str(k): k**2 for k in range(5)})
+        assert found["smallest"] == found["update"] == pytest.approx(1)
+        assert found["inverse"] == pytest.approx(-1)
+        assert abs(found["whole"]) < 0.5
+        assert all(math.isnan(value) for value in rank_correlations(gains[:2], {"0": 1.0, "1": 2.0}).values())
