@@ -91,28 +91,16 @@ def settle(kappa: float, radius: float, start: float, noise_scale: float = 1.0) 
         >>> abs(settle(0.5, 2.0, 1.0).mean) < 1e-3
         True
     """
-    require_positive("radius", radius)
-    reach = radius + 8 * noise_scale
-    u = torch.linspace(-reach, reach, _POINTS, dtype=torch.float64)
-    step = float(u[1] - u[0])
-    held = u / (1 + (u / radius).square()).sqrt()
-    pull = kappa / radius**2
-    tilt = (pull * u.unsqueeze(-1) * held).exp()
-    density = _normal(u - start, noise_scale)
-    slope, before = torch.zeros_like(u), start
+    field = _Field(kappa, radius, noise_scale)
+    density, before = _normal(field.points - start, noise_scale), start
     for turn in range(_ROUNDS):
-        weights = tilt * density
-        total = weights.sum(-1)
-        mean = (weights @ held) / total
-        slope = pull * ((weights @ held.square()) / total - mean.square())
-        if float(slope.max()) >= 1:
+        density, slope = field.following(density)
+        if slope >= 1:
             raise InputError(f"the map of mean field folds at contraction {kappa} and radius {radius}.")
-        density = _normal(u - mean, noise_scale) * (1 - slope)
-        density = density / (density.sum() * step)
         if turn % 100 == 99:
-            after = float((density * u).sum() * step)
+            after = field.mean(density)
             if abs(after - before) < 1e-7:
-                return Settled(u, density, after, float(slope.max()))
+                return Settled(field.points, density, after, slope)
             before = after
     raise InputError(f"mean field still moves after {_ROUNDS} rounds at contraction {kappa} and radius {radius}.")
 
@@ -160,61 +148,62 @@ def folding_contraction(radius: float) -> float:
 
 @torch.no_grad()
 def continue_paths(
-    kappa: float,
-    radius: float,
-    points: Tensor,
-    density: Tensor,
-    lengths: Sequence[int],
-    sequences: int,
-    *,
-    seed: int = 0,
+    kappa: float, radius: float, mean: float, lengths: Sequence[int], pairs: int, *, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Continue pasts drawn from a density by the process itself, and record their means.
-
-    Args:
-        kappa: contraction a rho^2.
-        radius: rho, in units of the noise.
-        points: u, (G,).
-        density: density of the tokens of the pasts there, up to a factor, (G,).
-        lengths: n, increasing; the first is the length of the pasts drawn.
-        sequences: number N of paths.
-        seed: random seed; the global random state is left as it was.
-
-    Returns:
-        Means of the first n tokens, ``(lengths, N)``.
-    """
-    with isolated_seed(seed):
-        choice = torch.multinomial(density, sequences * lengths[0], replacement=True)
-        past = points[choice].view(sequences, lengths[0], 1)
-        noise = torch.randn(sequences, lengths[-1] - lengths[0], 1, dtype=torch.float64)
-    context = Context.of(_line(kappa, radius).expand((sequences,)), past)
-    total, found = past.sum((1, 2)), [past.mean((1, 2)).numpy()]
-    for n in range(lengths[0], lengths[-1]):
-        u = find_token(context, noise[:, n - lengths[0]], "smallest_step").u
-        context = context.extend(u)
-        total = total + u.squeeze(-1)
-        if n + 1 in lengths:
-            found.append((total / (n + 1)).numpy())
-    return np.stack(found)
-
-
-def flow_of_mean(kappa: float, radius: float, mean: float) -> float:
-    """Change dm / dlog n of the mean of a past from N(m, 1) in mean field, to leading order in 1 / rho^2.
+    """Continue pasts from N(m, 1) by the process itself, in pairs of opposite deviations and noise.
 
     Args:
         kappa: contraction a rho^2.
         radius: rho, in units of the noise.
         mean: m.
+        lengths: n, increasing; the first is the length of the pasts drawn.
+        pairs: number N of pairs of paths.
+        seed: random seed; the global random state is left as it was.
+
+    Returns:
+        Means of the first n tokens, averaged over each pair, ``(lengths, N)``.
+    """
+    with isolated_seed(seed):
+        past, noise = torch.randn(pairs, lengths[-1], 1, dtype=torch.float64).split(
+            [lengths[0], lengths[-1] - lengths[0]], 1
+        )
+    past, noise = torch.cat([mean + past, mean - past]), torch.cat([noise, -noise])
+    context = Context.of(_line(kappa, radius).expand((2 * pairs,)), past)
+    total, found = past.sum((1, 2)), [past.mean((1, 2))]
+    for n in range(lengths[0], lengths[-1]):
+        u = find_token(context, noise[:, n - lengths[0]], "smallest_step").u
+        context = context.extend(u)
+        total = total + u.squeeze(-1)
+        if n + 1 in lengths:
+            found.append(total / (n + 1))
+    means: NDArray[np.float64] = torch.stack(found).unflatten(1, (2, pairs)).mean(1).numpy()
+    return means
+
+
+@torch.no_grad()
+def flow_of_mean(kappa: float, radius: float, mean: float, lengths: tuple[int, int] = (250, 1000)) -> float:
+    """Change of the mean of a past from N(m, 1) over that of log n, by the flow of mean field.
+
+    Args:
+        kappa: contraction a rho^2.
+        radius: rho, in units of the noise.
+        mean: m.
+        lengths: n at the start and at the end.
 
     Example:
-        >>> flow_of_mean(2.5, 4.0, 2**0.5)
-        0.0
+        >>> flow_of_mean(0.9, 4.0, 1.0) < 0
+        True
     """
-    return (kappa - 1.5 - mean**2 / 2) * mean / radius**2
+    field, time = _Field(kappa, radius, 1.0), math.log(lengths[1] / lengths[0])
+    density = _normal(field.points - mean, 1.0)
+    steps = math.ceil(time / 0.02)
+    for _ in range(steps):
+        density = density + time / steps * (field.following(density)[0] - density)
+    return (field.mean(density) - mean) / time
 
 
 def simulated_flow(
-    kappa: float, radius: float, mean: float, *, lengths: tuple[int, int] = (250, 1000), sequences: int = 16
+    kappa: float, radius: float, mean: float, *, lengths: tuple[int, int] = (250, 1000), pairs: int = 10, seed: int = 0
 ) -> NDArray[np.float64]:
     """The same change measured on paths that continue pasts from N(m, 1).
 
@@ -223,13 +212,13 @@ def simulated_flow(
         radius: rho, in units of the noise.
         mean: m.
         lengths: length of the pasts, and of the whole.
-        sequences: number N of paths.
+        pairs: number N of pairs of paths.
+        seed: random seed.
 
     Returns:
-        Change of the mean over the change of log n, path by path, (N,).
+        Change of the mean over the change of log n, pair by pair, (N,).
     """
-    u = torch.linspace(mean - 6, mean + 6, _POINTS, dtype=torch.float64)
-    before, after = continue_paths(kappa, radius, u, _normal(u - mean, 1.0), lengths, sequences)
+    before, after = continue_paths(kappa, radius, mean, lengths, pairs, seed=seed)
     change: NDArray[np.float64] = (after - before) / math.log(lengths[1] / lengths[0])
     return change
 
@@ -262,6 +251,9 @@ def plot_broken(
     diagram.plot(rho, folding / rho**2, "s--", markersize=4, color=COLOURS[0], label="symmetric state folds")
     diagram.set_xscale("log")
     diagram.set_yscale("log")
+    diagram.set_xticks(rho, [f"{radius:g}" for radius in radii])
+    diagram.set_xticks([], minor=True)
+    diagram.set_ylim(5e-3, None)
     finish(diagram, "radius ρ / σ", "attraction aσ²", legend=True)
     for colour, radius in zip(COLOURS, branches, strict=False):
         means = [_settled_mean(kappa, radius) for kappa in contractions]
@@ -272,16 +264,43 @@ def plot_broken(
     finish(order, "κ = aρ²", "mean at which the process settles, |m| / σ", legend=True)
     for colour, kappa in zip(COLOURS, dict.fromkeys(kappa for kappa, _ in simulated), strict=False):
         means = [mean for one, mean in simulated if one == kappa]
-        found = [simulated_flow(kappa, branches[0], mean) for mean in means]
+        found = [simulated_flow(kappa, branches[0], mean, seed=k) for k, mean in enumerate(means)]
         bars = [1.96 * float(one.std(ddof=1)) / math.sqrt(len(one)) for one in found]
         flow.errorbar(
             means, [float(one.mean()) for one in found], bars, color=colour, label=f"paths, κ = {kappa:g}", **ERROR_BARS
         )
-        fine = np.linspace(0, max(means) * 1.1, 100)
-        flow.plot(fine, [flow_of_mean(kappa, branches[0], float(m)) for m in fine], color=colour, linewidth=1)
+        fine = np.linspace(0, max(means) * 1.1, 23)
+        expected = [flow_of_mean(kappa, branches[0], float(m)) for m in fine]
+        flow.plot(fine, expected, color=colour, linewidth=1, label=f"mean field, κ = {kappa:g}")
     flow.axhline(0.0, color="black", linewidth=1, linestyle=":")
     finish(flow, "mean of the past, m / σ", f"dm / d log n, ρ = {branches[0]:g} σ", legend=True)
     return figure
+
+
+class _Field:
+    """Mean field on the line: the density of the next token after a long past of a given density."""
+
+    def __init__(self, kappa: float, radius: float, noise_scale: float) -> None:
+        require_positive("radius", radius)
+        reach = radius + 8 * noise_scale
+        self.points, self.noise_scale = torch.linspace(-reach, reach, _POINTS, dtype=torch.float64), noise_scale
+        self.step = float(self.points[1] - self.points[0])
+        self.held = self.points / (1 + (self.points / radius).square()).sqrt()
+        self.pull = kappa / radius**2
+        self.tilt = (self.pull * self.points.unsqueeze(-1) * self.held).exp()  # (G of u, G of v)
+
+    def following(self, density: Tensor) -> tuple[Tensor, float]:
+        """The density of the next token, and the largest slope of the map that it comes from."""
+        weights = self.tilt * density
+        total = weights.sum(-1)
+        mean = (weights @ self.held) / total
+        slope = self.pull * ((weights @ self.held.square()) / total - mean.square())
+        after = _normal(self.points - mean, self.noise_scale) * (1 - slope)
+        return after / (after.sum() * self.step), float(slope.max())
+
+    def mean(self, density: Tensor) -> float:
+        """Mean of a density."""
+        return float((density * self.points).sum() * self.step)
 
 
 def _settled_mean(kappa: float, radius: float) -> float:

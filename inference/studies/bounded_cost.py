@@ -44,24 +44,24 @@ from probattn.models.language import LanguageConfig, LanguageModel
 __all__ = ["OWN", "PRIORS", "Sizes", "compare", "measure_run", "run_study", "table"]
 
 _LOG = logging.getLogger(__name__)
-_RADIUS = 8.0  # the norm of a token whose entries have size one, at 64 features
 
-#: Options of the stage by arm: no prior, the literal prior, the same with a contraction for every past.
+#: Options of the stage by arm: no prior, the literal prior, the same with a contraction for every past. Its radius is
+#: the norm of a token whose entries have size one.
 PRIORS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "no prior": {"weight": 0.0},
         "prior, unbounded": {"weight": 0.05},
-        "prior, κ < 0.9": {"weight": 0.05, "stage_radius": _RADIUS, "stage_contraction": 0.9},
+        "prior, κ < 0.9": {"weight": 0.05, "stage_contraction": 0.9},
     }
 )
-#: Options of the model's own attention by arm.
+#: Options of the model's own attention by arm; the radius is the norm of a token whose 64 entries have size one.
 OWN: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "ordinary": {},
-        "radius, no limit": {"memory_radius": _RADIUS},
-        "κ < 0.99": {"memory_radius": _RADIUS, "contraction": 0.99},
-        "κ < 0.9": {"memory_radius": _RADIUS, "contraction": 0.9},
-        "κ < 0.5": {"memory_radius": _RADIUS, "contraction": 0.5},
+        "radius, no limit": {"memory_radius": 8.0},
+        "κ < 0.99": {"memory_radius": 8.0, "contraction": 0.99},
+        "κ < 0.9": {"memory_radius": 8.0, "contraction": 0.9},
+        "κ < 0.5": {"memory_radius": 8.0, "contraction": 0.5},
     }
 )
 
@@ -75,13 +75,17 @@ class Sizes(Study):
         batch: number of windows per step.
         learning_rate: peak learning rate of the transformer; the language model has that of its fit.
         windows: largest number of held-out windows to evaluate.
-        prior_steps: number of optimiser steps of the language model with a prior; a step takes three times as long.
+        prior_steps: number of optimiser steps of the language model with a prior.
+        prior_dim: size of its embeddings; smaller, as a step takes three times as long.
+        prior_context: number of characters in its windows.
         memory_radius: radius of every attention of the transformer; None for its ordinary form.
         contraction: limit of every attention of the transformer; None for none.
     """
 
-    steps: int = 1200
-    prior_steps: int = 250
+    steps: int = 600
+    prior_steps: int = 400
+    prior_dim: int = 32
+    prior_context: int = 32
     batch: int = 16
     learning_rate: float = 4e-3
     windows: int = 256
@@ -122,10 +126,12 @@ def measure_run(arm: str, seed: int, corpus: Corpus, sizes: Sizes) -> dict[str, 
 
 def _as_prior(arm: str, seed: int, corpus: Corpus, sizes: Sizes) -> dict[str, float]:
     options: dict[str, Any] = dict(PRIORS[arm])
+    if "stage_contraction" in options:
+        options["stage_radius"] = math.sqrt(sizes.prior_dim)
     config = LanguageConfig(
         len(corpus.vocabulary),
-        context=sizes.context,
-        dim=sizes.dim,
+        context=sizes.prior_context,
+        dim=sizes.prior_dim,
         layers=sizes.layers,
         decoder_heads=sizes.heads,
         stage_rank=sizes.rank,
@@ -133,11 +139,16 @@ def _as_prior(arm: str, seed: int, corpus: Corpus, sizes: Sizes) -> dict[str, fl
     )
     model = LanguageModel(config)
     fit = LanguageFit(steps=sizes.prior_steps, batch=sizes.batch, patience=0, seed=seed)
-    values, _ = fit_language(model, tuple(corpus.windows(sizes.context)), fit)
-    found = _score(corpus, sizes, lambda inputs: model.decode(values, model.embed(values, inputs)))
+    values, _ = fit_language(model, tuple(corpus.windows(config.context)), fit)
+    found = _score(
+        corpus, config.context, sizes.windows, lambda inputs: model.decode(values, model.embed(values, inputs))
+    )
     if config.weight > 0:
         with torch.no_grad():
-            stage, u = model.stage(values), model.embed(values, corpus.windows(sizes.context, heldout=True).inputs[:64])
+            stage, u = (
+                model.stage(values),
+                model.embed(values, corpus.windows(config.context, heldout=True).inputs[:64]),
+            )
             found["barrier"] = float(log_barrier(stage, u).mean())
             found["sigma_min"] = float(stability_margin(stage, u, "singular_value").min())
     return found
@@ -148,17 +159,17 @@ def _in_the_model(arm: str, seed: int, corpus: Corpus, sizes: Sizes) -> dict[str
     trained = train(Arm("plain"), seed, corpus, replace(sizes, **options))
     if trained.diverged is not None:
         raise InputError(f"arm {arm}, seed {seed}: the objective is not finite after {trained.diverged} steps.")
-    found = _score(corpus, sizes, trained.model)
+    found = _score(corpus, sizes.context, sizes.windows, trained.model)
     if trained.model.config.memory_radius is not None:
         found["contraction"] = max(float(layer.contraction.detach()) for layer in trained.model.attentions())
     return found
 
 
 @torch.no_grad()
-def _score(corpus: Corpus, sizes: Sizes, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    windows = corpus.windows(sizes.context, heldout=True)
+def _score(corpus: Corpus, context: int, most: int, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    windows = corpus.windows(context, heldout=True)
     loss, right, count = 0.0, 0, 0
-    for inputs, targets in zip(*(part[: sizes.windows].split(128) for part in windows), strict=True):
+    for inputs, targets in zip(*(part[:most].split(128) for part in windows), strict=True):
         logits = predict(inputs).flatten(0, 1)
         loss += float(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
         right += int((logits.argmax(-1) == targets.flatten()).sum())
@@ -210,8 +221,8 @@ def run_study(folder: Path, corpus: Corpus, sizes: Sizes, *, minutes: float = 0)
 def _identity(arm: str, corpus: Corpus, sizes: Sizes) -> dict[str, Any]:
     """What a run depends on: the steps of its own kind alone."""
     fields = sizes.as_dict()
-    other = fields.pop("prior_steps")
-    return {"corpus": corpus.digest, **fields, **({"steps": other} if arm in PRIORS else {})}
+    prior = {name: fields.pop(f"prior_{name}") for name in ("steps", "dim", "context")}
+    return {"corpus": corpus.digest, **fields, **(prior if arm in PRIORS else {})}
 
 
 def compare(runs: Sequence[Mapping[str, Any]], arm: str, reference: str, name: str) -> tuple[float, float, float]:
