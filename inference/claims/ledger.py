@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,16 +21,18 @@ from probattn.inference.claims.jacobian import jacobian_claim
 from probattn.inference.claims.margin import margin_claim
 from probattn.inference.claims.normalisation import normalisation_claim
 from probattn.inference.claims.objective import objective_claim
-from probattn.inference.claims.recovery import recovery_claim
 from probattn.inference.claims.published import published_claim
+from probattn.inference.claims.recovery import recovery_claim
 from probattn.inference.claims.robustness import robustness_claim
 from probattn.inference.claims.stationarity import stationarity_claim
 from probattn.inference.claims.stationary_distribution import stationary_distribution_claim
 from probattn.inference.claims.tightness import tightness_claim
 from probattn.inference.claims.trained import trained_claim
+from probattn.inference.runtime.progress import log_stage
 
 __all__ = ["CLAIMS", "require_claims", "run_claims"]
 
+_LOG = logging.getLogger(__name__)
 Measure = Callable[[Subject, Settings], Claim]
 
 #: Measurements (subject, settings) -> claim by id of the claim, in the order of the report.
@@ -46,10 +49,10 @@ CLAIMS: Mapping[str, Measure] = MappingProxyType(
         "stationarity": lambda _, settings: stationarity_claim(settings),
         "stationary-distribution": lambda _, settings: stationary_distribution_claim(settings),
         "bounded": bounded_claim,
+        "published": published_claim,
         "recovery": lambda _, settings: recovery_claim(settings),
         "calibration": lambda _, settings: calibration_claim(settings),
         "robustness": robustness_claim,
-        "published": published_claim,
         "trained": trained_claim,
         "decoding": decoding_claim,
         "tightness": lambda subject, settings: tightness_claim(subject, settings, end=subject.line_feed),
@@ -97,6 +100,7 @@ def run_claims(
     for name, measure in CLAIMS.items():
         if names and name not in names:
             continue
+        log_stage(_LOG, f"measuring claim {name}")
         start = time.perf_counter()
         claim = measure(subject, settings)
         claim = replace(claim, seconds=time.perf_counter() - start)

@@ -2,7 +2,8 @@
 
 Fits and studies log to loggers named after their modules, below ``probattn.inference``, at level INFO: one line for
 people as the message, and what drives a bar as attributes of the record, ``step`` and ``total``, and ``metrics``, a
-mapping of numbers by name. Nothing is printed unless a handler is attached.
+mapping of numbers by name. Work that has no steps to count names itself when it begins, with the attribute ``stage``.
+Nothing is printed unless a handler is attached.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-__all__ = ["log_step"]
+__all__ = ["log_stage", "log_step"]
 
 
 def log_step(
@@ -26,3 +27,13 @@ def log_step(
         metrics: numbers by name.
     """
     logger.info("%s", message, extra={"step": step, "total": total, "metrics": dict(metrics or {})}, stacklevel=2)
+
+
+def log_stage(logger: logging.Logger, message: str) -> None:
+    """Log at level INFO that work begins which has no steps to count.
+
+    Args:
+        logger: logger of the module that does the work.
+        message: name of the work, for people.
+    """
+    logger.info("%s", message, extra={"stage": message}, stacklevel=2)

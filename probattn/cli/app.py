@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 import probattn
-from probattn.cli.output import forgiving_output
+from probattn.cli.output import forgiving_output, say
 from probattn.cli.progress import shown_progress
 from probattn.inference.runtime.interrupt import signals_interrupt
 
@@ -37,6 +38,14 @@ for _place, (_name, _text) in enumerate(COMMANDS.items()):
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
+# Bars and advice of other libraries, which would run into the command's own; whoever sets one of these has it.
+_QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
@@ -56,6 +65,8 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
     debug = "--debug" in words
     if not debug:
         warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
     try:
         with signals_interrupt(), shown_progress():
             status = app(words, exit_on_error=False, print_error=False)
@@ -85,5 +96,5 @@ def _command(words: Sequence[str]) -> list[str]:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    print(f"probattn: {' '.join(message.split())}", file=sys.stderr)
+    say(f"probattn: {' '.join(message.split())}", sys.stderr)
     sys.exit(status)

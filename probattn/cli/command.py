@@ -8,7 +8,7 @@ metadata, dataclasses by name, is chosen by a flag, and the fields of the chosen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -17,17 +17,15 @@ import docstring_parser
 from cyclopts import App, ArgumentCollection, CoercionError, Group, Parameter, Token, UnknownOptionError, convert
 from cyclopts.config import Dict
 
+from probattn.cli.settings import read_settings
 from probattn.errors import InputError
 from probattn.models.options import Range, field_types
-from probattn.models.reading import read_regular
 
-__all__ = ["Flag", "command", "flags", "in_words", "read_settings", "variants"]
-
-_MOST = 2**20  # bytes of a file of options
-_DEPTH = 8  # a mapping of options, lists in it, and what is nested by mistake, which has a message of its own
+__all__ = ["Flag", "command", "flags", "in_words", "variants"]
 
 Options = TypeVar("Options")
 Run = Callable[[Options], int | None]
+Panels = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def _texts(kind: type) -> dict[str, str]:
     return texts
 
 
-def command(name: str, options: type[Options], run: Run[Options]) -> App:
+def command(name: str, options: type[Options], run: Run[Options], panels: Panels | None = None) -> App:
     """A command whose flags are the fields of a dataclass.
 
     Every command also takes ``--config``, a YAML file whose keys are the same names, and ``--debug``.
@@ -146,11 +144,13 @@ def command(name: str, options: type[Options], run: Run[Options]) -> App:
         name: name of the command.
         options: dataclass of the options.
         run: function that takes them and returns an exit status; None stands for 0.
+        panels: fields by the heading of the panel of the help that shows them, in order; the last panel also has the
+            command's own fields that no panel names. None: one panel.
 
     Returns:
         The command, to be registered with the application.
     """
-    parts = variants(name, options, run)
+    parts = variants(name, options, run, panels)
     if len(parts) == 1:
         return next(iter(parts.values()))
     field = _choice(options)
@@ -182,19 +182,20 @@ def command(name: str, options: type[Options], run: Run[Options]) -> App:
     return app
 
 
-def variants(name: str, options: type[Options], run: Run[Options]) -> dict[str, App]:
+def variants(name: str, options: type[Options], run: Run[Options], panels: Panels | None = None) -> dict[str, App]:
     """The commands of a dataclass by choice, each with its own flags; one, under "", where there is nothing to choose.
 
     Args:
         name: name of the command.
         options: dataclass of the options.
         run: function that takes them and returns an exit status.
+        panels: fields by the heading of the panel of the help; None: one panel.
     """
     field = _choice(options)
     if not field:
-        return {"": _app(name, flags(options), options, run)}
+        return {"": _app(name, flags(options), options, run, panels)}
     listed = {flag.path: flag for flag in flags(options)}[(field,)]
-    return {part: _app(name, flags(options, {field: part}), options, run) for part in get_args(listed.kind)}
+    return {part: _app(name, flags(options, {field: part}), options, run, panels) for part in get_args(listed.kind)}
 
 
 def _choice(options: type) -> str:
@@ -212,13 +213,15 @@ def _peek(tokens: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _app(name: str, listed: Sequence[Flag], options: type[Options], run: Run[Options]) -> App:
+def _app(
+    name: str, listed: Sequence[Flag], options: type[Options], run: Run[Options], panels: Panels | None = None
+) -> App:
     positional = [flag.key for flag in listed if flag.metadata.get("positional")]
 
     def call(*values: Any, **given: Any) -> int | None:
         return run(_build(options, listed, dict(zip(positional, values, strict=False)) | given))
 
-    call.__signature__ = inspect.Signature(list(_parameters(listed)))  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(list(_parameters(listed, panels)))  # type: ignore[attr-defined]
     usage = " ".join(["Usage: probattn", name, *map(str.upper, positional), "[OPTIONS]"])
     summary, _, notes = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
     app = App(
@@ -235,15 +238,20 @@ def _app(name: str, listed: Sequence[Flag], options: type[Options], run: Run[Opt
     return app
 
 
-def _parameters(listed: Sequence[Flag]) -> Iterator[inspect.Parameter]:
-    groups = {heading: Group(heading or "Options", sort_key=i) for i, heading in enumerate(_headings(listed))}
+def _parameters(listed: Sequence[Flag], panels: Panels | None) -> Iterator[inspect.Parameter]:
+    shown_in = {field: heading for heading, names in (panels or {}).items() for field in names}
+    last = list(panels)[-1] if panels else "Options"
+    nested = dict.fromkeys(flag.heading for flag in listed if flag.heading)
+    # The panel of what every command has, files and devices, follows those of method and model.
+    order = [*list(panels or {})[:-1], *nested, last] if panels else [last, *nested]
+    groups = {heading: Group(heading, sort_key=i) for i, heading in enumerate(order)}
     for flag in listed:
         positional = flag.metadata.get("positional", False)
         shown = in_words(flag.default)
         note = Parameter(
             name=() if positional else flag.names,
             help=flag.help + (f" [{flag.limits}]" if flag.limits else ""),
-            group=groups[flag.heading],
+            group=groups[flag.heading or shown_in.get(flag.path[0], last)],
             negative_iterable=(),
             converter=_converter(flag.kind),
             validator=_within(flag.range),
@@ -260,12 +268,8 @@ def _parameters(listed: Sequence[Flag]) -> Iterator[inspect.Parameter]:
         "debug": (bool, False, "Show a traceback on errors."),
     }
     for name, (kind, default, text) in own.items():
-        note = Parameter(name=f"--{name}", help=text, group=groups[""], negative=(), show_default=False)
+        note = Parameter(name=f"--{name}", help=text, group=groups[last], negative=(), show_default=False)
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, note], default=default)
-
-
-def _headings(listed: Iterable[Flag]) -> list[str]:
-    return list(dict.fromkeys(["", *(flag.heading for flag in listed)]))
 
 
 def in_words(value: Any) -> str:
@@ -354,53 +358,3 @@ def _apply_settings(app: App, commands: tuple[str, ...], arguments: ArgumentColl
     if given:
         path = Path(given[0].value)
         Dict(read_settings(path), source=str(path), use_commands_as_keys=False)(app, commands, arguments)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The options in a YAML file.
-
-    Args:
-        path: file with one ``option: value`` per line.
-
-    Raises:
-        InputError: no such file, no YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        text = read_regular(path, f"--config {path}", most=_MOST).decode("utf-8")
-        _require_flat(path, text)
-        content = yaml.safe_load(text)
-    except FileNotFoundError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror}); name a YAML file.") from None
-    except InputError:
-        raise
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}).") from None
-    except Exception as error:  # numbers and dates that YAML allows and Python does not
-        raise InputError(f"--config {path}: holds a value that cannot be read ({error}).") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(
-            f"--config {path}: holds a {type(content).__name__}; write a mapping, one option: value per line."
-        )
-    for key, value in content.items():
-        if isinstance(value, dict):
-            raise InputError(
-                f"--config {path}: {key} holds a mapping; write its options on lines of their own, they are not nested."
-            )
-    return {str(key): value for key, value in content.items()}
-
-
-def _require_flat(path: Path, text: str) -> None:
-    """Refuse nesting and references, by which a small file becomes large or exhausts the stack."""
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise InputError(f"--config {path}: uses references (& and *); write each value out.")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEPTH:
-            raise InputError(f"--config {path}: nested more than {_DEPTH} deep; write one option: value per line.")

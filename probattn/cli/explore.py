@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from probattn.cli.command import command
+from probattn.cli.output import say
 from probattn.errors import InputError
 from probattn.models.options import Range, check_options
 
@@ -44,21 +45,21 @@ def run(options: ExploreOptions) -> None:
     if options.save is not None:
         _write(options.save, page)
         size = len(page.encode()) / 1024
-        print(f"explorer: {options.save} ({size:.0f} KiB); open it in a browser, or host it anywhere.")
+        say(f"explorer: {options.save} ({size:.0f} KiB); open it in a browser, or host it anywhere.")
         return
     server = serve_page(page, options.port)
     with server:
         if options.port not in (0, server.server_port):
-            print(f"port {options.port} is taken; using {server.server_port}.", flush=True)
+            say(f"port {options.port} is taken; using {server.server_port}.")
         address = f"http://127.0.0.1:{server.server_port}/"
-        print(f"explorer: {address} (Ctrl-C stops it)", flush=True)
+        say(f"explorer: {address} (Ctrl-C stops it)")
         if options.browser:
             # Beside the server: a browser in the terminal would wait for an answer while nobody serves.
             threading.Thread(target=_open, args=(address,), daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("stopped.")
+            say("stopped.")
 
 
 def _write(path: Path, page: str) -> None:
@@ -79,7 +80,7 @@ def _open(address: str) -> None:
     except webbrowser.Error:
         found = False
     if not found:
-        print("no browser was found; open the address above in one.", flush=True)
+        say("no browser was found; open the address above in one.")
 
 
 OPTIONS = ExploreOptions

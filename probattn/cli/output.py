@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["ForgivingStream", "forgiving_output"]
+__all__ = ["ForgivingStream", "forgiving_output", "say", "width_of", "wrapped"]
 
 
 class ForgivingStream:
@@ -20,9 +22,13 @@ class ForgivingStream:
 
     Args:
         stream: stream to write to.
+
+    Attributes:
+        before_write: called before anything is written, to clear what stands on the last line of a terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
+        self.before_write: Callable[[], None] | None = None
         self._stream = stream
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -33,6 +39,8 @@ class ForgivingStream:
         Args:
             text: what to write.
         """
+        if self.before_write is not None:
+            self.before_write()
         try:
             return self._stream.write(text)
         except UnicodeEncodeError:  # a stream that cannot be told to escape
@@ -77,3 +85,51 @@ def forgiving_output() -> Iterator[None]:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             sys.stdout, sys.stderr = before
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a text; on a terminal its lines are broken between words, elsewhere they stay as they are.
+
+    Args:
+        text: what to say.
+        stream: where; None for the standard output.
+    """
+    stream = stream or sys.stdout
+    print(wrapped(text, width_of(stream)) if stream.isatty() else text, file=stream, flush=True)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break long lines between words; a word that is longer than a line is left whole.
+
+    Args:
+        text: lines of text.
+        width: columns of the terminal.
+
+    Returns:
+        The same words; what continues a line is indented.
+
+    Example:
+        >>> print(wrapped("claim barrier: holds if nothing folds", 24))
+        claim barrier: holds if
+          nothing folds
+    """
+    lines = [
+        textwrap.wrap(
+            line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        )
+        or [""]
+        for line in text.split("\n")
+    ]
+    return "\n".join(part for line in lines for part in line)
+
+
+def width_of(stream: TextIO) -> int:
+    """Columns of the terminal behind a stream; ``COLUMNS`` overrules it, and 80 stands where nothing is known.
+
+    Args:
+        stream: stream that leads to a terminal.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if "COLUMNS" not in os.environ:
+            return os.get_terminal_size(stream.fileno()).columns or 80
+    return shutil.get_terminal_size((80, 24)).columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from probattn.cli.command import command
+from probattn.cli.output import say
 from probattn.inference.support import SupportOptions, support
 
 __all__ = ["OPTIONS", "app", "run"]
@@ -17,9 +18,7 @@ def run(options: SupportOptions) -> None:
     Exit status: 0 done, 2 bad usage or input.
     """
     support(options)
-    print(
-        f"page: {options.out / 'support.html'}, numbers: {options.out / 'support.json'}, {options.out / 'margins.nc'}"
-    )
+    say(f"page: {options.out / 'support.html'}, numbers: {options.out / 'support.json'}, {options.out / 'margins.nc'}")
 
 
 OPTIONS = SupportOptions

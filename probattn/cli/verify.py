@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from probattn.cli.command import command
+from probattn.cli.output import say
 from probattn.inference.verify import VerifyOptions, verify
 
 __all__ = ["OPTIONS", "app", "run"]
@@ -16,10 +17,10 @@ def run(options: VerifyOptions) -> int:
     Exit status: 0 done, 1 an identity that must hold did not, 2 bad usage or input, 130 interrupted (--resume goes on).
     """
     claims = verify(options)
-    print(f"report: {options.out / 'report.html'}")
+    say(f"report: {options.out / 'report.html'}")
     broken = [claim.id for claim in claims if claim.broken]
     if broken:
-        print(f"an identity that must hold did not: {', '.join(broken)}", file=sys.stderr)
+        say(f"an identity that must hold did not: {', '.join(broken)}", sys.stderr)
     return int(bool(broken))
 
 
