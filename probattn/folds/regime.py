@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ __all__ = ["Regime", "regime"]
 _LOG = logging.getLogger(__name__)
 _STARTS, _STEPS = 64, 60  # of the search after one past
 _QUICK = 16_384  # points of the search for a witness where an eigenvalue was seen
+_PATIENCE = 1.0  # seconds of searching without a word
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,17 @@ def regime(
     In one dimension under the strict mask the answer is exact up to rounding: the supremum of the sensitivity over
     every next token is enclosed at each position. With a memory radius a contraction below one certifies every past of
     every length, from the parameters alone. In several dimensions the contraction bound certifies, the sequence's
-    own blocks are looked at, and with ``search`` tokens with det J < 0 are sought after each past.
+    own blocks are looked at, and with ``search`` tokens with det J < 0 are sought after each past. A search of more
+    than a second says so once, as a warning of the logger ``probattn.folds.regime``, and then counts its pasts at level
+    INFO.
 
     Args:
         attention: the attention.
         u: one sequence (T, p) or a batch, finite.
         search: whether to seek folds beyond the tokens of the sequence, see :func:`probattn.folds.search.find_fold`;
             where none is found, the evidence says within which budget.
-        budget: largest number of points that the search visits, for each sequence; the longest pasts come first.
+        budget: largest number of points that the search visits, for each sequence; the longest pasts come first. The
+            time grows with it.
 
     Returns:
         A :class:`Regime`; for a batch a list of them, nested as the batch axes are. ``str()`` gives the name.
@@ -90,18 +95,35 @@ def regime(
     parts = (contraction_bound(attention, u), sign, logabs, spectral)
     expanded = [part.expand(*batch, u.shape[-2]) for part in parts]
     whole = attention.expand(batch) if attention.batch_shape else attention
-    return _nested(whole, u.expand(*batch, *u.shape[-2:]), expanded, budget if search else 0)
+    return _nested(whole, u.expand(*batch, *u.shape[-2:]), expanded, budget if search else 0, _Watch())
+
+
+class _Watch:
+    """Says once that the search takes long, and from then on how far it is."""
+
+    def __init__(self) -> None:
+        self._start, self._told = time.monotonic(), False
+
+    def look(self, done: int, most: int) -> None:
+        """Say something if it is time to: ``done`` of at most ``most`` pasts have been searched."""
+        if not self._told and time.monotonic() - self._start > _PATIENCE:
+            self._told = True
+            _LOG.warning(
+                "searching for folds, %d of at most %d pasts so far; a smaller budget ends it sooner", done, most
+            )
+        elif self._told:
+            _LOG.info("search for folds: %d of %d pasts", done, most, extra={"step": done, "total": most})
 
 
 def _nested(
-    attention: Attention, u: Tensor, parts: list[Tensor], budget: int
+    attention: Attention, u: Tensor, parts: list[Tensor], budget: int, watch: _Watch
 ) -> Regime | list[Regime] | list[list[Regime]]:
     if u.dim() == 2:
-        return _classify(attention, u, *parts, budget=budget)
+        return _classify(attention, u, *parts, budget=budget, watch=watch)
     rows = []
     for k in range(len(u)):
         one = attention.select(k) if isinstance(attention, CausalAttention) and attention.batch_shape else attention
-        rows.append(_nested(one, u[k], [part[k] for part in parts], budget))
+        rows.append(_nested(one, u[k], [part[k] for part in parts], budget, watch))
     return rows  # type: ignore[return-value]
 
 
@@ -114,6 +136,7 @@ def _classify(
     spectral: Tensor,
     *,
     budget: int,
+    watch: _Watch,
 ) -> Regime:
     # Signs and logarithms, not determinants: those of large blocks overflow.
     position = int(torch.where(sign < 0, -torch.inf, logabs).argmin())
@@ -139,12 +162,12 @@ def _classify(
     if float(spectral[lowest]) <= 0:
         there = f"at position {lowest}, where det J = {_number(sign[lowest], logabs[lowest])}"
         seen = f"spectral margin {float(spectral[lowest]):.6g} {there}: a real eigenvalue of J is not positive"
-        return _searched(attention, u, budget or _QUICK)[0] or Regime(
+        return _searched(attention, u, budget or _QUICK, watch)[0] or Regime(
             "folded", f"{seen}; a fold is suspected, not proved", False, lowest
         )
     sought = ""
     if budget and strict and isinstance(attention, CausalAttention):
-        found, pasts, points = _searched(attention, u, budget)
+        found, pasts, points = _searched(attention, u, budget, watch)
         if found is not None:
             return found
         sought = f"; no fold found at {points:,} points after {pasts} of {max(0, len(u) - 2)} pasts, the budget"
@@ -178,7 +201,7 @@ def _on_a_line(attention: CausalAttention, u: Tensor) -> Regime | None:
     return Regime("certified", seen, True)
 
 
-def _searched(attention: Attention, u: Tensor, budget: int) -> tuple[Regime | None, int, int]:
+def _searched(attention: Attention, u: Tensor, budget: int, watch: _Watch) -> tuple[Regime | None, int, int]:
     """A witness after one of the pasts, the longest first, or None; the numbers of pasts and of points searched."""
     if attention.mask != "strict" or not isinstance(attention, CausalAttention):
         return None, 0, 0
@@ -192,7 +215,7 @@ def _searched(attention: Attention, u: Tensor, budget: int) -> tuple[Regime | No
             at = ", ".join(f"{float(x):.4g}" for x in witness)
             seen = f"det J < 0 at u = ({at}) after {i} tokens, found by search"
             return Regime("folded", seen, True, i, witness), done, done * starts * _STEPS
-        _LOG.debug("search for folds: %s of %s pasts", done, min(affordable, len(lengths)))
+        watch.look(done, min(affordable, len(lengths)))
     searched = min(affordable, len(lengths))
     return None, searched, searched * starts * _STEPS
 
