@@ -1,6 +1,8 @@
 """The README: its snippets paste into a plain prompt and print what it says, its targets and links exist."""
 
 import code
+import doctest
+import importlib.util
 import json
 import re
 import sys
@@ -9,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from probattn.errors import SeveralSolutionsWarning
 
@@ -105,3 +108,27 @@ def test_the_package_index_gets_what_it_shows():
     assert project["readme"] == "README.md"
     assert len(project["description"]) <= 200
     assert (ROOT / project["license-files"][0]).exists()
+
+
+def test_links_become_absolute_for_the_index():
+    spec = importlib.util.spec_from_file_location("index_readme", ROOT / ".github" / "scripts" / "index_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert doctest.testmod(module).attempted == 1
+    text = module.with_absolute_links(README, "https://home/blob", "https://home/raw")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    assert "https://home/raw/docs/figures/conditional.png" in targets
+    for target in targets:
+        if target.startswith("https://home/"):
+            assert (ROOT / re.sub(r"https://home/(blob|raw)/", "", target)).exists()
+
+
+def test_the_workflow_builds_for_three_systems_and_checks_what_it_built():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text(encoding="utf-8"))
+    systems = " ".join(workflow["jobs"]["wheels"]["strategy"]["matrix"]["os"])
+    assert all(name in systems for name in ("ubuntu", "macos", "windows"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "check_installed.py" in project["tool"]["cibuildwheel"]["test-command"]
+    assert any("check_installed.py" in step.get("run", "") for step in workflow["jobs"]["sdist"]["steps"])

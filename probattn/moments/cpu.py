@@ -129,7 +129,7 @@ class _Problem(_Shared):
 
 
 def _load() -> ctypes.CDLL | None:
-    built = sorted(Path(__file__).parent.glob("kernels/_compiled*.so"))
+    built = sorted(path for path in Path(__file__).parent.glob("kernels/_compiled*") if path.suffix in (".so", ".pyd"))
     if not built or os.environ.get("PROBATTN_NATIVE") == "0":
         return None
     try:

@@ -13,6 +13,8 @@
    a sanitizer has begun, which therefore takes one version. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define EXPORT __attribute__((visibility("default"), target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(_WIN32)
+#define EXPORT __attribute__((dllexport))
 #else
 #define EXPORT __attribute__((visibility("default")))
 #endif
@@ -20,10 +22,20 @@
 
 #define LARGEST 64 /* largest matrix that determinants() takes */
 
+/* Memory for vectors; Windows has functions of its own for it. */
+#ifdef _WIN32
+#include <malloc.h>
+static void *scratch(size_t bytes) { return _aligned_malloc(bytes ? bytes : 64, 64); }
+static void release(void *memory) { _aligned_free(memory); }
+/* A name that the linker is asked for in every extension of Python; nobody imports this one. */
+EXPORT void *PyInit__compiled(void) { return NULL; }
+#else
 static void *scratch(size_t bytes) {
     void *memory = NULL;
     return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
 }
+static void release(void *memory) { free(memory); }
+#endif
 
 /* State shared by the threads that work on one problem; the first member of every structure. */
 struct shared {
