@@ -72,7 +72,7 @@ docs: .venv/docs
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell --skip 'docs/notebooks,*.json,*.so' probattn models inference tests docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell --skip 'docs/notebooks,docs/_static/katex,*.json,*.so' probattn models inference tests docs README.md CONTRIBUTING.md CHANGELOG.md
 
 # The checkers read the package as it is installed, with models/ and inference/ inside the one name.
 types: .venv/installed build/package
