@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "finite_or_null",
+    "named_errors",
     "prepare_folder",
     "remove_partial_files",
     "replace_folder",
@@ -68,22 +69,23 @@ def write_bytes(path: Path, data: bytes) -> None:
         InputError: the disk is full, a limit of the process or a quota is reached, or the folder cannot be written;
             ``path`` is as it was.
     """
-    with _named(path, len(data)), _partial(path) as partial:
+    with named_errors(path, size=len(data)), _partial(path) as partial:
         partial.write_bytes(data)
 
 
-def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_folder(path: Path, write: Callable[[Path], Any], *others: type[Exception]) -> None:
     """Let a function fill a folder beside ``path`` and move it into place; should it fail, ``path`` is as it was.
 
     Args:
         path: folder to write; its parent exists.
         write: called with the path of a new folder to fill.
+        *others: errors of its library that mean that a file could not be written, see :func:`named_errors`.
 
     Raises:
         InputError: as :func:`write_bytes`.
     """
     partial, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial") for _ in range(2))
-    with _named(path):
+    with named_errors(path, *others):
         try:
             partial.mkdir()
             write(partial)
@@ -105,7 +107,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         InputError: as :func:`write_bytes`, to be preferred where the bytes fit in memory.
     """
-    with _named(path), _partial(path) as partial:
+    with named_errors(path), _partial(path) as partial:
         write(partial)
 
 
@@ -209,22 +211,61 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _named(path: Path, size: int | None = None) -> Iterator[None]:
-    """Errors of the system as one line: which file, why, what to do."""
+def named_errors(path: Path, *others: type[Exception], size: int | None = None) -> Iterator[None]:
+    """Turn errors of writing into one line: which file, why, what to do.
+
+    Args:
+        path: file or folder that is written.
+        *others: errors of a library that writes by itself, which often do not say that the disk is full; the number of
+            the system's error in their words, the limits of the process and the free space are asked.
+        size: number of bytes to write, where it is known.
+
+    Returns:
+        Context manager.
+
+    Raises:
+        InputError: an OSError, or one of ``others``, was raised inside.
+
+    Example:
+        >>> with named_errors(Path("runs/fit.nc")):
+        ...     raise OSError(errno.ENOSPC, "No space left on device")
+        Traceback (most recent call last):
+        ...
+        probattn.errors.InputError: runs/fit.nc: cannot be written: the disk is full (...
+    """
     try:
         yield
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, *others) as error:
         needed = "" if size is None else f"{size / 2**20:.1f} MiB to write, "
-        if error.errno == errno.ENOSPC:
+        number = error.errno if isinstance(error, OSError) else _number_behind(error, path.parent)
+        if number == errno.ENOSPC:
             with suppress(OSError):
                 needed += f"{shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free, "
             reason, remedy = f"the disk is full ({needed}{path.parent})", "free space there, or name another --out"
-        elif error.errno == errno.EFBIG:
+        elif number == errno.EFBIG:
             reason, remedy = f"it is larger than this process may write ({needed}ulimit -f)", "raise the limit"
-        elif error.errno == errno.EDQUOT:
+        elif number == errno.EDQUOT:
             reason, remedy = f"the quota of the disk is used up ({needed}{path.parent})", "free space, or ask for more"
         else:
-            reason, remedy = error.strerror or str(error) or type(error).__name__, "name a folder that can be written"
+            words = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+            reason, remedy = words, "name a folder that can be written"
         raise InputError(
             f"{path}: cannot be written: {reason}; {remedy}. What was there before is as it was."
         ) from None
+
+
+def _number_behind(error: Exception, folder: Path) -> int | None:
+    """The system's number behind the error of a library, as far as it can be found out; None otherwise."""
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    with suppress(ImportError):
+        import resource  # not on every system
+
+        if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+            return errno.EFBIG
+    with suppress(OSError):
+        if shutil.disk_usage(folder).free < 2**24:
+            return errno.ENOSPC
+    return None

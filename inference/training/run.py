@@ -64,13 +64,14 @@ def train(options: TrainOptions) -> dict[str, float]:
         ``penalty`` of the last logged step.
 
     Raises:
-        InputError: input that cannot be used.
+        InputError: input that cannot be used, or a disk that is full.
         NonFinitePenaltyError: the penalty became infinite or NaN; the last checkpoint is kept.
         Interrupted: Ctrl-C; a checkpoint was left.
     """
     try:
         import transformers
         from accelerate.utils import DistributedType  # noqa: F401  (a Trainer does nothing without it)
+        from safetensors import SafetensorError
     except ImportError:
         raise InputError("training needs transformers and accelerate; install probattn[lm].") from None
     chatter: Any = transformers.utils.logging
@@ -121,7 +122,7 @@ def train(options: TrainOptions) -> dict[str, float]:
             model.save_pretrained(folder)
             tokeniser.save(folder)
 
-        replace_folder(options.out / "model", save)
+        replace_folder(options.out / "model", save, SafetensorError)
     result = _summary(trainer.state.log_history)
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()

@@ -7,25 +7,28 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from probattn.errors import InputError
 from probattn.hf.barrier import BarrierHandle
-from probattn.inference.runtime.files import finite_or_null, write_json, write_text
+from probattn.inference.runtime.files import finite_or_null, named_errors, write_json, write_text
 
 __all__ = ["LogBarrierTrainer", "LogBarrierTrainerMixin", "completed_steps", "last_whole_checkpoint"]
 
 _LOG = logging.getLogger(__name__)
 _CHECKSUMS = "checksums.json"
+_SUMS = "sums.json"  # of the steps since the last line of the log
 
 
 class LogBarrierTrainerMixin:
@@ -41,7 +44,8 @@ class LogBarrierTrainerMixin:
 
     Logged in training by the first process, as means over the steps since the last line: ``cross_entropy``,
     ``penalty``, ``objective``; and from the last step, over all its parts and processes: ``weight``,
-    ``smallest_margin`` and ``support`` (layer, sequence of the part, position of that margin).
+    ``smallest_margin`` and ``support`` (layer, sequence of the part, position of that margin). A checkpoint keeps the
+    sums behind the means, so that a run that goes on from it writes the lines of the unbroken one.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class LogBarrierTrainerMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         self._barrier, self._metrics = barrier, metrics
-        self._penalty, self._steps_logged = 0.0, 0
+        self._loss, self._penalty, self._steps_logged = 0.0, 0.0, 0
         self._nearest: tuple[float, int, int, int] | None = None
         self._step_of_nearest = -1
         if barrier is not None:
@@ -65,6 +69,7 @@ class LogBarrierTrainerMixin:
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's, with the penalty noted."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self._loss += float(loss.detach())
         if self._barrier is not None:
             # As the Trainer scales the loss that it reports.
             if num_items_in_batch is None:
@@ -92,32 +97,42 @@ class LogBarrierTrainerMixin:
         if "train_loss" in logs and (mean := _mean_loss(self.state.log_history)) is not None:
             logs["train_loss"] = mean
         if "loss" in logs:
+            loss, penalty = self._means()
+            if math.isfinite(loss):  # otherwise the Trainer's, which may be told to leave such steps out
+                logs["loss"] = loss
             logs["cross_entropy"] = logs["loss"]
             if self._barrier is not None:
-                logs |= self._figures(logs["loss"])
+                logs |= self._figures(logs["loss"], penalty)
         super().log(logs, start_time)  # type: ignore[misc]
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
         line = {"step": self.state.global_step, **logs}
         if self._metrics is not None:
-            with self._metrics.open("a", encoding="utf-8") as file:
+            with named_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite_or_null(line)) + "\n")
         _LOG.info(_words(line))
 
-    def _figures(self, loss: float) -> dict[str, Any]:
-        assert self._barrier is not None
+    def _means(self) -> tuple[float, float]:
+        """Mean loss and penalty over the steps since the last line, and over the processes; the sums begin anew."""
         steps = max(1, self.state.global_step - self._steps_logged)
-        self._steps_logged = self.state.global_step
-        here = torch.tensor(self._penalty / steps, device=self.args.device)  # type: ignore[attr-defined]
-        penalty = float(self.accelerator.gather(here).mean())  # type: ignore[attr-defined]
-        self._penalty = 0.0
+        loss, penalty = self._gathered_sums().mean(0).tolist()
+        self._loss, self._penalty, self._steps_logged = 0.0, 0.0, self.state.global_step
+        return loss / steps, penalty / steps
+
+    def _gathered_sums(self) -> Tensor:
+        """Sums of loss and penalty of every process, ``(processes, 2)``."""
+        here = torch.tensor([[self._loss, self._penalty]], dtype=torch.float64, device=self.args.device)  # type: ignore[attr-defined]
+        return self.accelerator.gather(here)  # type: ignore[attr-defined, no-any-return]
+
+    def _figures(self, loss: float, penalty: float) -> dict[str, Any]:
+        assert self._barrier is not None
         figures: dict[str, Any] = {
             "penalty": penalty,
             "weight": self._barrier.weight,
             "objective": loss + self._barrier.weight * penalty,
         }
         nearest = self._nearest or (math.inf, 0, 0, 0)
-        gathered = self.accelerator.gather(torch.tensor([nearest], dtype=torch.float64, device=here.device))  # type: ignore[attr-defined]
+        gathered = self.accelerator.gather(torch.tensor([nearest], dtype=torch.float64, device=self.args.device))  # type: ignore[attr-defined]
         margin, layer, sequence, position = gathered[gathered[:, 0].argmin()].tolist()
         if math.isfinite(margin):
             figures["smallest_margin"] = margin
@@ -139,13 +154,20 @@ class LogBarrierTrainerMixin:
             resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))  # type: ignore[attr-defined]
         if resume_from_checkpoint is not None:
             state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            self._steps_logged = max(
-                (line["step"] for line in state["log_history"] if "loss" in line), default=state["global_step"]
-            )
+            self._take_sums(Path(resume_from_checkpoint), state["global_step"])
             if self._metrics is not None and self.is_world_process_zero():  # type: ignore[attr-defined]
                 _keep_until(self._metrics, state["global_step"])
             resume_from_checkpoint = str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+
+    def _take_sums(self, checkpoint: Path, step: int) -> None:
+        """Go on with the sums of a checkpoint; with empty ones where it has none, or another number of processes."""
+        self._loss, self._penalty, self._steps_logged = 0.0, 0.0, step
+        if (checkpoint / _SUMS).is_file():
+            kept = json.loads((checkpoint / _SUMS).read_text(encoding="utf-8"))
+            if len(kept["sums"]) == self.args.world_size:  # type: ignore[attr-defined]
+                self._loss, self._penalty = kept["sums"][self.args.process_index]  # type: ignore[attr-defined]
+                self._steps_logged = kept["since"]
 
     def take_over(self, checkpoint: Path) -> None:
         """Load weights and history of a checkpoint without a step of training.
@@ -169,11 +191,22 @@ class LogBarrierTrainerMixin:
             self.log({"total_flos": self.state.total_flos, "train_loss": _mean_loss(self.state.log_history)})
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with the checksums of its files written last."""
-        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        """As the Trainer's, with the sums since the last line of the log, and with checksums, written last.
+
+        Raises:
+            InputError: it cannot be written, as on a full disk; the checkpoints before it are as they were.
+        """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
-        if self.is_world_process_zero() and folder.is_dir():  # type: ignore[attr-defined]
-            write_json(folder / _CHECKSUMS, _digests(folder))
+        sums = self._gathered_sums().tolist()
+        try:
+            with named_errors(folder, SafetensorError, RuntimeError):  # the latter from torch.save
+                super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            if self.is_world_process_zero() and folder.is_dir():  # type: ignore[attr-defined]
+                write_json(folder / _SUMS, {"since": self._steps_logged, "sums": sums})
+                write_json(folder / _CHECKSUMS, _digests(folder))
+        except InputError:
+            shutil.rmtree(folder, ignore_errors=True)  # half of a checkpoint, which only takes space
+            raise
 
 
 class LogBarrierTrainer(LogBarrierTrainerMixin, Trainer):  # type: ignore[misc]

@@ -4,10 +4,12 @@ import errno
 import json
 import math
 import os
+import resource
 import stat
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 from probattn.errors import InputError
 from probattn.inference.runtime.files import (
     finite_or_null,
+    named_errors,
     prepare_folder,
     remove_partial_files,
     write_atomically,
@@ -210,6 +213,34 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch, number, words):
     assert words in str(caught.value)
     assert path.read_bytes() == before
     assert names(tmp_path) == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "limit", "free", "reason"),
+    [
+        ("I/O error: File too large (os error 27)", None, 2**40, "larger than this process may write"),
+        ("I/O error (os error 28)", None, 2**40, "the disk is full"),
+        ("basic_ios::clear: iostream error", 1000, 2**40, "larger than this process may write"),
+        ("basic_ios::clear: iostream error", None, 2**20, "the disk is full (1.0 MiB free"),
+        (
+            "basic_ios::clear: iostream error\nand more",
+            None,
+            2**40,
+            "cannot be written: basic_ios::clear: iostream error;",
+        ),
+    ],
+)
+def test_libraries_that_do_not_say_why_they_could_not_write(tmp_path, monkeypatch, words, limit, free, reason):
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    limits = (resource.RLIM_INFINITY if limit is None else limit,) * 2
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits)
+    with pytest.raises(InputError) as caught, named_errors(tmp_path / "model", RuntimeError):
+        raise RuntimeError(words)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(KeyError), named_errors(tmp_path / "model", RuntimeError):  # another error is left alone
+        raise KeyError(words)
 
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):

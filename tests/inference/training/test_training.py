@@ -183,6 +183,51 @@ def test_the_mean_loss_after_a_resumption_is_that_of_the_whole_run(whole, text, 
     assert expected == pytest.approx(np.mean([line["loss"] for line in lines(whole[0]) if "loss" in line]))
 
 
+@pytest.mark.filterwarnings("ignore:You are resuming training:UserWarning")
+def test_a_checkpoint_between_two_lines_of_the_log_changes_no_line(text, tmp_path):
+    """The means are over all steps since the last line, also over those before the checkpoint."""
+    options = replace(OPTIONS, corpus=text, log_every=3, save_every=2, steps=6, keep=3)
+    train(replace(options, out=tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "broken" / f"checkpoint-{step}")
+    train(replace(options, out=tmp_path / "broken", resume=True))
+    found, expected = (
+        [
+            {name: value for name, value in line.items() if "runtime" not in name and "second" not in name}
+            for line in made
+        ]
+        for made in (lines(tmp_path / "broken"), lines(tmp_path / "whole"))
+    )
+    assert found == expected
+    # The control: without the sums of the checkpoint, at step 2, the line of step 3 is that of the last step alone.
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-6")
+    for name in ("sums.json", "checksums.json"):
+        (tmp_path / "broken" / "checkpoint-2" / name).unlink()
+    train(replace(options, out=tmp_path / "broken", resume=True))
+    assert losses(tmp_path / "broken")[3] != losses(tmp_path / "whole")[3]
+    assert losses(tmp_path / "broken")[6] == losses(tmp_path / "whole")[6]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_ones_before_stay(text, tmp_path, monkeypatch):
+    """The libraries' own errors, which name neither the file nor the reason."""
+    out, saved, written = tmp_path / "run", torch.save, []
+
+    def save(content, file, *arguments, **options):
+        written.append(file)
+        if len([name for name in written if str(name).endswith("optimizer.pt")]) == 2:
+            raise RuntimeError("basic_ios::clear: iostream error")
+        saved(content, file, *arguments, **options)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(InputError, match=r"checkpoint-8: cannot be written: .*; .* What was there before is as it was"):
+        train(replace(OPTIONS, out=out, corpus=text))
+    monkeypatch.undo()
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-4"}
+    assert last_whole_checkpoint(out) == out / "checkpoint-4"
+
+
 def test_fewer_steps_than_between_two_lines_of_the_log(text, tmp_path):
     out = tmp_path / "run"
     result = train(replace(OPTIONS, out=out, corpus=text, steps=3, log_every=20, save_every=0, evaluate_every=0))
