@@ -66,7 +66,7 @@ def test_saving_writes_the_page(tmp_path, capsys):
     path = tmp_path / "explorer.html"
     assert command("--save", str(path)) == 0
     assert path.read_text(encoding="utf-8") == explorer_page()
-    assert re.fullmatch(r"explorer: .*explorer.html \(1\d\d KiB\); open it .*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"explorer: .*explorer.html \([12]\d\d KiB\); open it .*\n", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -125,6 +125,9 @@ def test_the_curve_is_exact_and_the_witness_is_one(open_page, settle):
         page.click("#tab-plane")
         page.click(f"#{preset}")
         settle(page)
+        while page.is_enabled("#plane-next"):
+            page.click("#plane-next")
+            settle(page)
         state, points = page.evaluate("probattn.state.plane"), tensor(page.evaluate("probattn.curve()"))
         _, attention = plane_attention(state)
         past = Context.of(attention, tensor(state["tokens"][:-1]))

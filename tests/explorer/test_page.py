@@ -13,11 +13,12 @@ from probattn import stability_margin
 from probattn.teach.explorer import explorer_page, serve_page
 from probattn.teach.explorer.page import SCRIPTS
 
-VIEWS = ("line", "plane", "sequence")
+VIEWS = ("line", "plane", "sequence", "sentence")
 PRESETS = {
-    "line": ("line-boundary", "line-fold", "line-runaway"),
+    "line": ("line-boundary", "line-fold", "line-bounded", "line-runaway"),
     "plane": ("plane-boundary", "plane-fold", "plane-two-folds", "plane-runaway"),
-    "sequence": ("sequence-below", "sequence-above", "sequence-drift", "sequence-repulsion"),
+    "sequence": ("sequence-below", "sequence-above", "sequence-bounded", "sequence-drift", "sequence-repulsion"),
+    "sentence": ("sentence-nearest", "sentence-update"),
 }
 LEGENDS = {
     "line": {
@@ -54,6 +55,18 @@ def drag(page, handle, dx, dy, steps=12):
     page.mouse.up()
 
 
+def steps(page, settle, view, preset):
+    """Tells a story from its first step to its last; yields at each."""
+    page.click(f"#{preset}")
+    while True:
+        settle(page)
+        yield page.inner_text(f"#{view}-words")
+        forward = page.locator(f"#{view}-next")
+        if forward.is_hidden() or forward.is_disabled():
+            return
+        forward.click()
+
+
 def overflow(page):
     return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
@@ -85,8 +98,7 @@ def test_a_token_dragged_across_the_boundary(open_page, settle):
 def test_the_query_dragged_across_the_curve(open_page, settle):
     page = open_page()
     page.click("#tab-plane")
-    page.click("#plane-boundary")
-    settle(page)
+    *_, _ = steps(page, settle, "plane", "plane-boundary")
     before = numbers(page)
     assert 0 < float(before["plane.determinant"]["value"]) < 0.05
     drag(page, page.locator("#plane-handles .handle.query"), -40, 0)
@@ -276,19 +288,26 @@ def test_presets(open_page, settle, until, view):
         PRESETS[view]
     )
     for preset in PRESETS[view]:
-        page.click(f"#{preset}")
         if view == "sequence":
+            page.click(f"#{preset}")
             until(page, "probattn.path().tokens.length > 60")
             page.click("#sequence-play")
-        settle(page)
+            settle(page)
+        else:
+            for words in steps(page, settle, view, preset):
+                assert "{" not in words
+                shown = numbers(page)
+                if view == "line":
+                    assert differences(shown, line_expected(page.evaluate("probattn.state.line"))) == []
+                elif view == "plane":
+                    assert differences(shown, plane_expected(page.evaluate("probattn.state.plane"))) == []
         assert page.is_visible(f"#{view}-preset")
         assert not BROKEN.search(page.inner_text("main"))
         assert overflow(page) <= 0
         shown = numbers(page)
-        if view == "line":
-            assert differences(shown, line_expected(page.evaluate("probattn.state.line"))) == []
-        elif view == "plane":
-            assert differences(shown, plane_expected(page.evaluate("probattn.state.plane"))) == []
+        if preset == "line-bounded":
+            assert shown["line.regime"]["text"] == "certified"
+            assert differences(shown, {"line.count": 1, "line.mass": 1}) == []
         if preset == "line-boundary":
             assert shown["line.regime"]["text"] == "certified"
             assert float(shown["line.margin"]["value"]) == pytest.approx(0.01)
@@ -334,7 +353,8 @@ def test_a_preset_is_animated(open_page, settle, until):
     assert min(seen) < 1
     page.locator("#line-noise").click()  # a hand on the page stops it
     settle(page)
-    assert page.evaluate("probattn.state.line.a") < 3
+    assert page.evaluate("probattn.state.line.a") < 0.9
+    assert "moved by hand" in page.inner_text("#line-turn")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -366,7 +386,8 @@ def test_small_screens_and_both_themes(open_page, settle, scheme):
     page.click("#large")
     settle(page)
     assert overflow(page) <= 0
-    assert page.evaluate("parseFloat(getComputedStyle(document.documentElement).fontSize)") > 20
+    # Twenty on a screen as narrow as this, more on a wide one; without the button it is sixteen.
+    assert page.evaluate("parseFloat(getComputedStyle(document.documentElement).fontSize)") >= 20
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -421,13 +442,12 @@ def test_what_a_new_user_sees_first(open_page, settle, until):
 def test_reasons_begin_with_a_word(open_page, settle):
     page = open_page()
     for view, presets in PRESETS.items():
-        if view == "sequence":
+        if view in ("sequence", "sentence"):
             continue
         for preset in presets:
             page.click(f"#tab-{view}")
-            page.click(f"#{preset}")
-            settle(page)
-            assert re.match(r"(The|A real|No|Within) \w", page.inner_text(f"[data-name='{view}.reason']")), preset
+            for _ in steps(page, settle, view, preset):
+                assert re.match(r"(The|A real|No|Within) \w", page.inner_text(f"[data-name='{view}.reason']")), preset
     change(page, settle, "line", tokens=[-1, 1, 0], a=-10)
     reason = page.inner_text("[data-name='line.reason']")
     assert reason.startswith("The largest a·Var over every next token is below one")
@@ -475,5 +495,5 @@ def test_nothing_leaves_the_machine(open_page, settle):
     assert len(open_page.requests) == 1
     text = explorer_page()
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text)
-    assert len(text.encode()) < 200_000
+    assert len(text.encode()) < 250_000  # a third of it the margins of the real sentence
     assert len(set(SCRIPTS)) == len(SCRIPTS)

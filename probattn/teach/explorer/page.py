@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from importlib.resources import files
+from typing import Any
 
-__all__ = ["SCRIPTS", "explorer_page"]
+__all__ = ["SCRIPTS", "explorer_page", "sentence_data"]
 
 # In the order of their dependencies.
 SCRIPTS = (
     "line_mathematics.js",
     "plane_mathematics.js",
     "sequence_mathematics.js",
+    "bounded_mathematics.js",
     "state.js",
     "presets.js",
     "draw.js",
@@ -21,6 +24,8 @@ SCRIPTS = (
     "matrix.js",
     "plane.js",
     "sequence.js",
+    "sentence.js",
+    "stories.js",
     "main.js",
 )
 
@@ -40,7 +45,8 @@ def explorer_page() -> str:
         (True, False)
     """
     style = _asset("style.css")
-    script = '"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS)
+    data = json.dumps(sentence_data(), ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    script = "\n".join(['"use strict";', f"const sentenceData = {data};", *map(_asset, SCRIPTS)])
     if "</script" in script or "</style" in style:
         raise AssertionError("an asset closes its own element")
     policy = (
@@ -51,6 +57,24 @@ def explorer_page() -> str:
     for mark, content in (("{{policy}}", policy), ("{{style}}", style), ("{{script}}", script)):
         page = page.replace(mark, content, 1)
     return page
+
+
+def sentence_data() -> dict[str, Any]:
+    """Margins of a sentence under a language model, which the page shows.
+
+    They were measured once by ``probattn support``; the record names command, model, digest of the weights, hardware
+    and date.
+
+    Returns:
+        Plain JSON values, see :func:`probattn.inference.reports.sentence.sentence_record`.
+
+    Example:
+        >>> data = sentence_data()
+        >>> len(data["tokens"]) == len(data["surprisal"]), data["layers"]
+        (True, 30)
+    """
+    data: dict[str, Any] = json.loads(_asset("sentence.json"))
+    return data
 
 
 def _asset(name: str) -> str:

@@ -30,6 +30,9 @@ const controls = (() => {
     if (element.dataset.value !== full) element.dataset.value = full;
   }
 
+  /** The text of a displayed number. */
+  const shown = name => spot(name).textContent;
+
   const round = x => Math.round(x * 1000) / 1000;
 
   /** Handles over a canvas, one per token; each can be dragged, moved by arrow keys, or removed. */
@@ -147,5 +150,5 @@ const controls = (() => {
     return `${NAMES[name]}. ${reason}`;
   }
 
-  return { find, format, show, round, Handles, slider, table, showRegime };
+  return { find, format, show, shown, round, Handles, slider, table, showRegime };
 })();

@@ -1,14 +1,17 @@
 // The page: one state, one frame, tabs, presets, history, links, theme. `window.probattn` is a read-only view of it.
 (() => {
-  const find = controls.find, VIEWS = ["line", "plane", "sequence"];
+  const find = controls.find, VIEWS = ["line", "plane", "sequence", "sentence"];
   const calm = matchMedia("(prefers-reduced-motion: reduce)"), night = matchMedia("(prefers-color-scheme: dark)");
   const read = states.decode(location.hash);
   const page = { state: read.state || states.initial(), changed, commit };
   const history_ = new states.History(page.state);
-  let waiting = false, settled = true, announced = "", preset = null, animation = null, timer = 0, rest = 0;
+  let waiting = false, settled = true, announced = "", timer = 0, rest = 0, ended = null;
   const frames = [];
 
-  const views = { line: lineView(page), plane: planeView(page), sequence: sequenceView(page) };
+  const views = { line: lineView(page), plane: planeView(page), sequence: sequenceView(page), sentence: sentenceView(page) };
+  const stories = storyTeller({
+    page, names: VIEWS, calm, showView, playing: () => views.sequence.start(), settled: words => { ended = words; },
+  });
 
   /** Something moved: draw once in the next frame, at lower resolution if necessary. */
   function changed() {
@@ -30,7 +33,10 @@
 
   function frame() {
     waiting = false;
-    const begin = performance.now(), news = views[page.state.view].render(settled);
+    const begin = performance.now();
+    let news = views[page.state.view].render(settled);
+    stories.render();
+    if (settled && ended !== null) [news, ended] = [ended() || news, null]; // the words of a story, once they are true
     frames.push(performance.now() - begin);
     if (frames.length > 240) frames.shift();
     clearTimeout(rest);
@@ -46,7 +52,7 @@
 
   /** An interaction has ended: record it and put it into the address. */
   function commit() {
-    if (animation) return;
+    if (stories.moving) return;
     history_.commit(page.state);
     afterwards();
   }
@@ -71,7 +77,7 @@
   }
 
   function halt() {
-    animation = null;
+    stories.halt();
     views.sequence.stop();
   }
 
@@ -82,7 +88,7 @@
       tab.tabIndex = chosen ? 0 : -1;
       find(name).hidden = !chosen;
     }
-    showPreset(preset && presets[page.state.view].includes(preset) ? preset : null);
+    stories.show();
   }
 
   function go(name) {
@@ -105,75 +111,6 @@
     });
   }
 
-  // Presets.
-  for (const name of VIEWS) {
-    for (const chosen of presets[name]) {
-      const button = document.createElement("button");
-      Object.assign(button, { type: "button", textContent: chosen.title, id: chosen.id });
-      button.addEventListener("click", () => begin(name, chosen));
-      find(`${name}-presets`).append(button);
-    }
-  }
-
-  function showPreset(chosen) {
-    preset = chosen;
-    for (const name of VIEWS) {
-      const text = find(`${name}-preset`);
-      text.hidden = !(chosen && presets[name].includes(chosen));
-      if (!text.hidden) text.textContent = chosen.text;
-      for (const other of presets[name]) find(other.id).setAttribute("aria-pressed", String(other === chosen));
-    }
-  }
-
-  function begin(name, chosen) {
-    halt();
-    page.state.view = name;
-    page.state = states.checked({ ...page.state, [name]: structuredClone({ ...page.state[name], ...(chosen.from || chosen.to) }) });
-    showView();
-    showPreset(chosen);
-    if (chosen.play) {
-      changed();
-      commit();
-      views.sequence.start();
-    } else if (calm.matches) finish(name, chosen);
-    else {
-      const mine = (animation = { start: null });
-      const seconds = 3.2;
-      const step = now => {
-        if (animation !== mine) return;
-        mine.start ??= now;
-        const t = Math.min(1, (now - mine.start) / 1000 / seconds), smooth = t * t * (3 - 2 * t);
-        if (t === 1) return finish(name, chosen);
-        page.state[name] = between(chosen.from, chosen.to, smooth, page.state[name]);
-        changed();
-        requestAnimationFrame(step);
-      };
-      requestAnimationFrame(step);
-    }
-  }
-
-  function finish(name, chosen) {
-    animation = null;
-    Object.assign(page.state[name], structuredClone(chosen.to));
-    changed();
-    commit();
-  }
-
-  /** Interpolate all numbers between two states, at any depth. */
-  function between(from, to, t, rest = {}) {
-    if (typeof from === "number") return from + (to - from) * t;
-    if (Array.isArray(from)) return from.map((value, k) => between(value, to[k], t));
-    if (typeof from === "object") return { ...rest, ...Object.fromEntries(Object.keys(from).map(key => [key, between(from[key], to[key], t)])) };
-    return from;
-  }
-  // A pointer on the page stops a preset.
-  document.addEventListener("pointerdown", event => {
-    if (animation && event.target.closest(".handle, input")) {
-      animation = null;
-      commit();
-    }
-  }, true);
-
   // History, link, theme, size.
   find("undo").addEventListener("click", () => restore(history_.undo()));
   find("redo").addEventListener("click", () => restore(history_.redo()));
@@ -188,7 +125,7 @@
   find("reset").addEventListener("click", () => {
     const fresh = { ...states.initial(), view: page.state.view };
     restore(fresh);
-    showPreset(null);
+    stories.leave();
     commit();
   });
   find("link").addEventListener("click", async () => {
@@ -232,7 +169,7 @@
       // Without storage the choice is lost with the page.
     }
   };
-  let theme = remembered("theme"), large = remembered("large") === "true";
+  let theme = remembered("theme"), large = remembered("large") === "true", folded = false;
   function dress() {
     const root = document.documentElement, dark = theme ? theme === "dark" : night.matches;
     root.dataset.theme = dark ? "dark" : "light";
@@ -240,6 +177,9 @@
     find("theme").textContent = dark ? "Light" : "Dark";
     find("theme").setAttribute("aria-label", dark ? "Light colours" : "Dark colours");
     find("large").setAttribute("aria-pressed", String(large));
+    // A projector has no room for numbers beside the plot; they open with a click.
+    if (folded !== large) for (const part of document.querySelectorAll("details.numbers")) part.open = !large;
+    folded = large;
     draw.readTheme();
     changed();
   }
@@ -278,13 +218,13 @@
     get state() { return structuredClone(page.state); },
     setState(state) {
       restore(structuredClone(state));
-      showPreset(null);
+      stories.leave();
       commit();
     },
     curve: () => views.plane.curve(),
     witness: () => views.plane.witness(),
     path: () => views.sequence.path(),
     get frames() { return [...frames]; },
-    get idle() { return !waiting && settled && !animation; },
+    get idle() { return !waiting && settled && !stories.moving; },
   });
 })();

@@ -3,7 +3,9 @@
 const planeView = page => {
   const M = planeMathematics, { ink } = draw, { round } = controls;
   const canvas = controls.find("plane-canvas"), layer = controls.find("plane-handles"), bar = controls.find("plane-bar");
-  const REACH = 3.5, RANGE = { determinant: [-2, 2], spectral: [-2, 2], singular_value: [0, 1.2] };
+  const REACH = 3.5;
+  // Colours never saturate: x / (1 + |x|) puts every number, however large, in its own place, and 1 half way.
+  const place = x => x / (1 + Math.abs(x)), TICKS = { signed: [-9, -2, 0, 2, 9], distance: [0, 0.5, 1, 2, 9] };
   const fine = new M.Grid(181, REACH), coarse = new M.Grid(91, REACH), search = new M.Grid(49, REACH);
   const image = document.createElement("canvas"), editor = matrixEditor(page);
   let x = null, y = null, seen = null, key = "", grid = fine, folds = { key: "", found: null, complete: false };
@@ -79,13 +81,13 @@ const planeView = page => {
     const { pen, width, height } = draw.surface(canvas), at = state(), s = seen, n = grid.size;
     x = draw.scale(-REACH, REACH, 0, width);
     y = draw.scale(-REACH, REACH, height, 0);
-    const values = grid[at.kind], [low, high] = RANGE[at.kind], table = draw.palette(at.kind);
+    const values = grid[at.kind], low = at.kind === "singular_value" ? 0 : -1, table = draw.palette(at.kind);
     if (image.width !== n) image.width = image.height = n;
     const brush = image.getContext("2d"), pixels = brush.createImageData(n, n), cells = new Uint32Array(pixels.data.buffer);
     for (let j = 0; j < n; j++) {
       for (let i = 0; i < n; i++) {
-        const place = ((values[j * n + i] - low) / (high - low)) * 255;
-        cells[(n - 1 - j) * n + i] = table[place > 255 ? 255 : place < 0 ? 0 : place | 0];
+        const value = values[j * n + i], part = Number.isFinite(value) ? place(value) : Math.sign(value);
+        cells[(n - 1 - j) * n + i] = table[Math.min(255, Math.floor((256 * (part - low)) / (1 - low)))];
       }
     }
     brush.putImageData(pixels, 0, 0);
@@ -132,13 +134,13 @@ const planeView = page => {
       if (Math.hypot(root[0] - s.u[0], root[1] - s.u[1]) > 1e-5) draw.diamond(pen, x(root[0]), y(root[1]), 7, ink.green);
     }
     handles.update(at.tokens.length);
-    paintBar(low, high, table);
+    paintBar(low, table);
     editor.render();
   }
 
-  function paintBar(low, high, table) {
+  function paintBar(low, table) {
     const { pen, width, height } = draw.surface(bar), tall = height - ink.size * 1.2;
-    const scale = draw.scale(low, high, 1, width - 1);
+    const scale = draw.scale(low, 1, 1, width - 1);
     for (let k = 0; k < width; k++) {
       const colour = table[Math.min(255, Math.floor((k / width) * 256))];
       pen.fillStyle = `rgb(${colour & 255}, ${(colour >> 8) & 255}, ${(colour >> 16) & 255})`;
@@ -146,10 +148,8 @@ const planeView = page => {
     }
     [pen.strokeStyle, pen.lineWidth] = [ink.rule, 1];
     pen.strokeRect(0.5, 0.5, width - 1, tall - 1);
-    for (const at of low < 0 ? [-2, -1, 0, 1, 2] : [0, 0.4, 0.8, 1.2]) {
-      const end = at === low ? "left" : at === high ? "right" : "center";
-      const words = at === high ? `≥ ${at}` : at === low && low < 0 ? `≤ −${-at}` : draw.tickText(at, low < 0 ? 0 : at ? 1 : 0);
-      draw.text(pen, words, scale(at), height - 1, { align: end, factor: 0.75 });
+    for (const at of TICKS[low < 0 ? "signed" : "distance"]) {
+      draw.text(pen, String(at).replace("-", "−"), scale(place(at)), height - 1, { align: at === 0 && low === 0 ? "left" : "center", factor: 0.75 });
     }
   }
 

@@ -1,23 +1,34 @@
-// The view of the infinite sequence: a path computed on demand, its spread against the mean-field value, and the curve
-// V (1 - a V)^2, whose maximum 4/27 is the end of stationarity.
+// The view of the infinite sequence: the curve V (1 - a V)^2, whose maximum 4/27 is the end of stationarity, a path
+// computed on demand, and its spread; with a radius, the past is seen on a ball and nothing ends.
 const sequenceView = page => {
   const M = sequenceMathematics, { ink } = draw, canvas = controls.find("sequence-canvas"), play = controls.find("sequence-play");
+  const run = { key: "", of: "", square: null, bounded: [] };
   let path = null, playing = false;
   const state = () => page.state.sequence;
   const gone = "none";
 
-  function compute() {
-    const { a, sigma, seed, n } = state();
-    if (!path || path.a !== a || path.sigma !== sigma || path.seed !== seed || path.length > n) path = new M.Path(a, sigma, seed);
+  /** The long run of a bounded past, and its curve; only once the sliders rest, because it takes some milliseconds. */
+  function longRun(settled) {
+    const { a, sigma, radius } = state(), key = JSON.stringify([a, sigma, radius]), of = JSON.stringify([a, radius]);
+    if (radius === 0) return { square: null, bounded: [] };
+    if (settled && run.key !== key) Object.assign(run, { key, square: boundedMathematics.meanSquare(a, sigma, radius) });
+    if (settled && run.of !== of) Object.assign(run, { of, bounded: a > 0 ? boundedMathematics.curve(a, radius, 0.3) : [] });
+    return { square: run.key === key ? run.square : null, bounded: run.of === of ? run.bounded : [] };
+  }
+
+  function compute(settled) {
+    const { a, sigma, seed, n, radius } = state();
+    if (!path || path.a !== a || path.sigma !== sigma || path.seed !== seed || path.radius !== radius || path.length > n) path = new M.Path(a, sigma, seed, radius);
     // Long paths are computed in parts, so that the page stays responsive.
     const until = performance.now() + 12;
     while (path.length < n && !path.left && performance.now() < until) path.step();
     if (path.length < n && !path.left) requestAnimationFrame(() => page.changed());
-    return { field: M.meanField(a, sigma), level: a * sigma * sigma };
+    // The mean-field equation is for a Gaussian past, which a ball makes another of.
+    return { field: radius > 0 ? null : M.meanField(a, sigma), level: a * sigma * sigma, ...longRun(settled || playing) };
   }
 
-  function numbers({ field, level }) {
-    const n = path.length, last = list => (n ? list[n - 1] : null), { a } = state();
+  function numbers({ field, level, square }) {
+    const n = path.length, last = list => (n ? list[n - 1] : null), { a, radius } = state();
     controls.show("sequence.level", level);
     controls.show("sequence.n", n);
     controls.show("sequence.last", last(path.tokens), "–");
@@ -25,15 +36,19 @@ const sequenceView = page => {
     controls.show("sequence.spread", last(path.spread), "–");
     controls.show("sequence.sampled", n ? 1 - a * last(path.spread) : null, "–");
     controls.show("sequence.several", path.several);
-    controls.show("sequence.V", field && field.V, "none: a σ² > 4/27");
+    controls.show("sequence.V", field && field.V, radius > 0 ? "not for a ball" : "none: a σ² > 4/27");
     controls.show("sequence.margin", field && field.margin, gone);
     controls.show("sequence.drift", field && field.drift, gone);
+    controls.show("sequence.kappa", radius > 0 ? Math.abs(a) * radius * radius : null, "–");
+    controls.show("sequence.floor", radius > 0 ? 1 - Math.abs(a) * radius * radius : null, "–");
+    controls.show("sequence.bounded", square, radius > 0 ? "not found" : "–");
     const place = controls.find("sequence-place"), top = 0.4;
     place.style.left = `${100 * states.clamp(level / top, 0, 1)}%`;
-    const below = level <= M.CRITICAL;
+    const below = level <= M.CRITICAL || radius > 0;
     let words = "Above 4/27 there is no stationary spread.";
     if (path.left) words = `The path has escaped: |u| > 10 000 at token ${n}. Play restarts it.`;
     else if (n >= states.LIMIT.sequence.n) words = `This page stops a path after ${n} tokens. Play restarts it.`;
+    else if (radius > 0) words = Math.abs(a) * radius * radius < 1 ? "Bounded memory with a ρ² below one: every past has one next token for every noise, and the spread stays." : "Bounded memory: the path cannot escape, but with a ρ² of one or more some past may fold.";
     else if (level <= 0) words = "Without attraction every noise has a stationary spread.";
     else if (below) words = "Below 4/27 mean field has a stationary spread, but the mean still drifts.";
     controls.show("sequence.verdict", words);
@@ -57,26 +72,38 @@ const sequenceView = page => {
     return kept;
   }
 
-  function paint({ field, level }) {
-    const { pen, width, height } = draw.surface(canvas), { a } = state(), n = path.length, size = ink.size;
-    const left = size * 3.4, right = width - size * 0.8, gap = size * 3.4;
-    const spread = path.spread.slice(1), high = Math.max(field ? 2 * field.V : 1, 1.1 * Math.max(0, ...tail(spread))), log = high > 30;
-    const heads = [
-      ["path u\u2099", [[ink.orange, "mean so far"], ...(field ? [[ink.green, "mean ± 2√V"]] : [])]],
-      [log ? "log₁₀ of the sample variance" : "sample variance so far", field ? [[ink.green, "mean field V"]] : []],
-      ["aV (1 − aV)² against aV", [[ink.orange, "a σ²"], [ink.blue, "aV of the sample"]]],
-    ].map(([title, legend]) => draw.heading(pen, right - left, title, legend));
-    const rest = height - size * 3.8 - 2 * gap - heads.reduce((sum, head) => sum + head.more, 0);
-    let top = size * 1.8;
-    const bands = [0.42, 0.29, 0.29].map((part, k) => {
-      const from = top + heads[k].more, to = from + part * rest;
+  /** The three plots: beside each other where there is room, the curve always first. */
+  function layout(pen, width, height, heads) {
+    const size = ink.size, left = size * 3.4, gap = size * 3.2, right = width - size * 0.8, two = width > 32 * size;
+    const middle = two ? left + (right - left) * 0.42 : right, second = two ? middle + size * 4.2 : left;
+    const titled = heads.map(([title, legend], k) => draw.heading(pen, k === 0 ? middle - left : right - second, title, legend));
+    const bands = [];
+    let top = size * 1.6;
+    const rest = height - size * 2.4 - (two ? gap : 2 * gap) - titled.slice(two ? 1 : 0).reduce((sum, head) => sum + head.more, 0) - size * 1.2;
+    titled.forEach((head, k) => {
+      if (two && k === 0) return bands.push([height - size * 3.4, top + head.more]);
+      const from = top + head.more, to = from + rest * (two ? 0.5 : [0.36, 0.34, 0.3][k]);
       top = to + gap;
-      return [to, from];
+      bands.push([to, from]);
     });
-    const x = draw.scale(0, Math.max(100, n * 1.04), left, right);
+    return { titled, bands, across: [[left, middle], [second, right], [second, right]] };
+  }
 
-    const least = field ? 2.5 * Math.sqrt(field.V) : 1, ends = path.tokens.reduce(([low, high], u) => [Math.min(low, u), Math.max(high, u)], [-least, least]);
-    const y = draw.scale(1.06 * ends[0], 1.06 * ends[1], ...bands[0]);
+  function paint({ field, level, bounded, square }) {
+    const { pen, width, height } = draw.surface(canvas), { a, radius } = state(), n = path.length;
+    const spread = path.spread.slice(1), known = field ? field.V : square;
+    const high = Math.max(known ? 2 * known : 1, 1.1 * Math.max(0, ...tail(spread))), log = high > 30;
+    const { titled, bands, across } = layout(pen, width, height, [
+      ["aV (1 − aV)² against aV", [[ink.orange, "a σ²"], [ink.blue, "aV of the sample"], ...(radius > 0 ? [[ink.green, "bounded memory"]] : [])]],
+      ["path u\u2099", [[ink.orange, "mean so far"], ...(field ? [[ink.green, "mean ± 2√V"]] : [])]],
+      [log ? "log₁₀ of the sample variance" : "sample variance so far", field ? [[ink.green, "mean field V"]] : square ? [[ink.green, "mean square in the long run"]] : []],
+    ]);
+    paintCurve(pen, { field, level, bounded, square, known }, across[0], bands[0]);
+    titled[0].paint(across[0][0], bands[0][1]);
+    const x = draw.scale(0, Math.max(100, n * 1.04), ...across[1]);
+
+    const least = known ? 2.5 * Math.sqrt(known) : 1, ends = path.tokens.reduce(([low, high], u) => [Math.min(low, u), Math.max(high, u)], [-least, least]);
+    const y = draw.scale(1.06 * ends[0], 1.06 * ends[1], ...bands[1]);
     draw.axes(pen, x, y);
     draw.clip(pen, x, y, () => {
       const centre = thinned(path.centre, width);
@@ -92,31 +119,35 @@ const sequenceView = page => {
       draw.curve(pen, thinned(path.tokens, width).map(([i, u]) => [x(i), y(u)]), ink.blue, n > 400 ? 0.8 : 1.3);
       draw.curve(pen, centre.map(([i, u]) => [x(i), y(u)]), ink.orange, 2.5);
     });
-    heads[0].paint(left, y.to);
+    titled[1].paint(across[1][0], y.to);
 
     // The spread, on a logarithmic scale once it grows.
-    const floor = 0.05, z = log ? draw.scale(Math.log10(floor), Math.log10(high), ...bands[1]) : draw.scale(0, high, ...bands[1]);
+    const floor = 0.05, z = log ? draw.scale(Math.log10(floor), Math.log10(high), ...bands[2]) : draw.scale(0, high, ...bands[2]);
     const level_ = value => z(log ? Math.log10(Math.max(floor, value)) : value);
     draw.axes(pen, x, z, { yMost: 3 });
     draw.clip(pen, x, z, () => {
       draw.curve(pen, thinned(spread, width).map(([i, v]) => [x(i + 1), level_(v)]), ink.blue, 2.5);
-      if (field) draw.curve(pen, [[x.from, level_(field.V)], [x.to, level_(field.V)]], ink.green, 2, [7, 5]);
+      if (known) draw.curve(pen, [[x.from, level_(known)], [x.to, level_(known)]], ink.green, 2, [7, 5]);
     });
-    heads[1].paint(left, z.to);
+    titled[2].paint(across[2][0], z.to);
+  }
 
-    // a sigma^2 against a V, with the maximum of the curve.
-    const far = a > 0 ? 1 : -1, v = draw.scale(Math.min(0, far), Math.max(0, far), left, right);
-    const w = a > 0 ? draw.scale(0, 0.3, ...bands[2]) : draw.scale(-2, 0, ...bands[2]);
-    draw.axes(pen, v, w, { yMost: 3 });
+  /** The point of this view: a sigma^2 against a V, whose maximum 4/27 ends stationarity, unless the memory is bounded. */
+  function paintCurve(pen, { field, level, bounded, square, known }, across, band) {
+    const { a, radius } = state(), n = path.length, far = a > 0 ? 1 : -1, widest = Math.max(1, ...bounded.map(point => point[0]));
+    const v = draw.scale(Math.min(0, far), a > 0 ? widest : Math.max(0, far), ...across);
+    const w = a > 0 ? draw.scale(0, 0.3, ...band) : draw.scale(-2, 0, ...band);
+    draw.axes(pen, v, w, { yMost: 6 });
     draw.clip(pen, v, w, () => {
       const samples = Array.from({ length: 101 }, (_, k) => (far * k) / 100);
-      draw.curve(pen, samples.map(s => [v(s), w(s * (1 - s) ** 2)]), ink.ink, 2);
+      draw.curve(pen, samples.map(s => [v(s), w(s * (1 - s) ** 2)]), radius > 0 ? ink.muted : ink.ink, radius > 0 ? 1.5 : 3, radius > 0 ? [3, 4] : []);
+      if (bounded.length) draw.curve(pen, [[v(0), w(0)], ...bounded.map(([s, t]) => [v(s), w(t)])], ink.green, 3);
       draw.curve(pen, [[v.from, w(level)], [v.to, w(level)]], ink.orange, 2, [7, 5]);
       if (a > 0) draw.curve(pen, [[v(1 / 3), w(0)], [v(1 / 3), w(M.CRITICAL)]], ink.muted, 1, [2, 4]);
       if (n > 1) draw.curve(pen, [[v(a * path.spread[n - 1]), w.from], [v(a * path.spread[n - 1]), w.to]], ink.blue, 2);
-      if (field) draw.diamond(pen, v(a * field.V), w(level), 7, ink.green);
+      if (known) draw.diamond(pen, v(a * known), w(level), 7, ink.green);
     });
-    heads[2].paint(left, w.to);
+    if (a > 0) draw.text(pen, "4/27 at aV = 1/3", v(1 / 3) + 4, w(M.CRITICAL) - 6, { colour: ink.ink, halo: true });
   }
 
   const tail = list => (list.length > 20 ? list.slice(10) : list);
@@ -160,6 +191,7 @@ const sequenceView = page => {
   const sync = [
     controls.slider("sequence-a", () => state().a, fresh(value => (state().a = value)), page.changed, page.commit),
     controls.slider("sequence-sigma", () => state().sigma, fresh(value => (state().sigma = value)), page.changed, page.commit),
+    controls.slider("sequence-radius", () => state().radius, fresh(value => (state().radius = value)), page.changed, page.commit),
     controls.slider("sequence-speed", () => state().speed, value => (state().speed = value), page.changed, page.commit),
   ];
   play.addEventListener("click", () => (playing ? stop() : start()));
@@ -174,8 +206,8 @@ const sequenceView = page => {
   act("sequence-seed", at => Object.assign(at, { seed: (at.seed + 1) % 1000000, n: 0 }));
 
   return {
-    render() {
-      const found = compute();
+    render(settled) {
+      const found = compute(settled);
       sync.forEach(update => update());
       controls.find("sequence-seed-shown").textContent = String(state().seed);
       const news = numbers(found);

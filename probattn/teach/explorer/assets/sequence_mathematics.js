@@ -36,10 +36,10 @@ const sequenceMathematics = (() => {
     return { V, margin: 1 - a * V, drift: (a * V) / (1 - a * V) };
   }
 
-  /** One path, extended token by token. The sums over the past are kept on a grid of u, so that each token costs O(grid) to bracket and O(n) to refine. */
+  /** One path, extended token by token, whose past is seen on a ball if there is a radius. The sums over the past are kept on a grid of u, so that each token costs O(grid) to bracket and O(n) to refine. */
   class Path {
-    constructor(a, sigma, seed) {
-      Object.assign(this, { a, sigma, seed, tokens: [], noise: [], several: 0, left: false, draw: normals(seed) });
+    constructor(a, sigma, seed, radius = 0) {
+      Object.assign(this, { a, sigma, seed, radius, tokens: [], held: [], noise: [], several: 0, left: false, draw: normals(seed) });
       this.size = 0; // the largest |u| so far
       this.sum = 0;
       this.spread = []; // running sample variance, centred on the running mean
@@ -54,7 +54,7 @@ const sequenceMathematics = (() => {
     cover(reach) {
       this.reach = reach;
       for (const name of ["top", "total", "first", "second"]) this[name] = new Float64Array(POINTS).fill(name === "top" ? -Infinity : 0);
-      for (const token of this.tokens) this.add(token);
+      for (const token of this.held) this.add(token);
     }
 
     add(token) {
@@ -82,8 +82,10 @@ const sequenceMathematics = (() => {
       const token = this.tokens.length ? this.solve(eps) : eps;
       this.noise.push(eps);
       this.tokens.push(token);
-      this.size = Math.max(this.size, Math.abs(token));
-      this.add(token);
+      const held = lineMathematics.hold(token, this.radius);
+      this.held.push(held);
+      this.size = Math.max(this.size, Math.abs(held));
+      this.add(held);
       const n = this.tokens.length, before = n > 1 ? this.centre[n - 2] : 0, mean = before + (token - before) / n;
       this.squares += (token - before) * (token - mean);
       this.centre.push(mean);
@@ -95,8 +97,8 @@ const sequenceMathematics = (() => {
     solve(eps) {
       const needed = this.size + Math.abs(eps);
       if (needed > this.reach) this.cover(1.5 * needed + 1);
-      const { a, reach, tokens, total, first, second } = this, gap = (2 * reach) / (POINTS - 1);
-      const gapOf = u => lineMathematics.residual(tokens, a, u) - eps;
+      const { a, reach, held, total, first, second } = this, gap = (2 * reach) / (POINTS - 1);
+      const gapOf = u => lineMathematics.residual(held, a, u) - eps;
       const places = [];
       let x0 = 0, f0 = 0, J0 = 0;
       for (let k = 0; k < POINTS; k++) {
@@ -105,7 +107,7 @@ const sequenceMathematics = (() => {
           if (f0 < 0 !== f < 0) places.push([x0, x, f0 < 0, x0 - (f0 * gap) / (f - f0)]);
           else if (J0 < 0 !== J < 0 && Math.min(Math.abs(f0), Math.abs(f)) < 2 * gap * Math.max(1, Math.abs(J0), Math.abs(J))) {
             // A turning point between two points of the grid may hide two solutions.
-            const turn = lineMathematics.bisect(u => lineMathematics.jacobian(tokens, a, u) < 0 === J0 < 0, x0, x);
+            const turn = lineMathematics.bisect(u => lineMathematics.jacobian(held, a, u) < 0 === J0 < 0, x0, x);
             if (gapOf(turn) < 0 !== f < 0) places.push([x0, turn, f0 < 0, (x0 + turn) / 2], [turn, x, f >= 0, (turn + x) / 2]);
           }
         }
@@ -125,10 +127,10 @@ const sequenceMathematics = (() => {
 
     /** Newton's method kept inside a bracket. */
     refine(eps, low, high, rises, guess) {
-      const { a, tokens } = this;
+      const { a, held } = this;
       let u = guess;
       for (let k = 0; k < 100; k++) {
-        const seen = lineMathematics.look(tokens, a, u), f = u - seen.mean - eps;
+        const seen = lineMathematics.look(held, a, u), f = u - seen.mean - eps;
         if (f === 0) return u;
         if (f < 0 === rises) low = u;
         else high = u;

@@ -11,7 +11,8 @@ const states = (() => {
       tokens: [[-1.6, -0.9], [-0.9, 0.8], [0.9, -1.5], [0.2, 1.7], [1.7, -0.4], [0.7, 0.5]],
       left: 0.5, right: 0.2, s1: 1, s2: 0.3, kind: "determinant", support: 2,
     },
-    sequence: { a: 1, sigma: 0.31, seed: 1, n: 100, speed: 4 },
+    sequence: { a: 1, sigma: 0.31, radius: 0, seed: 1, n: 100, speed: 4 },
+    sentence: { map: "generator", kind: "sigma_min", token: 8, layer: 10 },
   });
 
   const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
@@ -26,8 +27,10 @@ const states = (() => {
   };
 
   /** Read every field of a state, check it and clamp it to its limits; throw if one is missing. */
-  function checked({ view, line, plane, sequence }) {
-    if (!["line", "plane", "sequence"].includes(view)) throw new Error("an unknown view");
+  function checked({ view, line, plane, sequence, sentence = initial().sentence }) {
+    if (!["line", "plane", "sequence", "sentence"].includes(view)) throw new Error("an unknown view");
+    if (!["generator", "update"].includes(sentence.map)) throw new Error("an unknown map");
+    if (!["sigma_min", "logabsdet", "spectral", "complex"].includes(sentence.kind)) throw new Error("an unknown margin");
     if (!["determinant", "spectral", "singular_value"].includes(plane.kind)) throw new Error("an unknown margin");
     const token = x => number(x, -LIMIT.token, LIMIT.token), turn = x => number(x, -100, 100);
     return {
@@ -42,7 +45,11 @@ const states = (() => {
       },
       sequence: {
         a: number(sequence.a, -LIMIT.sequence.a, LIMIT.sequence.a), sigma: number(sequence.sigma, ...LIMIT.sequence.sigma),
-        seed: whole(sequence.seed, 0, 999999), n: whole(sequence.n, 0, LIMIT.sequence.n), speed: whole(sequence.speed, 1, 40),
+        radius: number(sequence.radius ?? 0, 0, LIMIT.radius), seed: whole(sequence.seed, 0, 999999), n: whole(sequence.n, 0, LIMIT.sequence.n), speed: whole(sequence.speed, 1, 40),
+      },
+      sentence: {
+        map: sentence.map, kind: sentence.kind, token: whole(sentence.token, 0, sentenceData.tokens.length - 1),
+        layer: whole(sentence.layer, 0, sentenceData.layers - 1),
       },
     };
   }
