@@ -27,6 +27,7 @@ from probattn.inference.results.fit_file import Fit
 from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_json, write_text
 from probattn.inference.runtime.lock import sole_run
+from probattn.inference.runtime.progress import log_stage
 from probattn.models.corpus import Corpus, Windows, load_corpus
 from probattn.models.language import LanguageConfig, LanguageModel
 from probattn.models.options import Device, Dtype, Range, Seed, as_plain, check_options
@@ -98,6 +99,7 @@ def verify(options: VerifyOptions) -> list[Claim]:
     Raises:
         InputError: input that cannot be used, before anything is written.
     """
+    log_stage(_LOG, "reading the text")
     corpus = load_corpus(options.corpus, heldout=options.heldout)
     config = replace(options.model, vocabulary=len(corpus.vocabulary))
     windows, heldout = corpus.windows(config.context), corpus.windows(config.context, heldout=True)
@@ -106,6 +108,7 @@ def verify(options: VerifyOptions) -> list[Claim]:
 
     model = LanguageModel(config).to(device, dtype)
     shown = Windows(*(part[:_EVALUATED].to(device) for part in heldout))
+    log_stage(_LOG, "fitting the language model")
     values, result = fit_language(
         model,
         tuple(part.to(device) for part in windows),
@@ -141,6 +144,7 @@ def verify(options: VerifyOptions) -> list[Claim]:
         "model": config.as_dict(),
         "fit": {**vars(options.fit), "steps_taken": result.info["steps"], "stopped": result.info["stopped"]},
     }
+    log_stage(_LOG, "drawing the report")
     figures = draw_figures(subject, corpus, result.history)
     for claim in claims:
         figures |= {f"claim-{name}": figure for name, figure in claim.figures.items()}
