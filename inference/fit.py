@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from torch import Tensor
 
 from probattn.attention import Mask
@@ -28,9 +29,14 @@ from probattn.inference.results.fit_file import Fit
 from probattn.inference.results.posterior import assemble
 from probattn.inference.runtime.distributed import process_group, rank, world_size
 from probattn.inference.runtime.environment import describe, select_device
+from probattn.inference.runtime.files import prepare_folder
 from probattn.inference.runtime.lock import sole_run
 from probattn.models.embedding import EmbeddingModel
+from probattn.models.layer_options import StreamOptions
 from probattn.models.options import Device, Dtype, Range, Seed, as_plain, check_options
+
+if TYPE_CHECKING:
+    from probattn.models.layer import LayerModel
 
 __all__ = [
     "METHODS",
@@ -39,6 +45,7 @@ __all__ = [
     "MapConfig",
     "Method",
     "NutsConfig",
+    "StreamOptions",
     "SviConfig",
     "TextOptions",
     "fit",
@@ -59,7 +66,8 @@ _FIT: Mapping[type[Method], Callable[..., Draws]] = {
     MapConfig: fit_map,
 }
 _ALONE = ("nuts", "laplace")
-_OF_DATA = ("array", "standardise", "rank", "value_dim", "prior_scale", "compare")
+_OF_DATA = ("array", "standardise", "project", "rank", "value_dim", "prior_scale", "compare")
+_NOT_OF_LAYERS = (*_OF_DATA, "heads", "mask", "memory_radius", "contraction")
 _TYPICAL = 15  # gradients of a transition of NUTS: trajectories of four doublings
 _LOG = logging.getLogger(__name__)
 
@@ -95,6 +103,7 @@ class FitOptions:
             is that of the attention stage of a language model fitted to it.
         array: name of the array in the file of data.
         sequences: largest number of sequences, from the beginning; 0 takes all, or 32 windows of a text.
+        project: number of coordinates to which hidden states are projected first, those in which they vary most.
         standardise: subtract the mean of the data and divide by their standard deviation, one number each.
         method: method of inference.
         heads: number H of heads.
@@ -107,6 +116,7 @@ class FitOptions:
         jacobian: keep the Jacobian in the likelihood; without it the fit is the naive one, to see what it gets wrong.
         compare: variants that are fitted too and compared by leaving out one sequence at a time.
         text: language model behind a corpus.
+        stream: layer of a language model whose heads are inferred, behind the residual streams of a text.
         out: output folder.
         seed: random seed of everything; the method's own gives way to it.
         device: where to compute; auto takes a GPU where there is one.
@@ -119,6 +129,7 @@ class FitOptions:
     array: str | None = None
     sequences: Annotated[int, Range(least=0)] = 0
     standardise: bool = False
+    project: Annotated[int | None, Range(least=1)] = None
     method: Method = field(default_factory=NutsConfig, metadata={"choices": METHODS})
     heads: Annotated[int, Range(least=1)] = 1
     rank: Annotated[int | None, Range(least=1)] = None
@@ -130,6 +141,7 @@ class FitOptions:
     jacobian: bool = True
     compare: tuple[Literal["jacobian", "mask", "heads"], ...] = ()
     text: TextOptions = field(default_factory=TextOptions)
+    stream: StreamOptions = field(default_factory=StreamOptions)
     out: Path = Path("runs/fit")
     seed: Seed = 0
     device: Device = "auto"
@@ -139,20 +151,31 @@ class FitOptions:
     def __post_init__(self) -> None:
         check_options(self)
         object.__setattr__(self, "method", replace(self.method, seed=self.seed))
-        if (self.data is None) == (self.corpus is None):
-            raise InputError("give either data (hidden states) or corpus (a text), not both and not neither.")
+        if (self.data is not None) + (self.corpus is not None) + self.stream.asked != 1:
+            raise InputError(
+                "give either data (hidden states) or corpus (a text), or a layer with a text (the streams in a "
+                "language model): one of the three, and one only."
+            )
         if self.contraction is not None and self.memory_radius is None:
             raise InputError(f"contraction is {self.contraction}, which needs memory_radius; give one.")
         if self.compare and self.method_name == "map":
             raise InputError("compare needs draws; use the method nuts, svi or laplace.")
         if self.compare and self._draws < LEAST_DRAWS:
             raise InputError(f"compare needs {LEAST_DRAWS} draws in all, and {self._draws} are asked for; raise draws.")
+        self._require_useful()
+
+    def _require_useful(self) -> None:
+        """Refuse options that the kind of input has no use for."""
         defaults = {entry.name: entry.default for entry in fields(self)}
-        useless = [name for name in _OF_DATA if self.corpus is not None and getattr(self, name) != defaults[name]]
-        useless += [entry.name for entry in fields(self.text) if self.corpus is None and _given(self.text, entry.name)]
-        if useless:
-            read, other = ("corpus", "data") if self.corpus is not None else ("data", "corpus")
-            raise InputError(f"{useless[0]} goes with {other}, and {read} is given; leave it out.")
+        read = "data" if self.data is not None else "corpus" if self.corpus is not None else "layer"
+        of_others = {"data": (), "corpus": _OF_DATA, "layer": _NOT_OF_LAYERS}[read]
+        useless = {name: "data" for name in of_others if getattr(self, name) != defaults[name]}
+        if read != "corpus":
+            useless |= {entry.name: "corpus" for entry in fields(self.text) if _given(self.text, entry.name)}
+        if read != "layer":
+            useless |= {entry.name: "layer" for entry in fields(self.stream) if _given(self.stream, entry.name)}
+        for name, other in useless.items():
+            raise InputError(f"{name} goes with {other}, and {read} is given; leave it out.")
 
     @property
     def _draws(self) -> int:
@@ -186,22 +209,15 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
                 f"--method {options.method_name} runs in one process and {world_size()} were started; use svi or map, "
                 "or start it plainly (nuts with --chain-method process takes several cores)."
             )
+        if options.stream.asked:
+            return _fit_layer(options)
         model, u, facts = pose(options)
         target = LogDensity(model, u)
         others = variants(model, options.compare)  # refused before the work, not after it
         _warn_of_scale(options, target)
         _announce(options.method, target)
         draws = _infer(options, target)
-        device = select_device(options.device)
-        record = {
-            "schema": 1,
-            "environment": describe(device, u.dtype, options.seed),
-            "processes": world_size(),
-            "data": facts,
-            "model": {name: value for name, value in vars(model).items() if isinstance(value, (int, float, str))},
-            "options": as_plain(options),
-            "method": {"name": draws.method, **draws.info},
-        }
+        record = _record(options, model, u, facts, draws)
         found = assemble(target, draws, seed=options.seed, attributes=_attributes(options, model, record))
         diagnosis = diagnose(found)
         compared = _compare(options, others, draws, u) if options.compare else []
@@ -210,6 +226,57 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
             if compared:
                 write_comparison(options.out, compared)
     return found, diagnosis
+
+
+def _fit_layer(options: FitOptions) -> tuple[Fit, Diagnosis]:
+    """The fit of a language model's layer."""
+    # Imported here: what stands behind them takes seconds, and most fits are of something else.
+    from probattn.inference.layer.findings import diagnose_layer
+    from probattn.inference.layer.problem import pose_layer
+    from probattn.inference.layer.report import write_layer_fit
+    from probattn.inference.layer.result import assemble_layer
+    from probattn.inference.layer.start import layer_start
+
+    prepare_folder(options.out)
+    problem = pose_layer(
+        options.stream,
+        sequences=options.sequences,
+        jacobian=options.jacobian,
+        seed=options.seed,
+        device=select_device(options.device),
+        dtype=getattr(torch, options.dtype),
+    )
+    target = LogDensity(problem.model, problem.u)
+    _announce(options.method, target)
+    chains = options.method.chains if isinstance(options.method, NutsConfig) else 1
+    start = layer_start(target, chains, options.seed)
+    draws = _infer(options, target, start=start if isinstance(options.method, NutsConfig) else start[0])
+    record = _record(options, problem.model, problem.u, problem.facts, draws)
+    attributes = {**_attributes(options, problem.model, record), "signed": int(problem.model.signed)}
+    found = assemble_layer(target, draws, seed=options.seed, attributes=attributes)
+    diagnosis = diagnose_layer(found)
+    if rank() == 0:
+        write_layer_fit(options.out, found, diagnosis, record)
+    return found, diagnosis
+
+
+def _record(
+    options: FitOptions, model: EmbeddingModel | LayerModel, u: Tensor, facts: Mapping[str, Any], draws: Draws
+) -> dict[str, Any]:
+    """How a fit was made."""
+    return {
+        "schema": 1,
+        "environment": describe(select_device(options.device), u.dtype, options.seed),
+        "processes": world_size(),
+        "data": facts,
+        "model": {
+            name: value
+            for name, value in vars(model).items()
+            if isinstance(value, (int, float, str)) and not name.startswith("_")
+        },
+        "options": as_plain(options),
+        "method": {"name": draws.method, **draws.info},
+    }
 
 
 def _warn_of_scale(options: FitOptions, target: LogDensity) -> None:
@@ -240,11 +307,12 @@ def _announce(method: Method, target: LogDensity) -> None:
         announce(target, f"map, at most {method.steps:,} steps", method.steps * share)
 
 
-def _infer(options: FitOptions, target: LogDensity, variant: str = "") -> Draws:
+def _infer(options: FitOptions, target: LogDensity, variant: str = "", start: Tensor | None = None) -> Draws:
     name = "-".join(filter(None, (options.method_name, variant)))
     return _FIT[type(options.method)](
         target,
         options.method,
+        start=start,
         checkpoint=options.out / f"{name}.pt",
         resume=options.resume,
         identity={"device": target.data[0].device.type},
@@ -264,7 +332,7 @@ def _compare(options: FitOptions, models: Mapping[str, EmbeddingModel], own: Dra
     return compared
 
 
-def _attributes(options: FitOptions, model: EmbeddingModel, record: Mapping[str, Any]) -> dict[str, Any]:
+def _attributes(options: FitOptions, model: EmbeddingModel | LayerModel, record: Mapping[str, Any]) -> dict[str, Any]:
     environment = record["environment"]
     deepest = {"max_depth": options.method.max_depth} if isinstance(options.method, NutsConfig) else {}
     return {
@@ -272,7 +340,7 @@ def _attributes(options: FitOptions, model: EmbeddingModel, record: Mapping[str,
         "mask": model.mask,
         "power": model.power,
         "jacobian": int(model.jacobian),
-        "source": "text" if options.data is None else "file",
+        "source": "layer" if options.stream.asked else "text" if options.data is None else "file",
         "standardised": int(options.standardise),
         **deepest,
         "seed": options.seed,

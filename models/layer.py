@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -17,13 +17,11 @@ from probattn.errors import InputError, require_at_least, require_choice, requir
 from probattn.hf.layers import AttentionLayer
 from probattn.hf.layers.sublayer import Sublayer
 from probattn.hf.layers.volume import VolumeMemory, log_volume
-from probattn.models.layer_noise import StreamNoise
+from probattn.models.layer_noise import Noise, StreamNoise
 from probattn.models.module import SequenceModel
 from probattn.transforms import AttentionTransform
 
-__all__ = ["LayerModel", "Noise", "StreamProcess"]
-
-Noise = Literal["scalar", "diagonal", "low_rank"]
+__all__ = ["LayerModel", "StreamProcess"]
 
 
 class StreamProcess(LatentAttention):
@@ -211,7 +209,7 @@ class LayerModel(SequenceModel):
         self.gain_spread, self.temperature_spread, self.share_spread = gain_spread, temperature_spread, share_spread
         self.signed, self.jacobian, self.fresh = signed, jacobian, fresh
         self.positions, self.position_seed = positions, position_seed
-        self.power = 1.0
+        self.power, self.mask = 1.0, layer.mask
         for name, scales in (("reference", reference), ("offset", offset)):
             if scales is not None and (scales.shape != (self.dim,) or not bool((scales > 0).all())):
                 raise InputError(f"{name} has shape {tuple(scales.shape)}; it must hold {self.dim} positive numbers.")

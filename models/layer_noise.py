@@ -18,7 +18,7 @@ Derived here; the low-rank part by the matrix inversion lemma (Woodbury, 1950).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -27,8 +27,9 @@ from torch.distributions import constraints
 
 from probattn.errors import InputError, require_at_least
 
-__all__ = ["StreamNoise"]
+__all__ = ["Noise", "StreamNoise"]
 
+Noise = Literal["scalar", "diagonal", "low_rank"]
 _LOG_TWO_PI = math.log(2 * math.pi)
 
 

@@ -25,7 +25,8 @@ _VERDICTS = {
     "warning": "usable with care",
     "problem": "not reliable",
 }
-_JUDGED = ("qk_matrix", "ov_matrix", "noise_scale", "smallest_margin")
+_PARAMETERS = ("qk_matrix", "ov_matrix", "strength", "inverse_temperature", "noise_scale")
+_JUDGED = (*_PARAMETERS, "smallest_margin")
 _AGREE, _DISAGREE = 1.01, 1.05  # R-hat up to which chains agree, and beyond which they do not (Vehtari et al., 2021)
 _ENOUGH = 100  # effective draws per chain (Vehtari et al., 2021, arXiv 1903.08008)
 _HARDLY = 10  # effective draws per chain below which no interval can be read
@@ -123,6 +124,8 @@ def _scalars(fit: Fit) -> Iterator[tuple[str, Array]]:
     for name in _JUDGED:
         if name in fit.groups["posterior"]:
             values = np.asarray(fit.groups["posterior"][name])
+            if name == "smallest_margin" and np.ptp(values) == 0:
+                continue  # repulsion on a line: no token has a smaller margin than the first, whatever the parameters
             for index in np.ndindex(*values.shape[2:]):
                 label = f"{name}[{', '.join(map(str, index))}]" if index else name
                 yield label, values[(slice(None), slice(None), *index)]
@@ -143,7 +146,8 @@ def _chains(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
             "mcse": float(array_stats.mcse(ary, chain_axis=0, draw_axis=1)) / max(float(ary.std()), 1e-300),
         }
     if chains > 1:
-        at = max(worst, key=lambda name: worst[name]["rhat"])
+        # One that is not defined, of a chain that does not move, comes before any number.
+        at = max(worst, key=lambda name: np.nan_to_num(worst[name]["rhat"], nan=np.inf))
         rhat = numbers["rhat"] = worst[at]["rhat"]
         if rhat <= _AGREE:
             yield Finding("R-hat", "good", f"at most {rhat:.3f} ({at}): the chains agree.")
@@ -177,7 +181,10 @@ def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     stats = fit.groups["sample_stats"]
     diverging = np.asarray(stats["diverging"], dtype=bool)
     count = numbers["divergences"] = int(diverging.sum())
-    if count:
+    if count and "smallest_abs_det" not in fit.groups["posterior"]:
+        level: Level = "problem" if count > _DIVERGENT * diverging.size else "warning"
+        yield Finding("divergences", level, f"{count}; raise --target-accept to 0.95.")
+    elif count:
         gaps = np.asarray(fit.groups["posterior"]["smallest_abs_det"])[diverging]
         near = numbers["divergences_near_boundary"] = int((gaps < _NEAR).sum())
         place = f"{near} of them end within {_NEAR} of det J = 0"
@@ -187,7 +194,7 @@ def _transitions(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
         else:
             words = "away from the boundary"
             remedy = "raise --target-accept to 0.95"
-        level: Level = "problem" if count > _DIVERGENT * diverging.size else "warning"
+        level = "problem" if count > _DIVERGENT * diverging.size else "warning"
         yield Finding("divergences", level, f"{count} {words}: {place}; {remedy}.")
     else:
         yield Finding("divergences", "good", "none.")
@@ -291,7 +298,7 @@ def _scale(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
 def _learned(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     """Contraction of each parameter by the data."""
     posterior, prior = fit.groups["posterior"], fit.groups.get("prior", {})
-    for name in ("qk_matrix", "ov_matrix", "noise_scale"):
+    for name in _PARAMETERS:
         if name not in posterior or name not in prior:
             continue
         draws = _flat(posterior[name])
@@ -327,7 +334,10 @@ def _flat(values: Array) -> Array:
 def _prior(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     from arviz_stats import psense
 
-    present = [name for name in ("qk_matrix", "ov_matrix", "noise_scale") if name in fit.groups["posterior"]]
+    present = [name for name in _PARAMETERS if name in fit.groups["posterior"]]
+    scored = np.asarray(fit.groups["log_likelihood"]["u"]).shape[1]
+    if scored < np.asarray(fit.groups["posterior"][present[0]]).shape[1]:  # some of the draws alone have one
+        return
     if np.asarray(fit.groups["posterior"][present[0]]).shape[1] < _FOR_SENSITIVITY:
         return
     tree = fit.to_datatree()

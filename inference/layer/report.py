@@ -1,0 +1,99 @@
+"""Files of a fit of a layer: ``fit.nc``, the diagnosis, a summary, the record of how it was made, and the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probattn.inference.layer.findings import head_intervals
+from probattn.inference.results.diagnosis import Diagnosis
+from probattn.inference.results.fit_file import Fit
+from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
+from probattn.plotting import plot_chains, plot_posterior
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_heads", "write_layer_fit"]
+
+_SUMMARISED = ("strength", "inverse_temperature", "share", "noise_scale")
+_MOST = 32  # scales of the noise in the summary
+
+
+def write_layer_fit(out: Path, found: Fit, diagnosis: Diagnosis, record: Mapping[str, Any]) -> None:
+    """Write ``fit.nc``, ``diagnosis.json``, ``summary.csv``, ``config.json`` and ``figures/*.png``.
+
+    Args:
+        out: output folder.
+        found: fit.
+        diagnosis: its diagnosis.
+        record: how it was made, for ``config.json``.
+    """
+    from arviz_stats import summary
+
+    found.save(out / "fit.nc")
+    posterior = found.groups["posterior"]
+    names = [name for name in _SUMMARISED if name in posterior and np.asarray(posterior[name])[0, 0].size <= _MOST]
+    kind = "stats" if found.method == "map" else "all"
+    table = summary(found.to_datatree(), var_names=names, kind=kind, round_to=None)
+    write_text(out / "summary.csv", table.to_csv())
+    write_json(out / "diagnosis.json", {"schema": 1, **diagnosis.as_dict()})
+    write_json(out / "config.json", record)
+    folder = prepare_folder(out / "figures")
+    figures: dict[str, Any] = {"heads": plot_heads({"": found})}
+    shown, before = _by_head(found)
+    if found.method != "map":
+        figures["posterior"] = plot_posterior({label: values.ravel() for label, values in shown.items()}, before)
+    if found.method == "nuts":
+        figures["chains"] = plot_chains(shown, np.asarray(found.groups["sample_stats"]["diverging"], dtype=bool))
+    for name, figure in figures.items():
+        write_figure(folder / f"{name}.png", figure)
+
+
+def plot_heads(fits: Mapping[str, Fit]) -> Figure:
+    """Strengths and inverse temperatures of the heads with their 95 % intervals, beside the layer as trained.
+
+    Args:
+        fits: fits by label.
+    """
+    names = ("strength", "inverse_temperature")
+    intervals = {name: {label: head_intervals(fit, name) for label, fit in fits.items()} for name in names}
+    return plot_head_intervals(intervals)
+
+
+def plot_head_intervals(intervals: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Intervals of each head, a panel per quantity.
+
+    Args:
+        intervals: low, median and high, ``(3, H)``, by label, by name of the quantity.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(intervals), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(intervals), squeeze=False)[0]
+    for panel, (name, by_label) in zip(axes, intervals.items(), strict=True):
+        for k, (label, (low, middle, high)) in enumerate(by_label.items()):
+            places = np.arange(len(middle)) + 0.18 * (k - (len(by_label) - 1) / 2)
+            errors = [middle - low, high - middle]
+            panel.errorbar(places, middle, yerr=errors, fmt="o", markersize=4, capsize=2, label=label or None)
+        panel.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
+        panel.axhline(0, color="0.7", linewidth=0.8)
+        panel.set(xlabel="head", ylabel=name.replace("_", " "), xticks=range(len(middle)))
+        if any(by_label):
+            panel.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _by_head(found: Fit) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Draws of each head's numbers, ``(chain, draw)`` by label, and of their prior."""
+    posterior, prior = found.groups["posterior"], found.groups["prior"]
+    shown, before = {}, {}
+    for name in ("strength", "inverse_temperature"):
+        values = np.asarray(posterior[name])
+        for head in range(min(values.shape[-1], 8)):
+            label = f"{name.replace('_', ' ')} [{head}]"
+            shown[label], before[label] = values[..., head], np.asarray(prior[name])[..., head].ravel()
+    return shown, before
