@@ -36,7 +36,10 @@ def write_fit(out: Path, found: Fit, diagnosis: Diagnosis, record: Mapping[str, 
     from arviz_stats import summary
 
     found.save(out / "fit.nc")
-    names = [name for name in _SUMMARISED if name in found.groups["posterior"]]
+    posterior = found.groups["posterior"]
+    # A margin that is the same in every draw has no R-hat; that of a parameter would be news.
+    fixed = {"smallest_margin"} if np.ptp(posterior.get("smallest_margin", np.zeros(1))) == 0 else set()
+    names = [name for name in _SUMMARISED if name in posterior and name not in fixed]
     kind = "stats" if found.method == "map" else "all"
     table = summary(found.to_datatree(), var_names=names, kind=kind, round_to=None)
     write_text(out / "summary.csv", table.to_csv())

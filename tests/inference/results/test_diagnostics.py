@@ -1,6 +1,7 @@
 """Each finding, from a fit made to show it, and its absence from one that is well."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -50,6 +51,17 @@ def healthy(method="nuts", **attributes):
 def finding(diagnosis, about):
     (found,) = [found for found in diagnosis.findings if found.about == about]
     return found
+
+
+def test_a_margin_that_no_parameter_moves_has_no_r_hat():
+    """As under repulsion on a line, where the first token is the nearest; warnings are errors here."""
+    fit = healthy()
+    fit.groups["posterior"]["smallest_margin"][:] = 1.0
+    assert np.isfinite(diagnose(fit).numbers["rhat"])
+    fit.groups["posterior"]["noise_scale"][:] = 1.0  # a parameter that does not move is a finding
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert diagnose(fit).verdict != "reliable"
 
 
 def test_a_healthy_fit_is_reliable():
