@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +17,12 @@ from probattn.inference.language import LanguageFit, fit_language
 from probattn.inference.methods.map import MapConfig
 from probattn.inference.methods.svi import SviConfig
 from probattn.inference.runtime.environment import select_device
-from probattn.inference.runtime.files import prepare_folder
+from probattn.inference.runtime.files import prepare_folder, write_bytes
 from probattn.models.corpus import load_corpus
 from probattn.models.embedding import EmbeddingModel
 from probattn.models.hidden_states import load_hidden_states
 from probattn.models.language import LanguageConfig, LanguageModel
+from probattn.models.projection import Projection, fit_projection
 
 if TYPE_CHECKING:
     from probattn.inference.fit import FitOptions
@@ -61,6 +64,15 @@ def pose(options: FitOptions) -> Problem:
 def _from_file(options: FitOptions, data: Path) -> Problem:
     u = load_hidden_states(data, array=options.array)[: options.sequences or None]
     facts: dict[str, Any] = {"name": data.name, "shape": list(u.shape), "rms": float(u.square().mean().sqrt())}
+    projection = None
+    if options.project is not None:
+        projection = fit_projection(u, options.project)
+        u = projection(u)
+        facts |= {"projected_from": facts["shape"][-1], "variance_kept": projection.kept, "shape": list(u.shape)}
+        _LOG.info(
+            "projected from %d to %d coordinates, with %.1f %% of the variance; the first has standard deviation 1",
+            *(facts["projected_from"], options.project, 100 * projection.kept),
+        )
     if options.standardise:
         centre, scale = float(u.mean()), float(u.std())
         if scale == 0:
@@ -68,6 +80,8 @@ def _from_file(options: FitOptions, data: Path) -> Problem:
         u = (u - centre) / scale
         facts |= {"subtracted": centre, "divided_by": scale}
     prepare_folder(options.out)
+    if projection is not None:
+        _save_projection(options.out / "projection.npz", projection)
     model = EmbeddingModel(
         u.shape[1],
         u.shape[2],
@@ -83,6 +97,14 @@ def _from_file(options: FitOptions, data: Path) -> Problem:
     )
     device, dtype = select_device(options.device), getattr(torch, options.dtype)
     return Problem(model.to(device, dtype), u.to(device, dtype), facts)
+
+
+def _save_projection(path: Path, projection: Projection) -> None:
+    """Write mean, directions and scale, by which new states are brought to the coordinates of the fit."""
+    content = io.BytesIO()
+    parts = {name: getattr(projection, name).numpy() for name in ("mean", "directions", "scale")}
+    np.savez(content, **parts)
+    write_bytes(path, content.getvalue())
 
 
 def _from_text(options: FitOptions, corpus_name: str) -> Problem:
