@@ -90,7 +90,7 @@ def boundary_at(length: float) -> float:
 
     Example:
         >>> [round(boundary_at(n), 4) for n in (100, 1000, 1e9)]
-        [0.1445, 0.1477, 0.1481]
+        [0.1444, 0.1477, 0.1481]
     """
     require_at_least("length", length, 25)
     found = minimize_scalar(

@@ -88,7 +88,7 @@ def jacobian_norm(mean: Callable[[Tensor], Tensor], u: Tensor, *, seed: int = 0)
         InputError: 60 rounds that do not settle.
 
     Example:
-        >>> jacobian_norm(lambda x: torch.tensor([3.0, 1.0]) * x, torch.ones(2))
+        >>> round(jacobian_norm(lambda x: torch.tensor([3.0, 1.0]) * x, torch.ones(2)), 3)
         3.0
     """
     generator = torch.Generator().manual_seed(seed)

@@ -54,8 +54,8 @@ def theta(weights: Tensor) -> Tensor:
         InputError: more weights.
 
     Example:
-        >>> theta(torch.tensor([[0.75, 0.25, 0.0], [0.4, 0.35, 0.25]]).double()).tolist()
-        [0.75, 0.96]
+        >>> theta(torch.tensor([[0.75, 0.25, 0.0], [0.5, 0.25, 0.25]]).double()).tolist()
+        [0.75, 1.0]
     """
     count = weights.shape[-1]
     if count > _MOST:
