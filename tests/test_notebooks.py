@@ -4,13 +4,16 @@ Nothing is executed in a kernel here; `make test` runs all of them in their smok
 """
 
 import ast
+import io
 import json
 import re
+import sys
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import xarray
 
 from probattn.teach.exercises import Feedback
 
@@ -118,8 +121,60 @@ def _no_window(monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
 
 
-def test_there_are_eight():
-    assert [path.name[:2] for path in PATHS] == [f"0{k}" for k in range(1, 9)]
+def test_there_are_nine():
+    assert [path.name[:2] for path in PATHS] == [f"0{k}" for k in range(1, 10)]
+
+
+def installed(session, modules, monkeypatch):
+    """What the cell for Colab asks pip for; ``session`` is what Colab says of the notebook that it has opened."""
+    asked = []
+    code = source(read(PATHS[0])["cells"][2])
+    line = re.search(r"^( *)%pip install -q (\".*\")$", code, re.MULTILINE)
+    code = code.replace(line[0], f"{line[1]}pip(f{line[2]})")  # as IPython fills in the braces
+    monkeypatch.setenv("COLAB_JUPYTER_IP", "172.28.0.12")
+    monkeypatch.setenv("KMP_TARGET_PORT", "9000")
+    monkeypatch.setattr("urllib.request.urlopen", lambda address: io.BytesIO(session))
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    exec(code, {"pip": asked.append})
+    return asked
+
+
+def test_colab_installs_the_version_that_the_notebook_came_with(monkeypatch):
+    """Before a release there is nothing else, and after one the notebook may be newer."""
+    opened = b'[{"path": "fileId=https%3A%2F%2Fgithub.com%2Fsome-one%2Fprobattn%2Fblob%2Fmain%2Fnotebooks%2F01.ipynb"}]'
+    wanted = "probattn[teach] @ git+https://github.com/some-one/probattn@main"
+    assert installed(opened, ["google.colab"], monkeypatch) == [wanted]
+    assert installed(b'[{"path": "Untitled0.ipynb"}]', ["google.colab"], monkeypatch) == ["probattn[teach]"]
+
+
+def test_nothing_is_installed_elsewhere(monkeypatch):
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+    assert installed(b"", [], monkeypatch) == []
+
+
+def test_notebook_six_and_nine_use_public_names_only():
+    documented = (
+        "probattn.inference.fit",
+        "probattn.inference.results",
+        "probattn.models",
+        "probattn.plotting",
+        "probattn.hf",
+    )
+    for path in PATHS:
+        if path.name[:2] in ("06", "09"):
+            text = "\n".join(source(cell) for cell in cells(read(path), "code"))
+            used = set(re.findall(r"^from (probattn[\w.]*) import", text, re.MULTILINE))
+            assert used <= {"probattn", *documented}, path.name
+
+
+def test_the_file_of_margins_is_small_and_says_how_it_was_made():
+    path = FOLDER / "data" / "margins.nc"
+    assert path.stat().st_size < 300_000
+    with xarray.open_dataset(path, engine="h5netcdf") as found:
+        assert "probattn support" in json.loads(found.attrs["environment"])["command"]
+        assert found.attrs["model"].startswith("SmolLM2-135M")
+        assert not any("/" in str(value) and "root" in str(value) for value in found.attrs.values())
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -183,7 +238,7 @@ def test_it_has_the_common_shape(path):
     first, _, install, *_ = notebook["cells"]
     assert "**Question" in source(first)
     assert '"google.colab" in sys.modules' in source(install)
-    assert '%pip install -q "probattn[teach]"' in source(install)
+    assert '%pip install -q "probattn[teach]' in source(install)
     assert any('"PROBATTN_SMOKE" in os.environ' in source(cell) for cell in cells(notebook, "code"))
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
     for cell in cells(notebook, "markdown"):
