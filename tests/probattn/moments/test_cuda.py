@@ -27,6 +27,7 @@ def on_device(test):
     return test if INTERPRETED else pytest.mark.cuda(test)
 
 
+@pytest.mark.slow
 @outside
 def test_in_the_interpreter():
     """Everything below that is marked `on_device`."""

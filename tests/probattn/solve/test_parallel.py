@@ -84,14 +84,14 @@ def test_gradients_agree_and_are_those_of_the_solution():
     parts = repulsive(6, heads=2, dim=2, value_dim=2, size=0.02)
     inputs = [
         x.clone().requires_grad_()
-        for x in (parts.query, parts.key, parts.value, parts.output, parts.start, 0.5 * tokens(6, 2, 12, 2))
+        for x in (parts.query, parts.key, parts.value, parts.output, parts.start, 0.5 * tokens(6, 2, 7, 2))
     ]
 
     def sample(query, key, value, output, start, e, method="parallel"):
         return solve_sequence(CausalAttention(query, key, value, output, start=start), e, method=method)
 
     assert torch.autograd.gradcheck(sample, inputs)
-    weight = tokens(8, 2, 12, 2)
+    weight = tokens(8, 2, 7, 2)
     found = [
         torch.autograd.grad((weight * sample(*inputs, method=method)).sum(), inputs)
         for method in ("parallel", "sequential")
