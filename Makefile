@@ -16,10 +16,11 @@ test-slow: .venv/installed
 
 # Kills, full disks, flipped bits and malformed inputs, from a seed; docs/reliability.md has the figures.
 faults: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/fault_harness.py --seconds $(SECONDS) --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/fault_harness.py --seconds $(SECONDS) --seed $(SEED) --kinds $(KINDS)
 
 SECONDS ?= 3600
 SEED ?= 0
+KINDS ?= files kernels runs
 
 # The numerical tests again on one thread; `make test` runs them on all threads of its processes.
 test-one-thread: .venv/installed

@@ -22,21 +22,25 @@ from fault_kernels import build, check_kernels
 from fault_runs import Runs, fill_disk, kill
 from fault_tally import Tally
 
+KINDS = ("files", "kernels", "runs")
 
-def run(*, seed, seconds=None, flips=200, malformed=200, problems=500):
-    """Make batches of every fault until the time is over; without ``seconds`` a single one."""
+
+def run(*, seed, seconds=None, kinds=KINDS, flips=200, malformed=200, problems=500):
+    """Make batches of the faults until the time is over; without ``seconds`` a single one."""
     tally, dice, begin, batches = Tally(), random.Random(seed), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        runs, kernels = Runs(folder), build(folder)
+        runs, kernels = Runs(folder), build(folder) if "kernels" in kinds else None
         while batches == 0 or (seconds is not None and time.monotonic() - begin < seconds):
-            flip_bits(folder, tally, dice, flips)
-            malform(folder, tally, dice, malformed)
+            if "files" in kinds:
+                flip_bits(folder, tally, dice, flips)
+                malform(folder, tally, dice, malformed)
             if kernels is not None:
                 check_kernels(kernels, tally, dice, problems)
-            for command in runs.by_name:
-                kill(runs, command, tally, dice)
-            fill_disk(runs, dice.choice(sorted(runs.by_name)), tally, dice)
+            if "runs" in kinds:
+                for command in runs.by_name:
+                    kill(runs, command, tally, dice)
+                fill_disk(runs, dice.choice(sorted(runs.by_name)), tally, dice)
             batches += 1
             print(f"{time.monotonic() - begin:.0f} s", json.dumps(tally.as_dict()), file=sys.stderr, flush=True)
     return tally
@@ -46,13 +50,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     torch.set_num_threads(1)  # and a forked process may compute
     logging.disable(logging.WARNING)  # of damaged checkpoints
     begin = time.monotonic()
-    tally = run(seed=options.seed, seconds=options.seconds)
+    tally = run(seed=options.seed, seconds=options.seconds, kinds=options.kinds)
     record = {
-        "command": f"make faults SECONDS={options.seconds:g} SEED={options.seed}",
+        "command": f"make faults SECONDS={options.seconds:g} SEED={options.seed} KINDS='{' '.join(options.kinds)}'",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": f"{platform.machine()}, one core of {os.cpu_count()}",
         "seconds": round(time.monotonic() - begin),
