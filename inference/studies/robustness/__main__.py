@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +33,7 @@ class StudyOptions:
     Attributes:
         corpus: text to train on: python-docs, or the path of a UTF-8 file.
         heldout: second text for evaluation; without it, the last tenth of the first.
+        name: name of the text in the report; without it, that of the file.
         out: output folder; the runs in it are read, those that are missing are made.
         jobs: number of processes that share the runs; 0 takes one per core.
         variants: add the arms that vary the barrier further.
@@ -44,6 +45,7 @@ class StudyOptions:
 
     corpus: str = "python-docs"
     heldout: str | None = None
+    name: str | None = None
     out: Path = Path("runs/robustness")
     jobs: Annotated[int, Range(least=0)] = 0
     variants: bool = False
@@ -69,6 +71,7 @@ def study(options: StudyOptions) -> int:
         InputError: input that cannot be used; or, for a report, fewer than two seeds of plain training.
     """
     corpus = load_corpus(options.corpus, heldout=options.heldout)
+    corpus = replace(corpus, name=options.name or corpus.name)
     arms, device = (*ARMS, *(VARIANTS if options.variants else ())), select_device(options.device)
     runs = prepare_folder(options.out) / "studies" / "robustness"  # where ``probattn verify --full`` looks for them
     for name in options.arms:

@@ -18,6 +18,7 @@ from probattn.inference.studies.robustness.arms import Arm, Study
 from probattn.inference.studies.robustness.attacks import attack_characters, attack_embeddings, window_bits
 from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES
 from probattn.inference.studies.robustness.evaluation import Text
+from probattn.inference.studies.robustness.rules import RELEVANT
 from probattn.inference.studies.robustness.study import weights_file
 from probattn.inference.studies.robustness.training import stream
 from probattn.models.corpus import Corpus, Windows
@@ -49,14 +50,17 @@ class Attacked(NamedTuple):
         return self.losses.get("from another seed", 0.0) > self.losses["character attack"]
 
     def left(self, plain: Attacked) -> float:
-        """Share of the gain over plain training that the strongest attack leaves; NaN where there is no gain.
+        """Share of the gain over plain training that the strongest attack leaves.
+
+        NaN where the gain is below :data:`~probattn.inference.studies.robustness.rules.RELEVANT` of the harm.
 
         Args:
             plain: losses of plain training.
         """
         gain = plain.losses["embedding attack"] - self.losses["embedding attack"]
+        harm = plain.losses["embedding attack"] - plain.losses[CLEAN]
         strongest = [max(found.losses[name] for name in ATTACKS[:3]) for found in (plain, self)]
-        return (strongest[0] - strongest[1]) / gain if gain > 0 else float("nan")
+        return (strongest[0] - strongest[1]) / gain if gain > RELEVANT * harm else float("nan")
 
 
 def check_obfuscation(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,13 +76,20 @@ def paired_difference(values: Array, *, resamples: int = RESAMPLES, seed: int = 
         Difference(mean=0.5, error=0.0, seeds=3)
     """
     seeds, windows = values.shape
-    generator = np.random.default_rng(seed)
-    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    by_window = generator.multinomial(windows, np.full(windows, 1 / windows), size=resamples) / windows
+    by_seed, by_window = _shares(seeds, windows, resamples, seed)
     # Of the deviations, so that equal differences have no error at all.
     centre = float(values.mean())
     found = ((by_seed @ (values - centre)) * by_window).sum(1)
     return Difference(centre, math.sqrt(seeds / (seeds - 1)) * float(found.std()), seeds)
+
+
+@lru_cache(maxsize=16)
+def _shares(seeds: int, windows: int, resamples: int, seed: int) -> tuple[Array, Array]:
+    """Shares of the seeds and of the windows in each resample, the same for every difference of a study."""
+    generator = np.random.default_rng(seed)
+    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    by_window = generator.multinomial(windows, np.full(windows, 1 / windows), size=resamples) / windows
+    return by_seed, by_window
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ class TestStudy:
         (tmp_path / "train.txt").write_text(text.text)
         (tmp_path / "test.txt").write_text(text.heldout)
         options = command.StudyOptions(
-            str(tmp_path / "train.txt"), str(tmp_path / "test.txt"), tmp_path / "out", jobs=1, sizes=TINY
+            str(tmp_path / "train.txt"), str(tmp_path / "test.txt"), "words", tmp_path / "out", jobs=1, sizes=TINY
         )
         with pytest.raises(InputError, match="0 finished runs"):
             command.study(replace(options, report=True))
@@ -250,6 +250,7 @@ class TestStudy:
         assert [found["arm"] for found in results["attacked"]] == [arm.name for arm in self.arms]
         page = (tmp_path / "out" / "robustness.md").read_text()
         assert "python -m probattn.inference.studies.robustness" in page
+        assert " on words; seeds 0, 1" in page
         assert "## Stronger attacks" in page
         (tmp_path / "out" / "studies" / "robustness" / "plain-1.json").unlink()
         with pytest.raises(InputError, match="1 finished runs"):
