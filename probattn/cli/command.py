@@ -8,6 +8,7 @@ metadata, dataclasses by name, is chosen by a flag, and the fields of the chosen
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -16,12 +17,17 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import docstring_parser
 from cyclopts import App, ArgumentCollection, CoercionError, Group, Parameter, Token, UnknownOptionError, convert
 from cyclopts.config import Dict
+from cyclopts.help import DefaultFormatter, PlainFormatter
+from rich.console import Console
 
+from probattn.cli.output import wrapped
 from probattn.cli.settings import read_settings
 from probattn.errors import InputError
 from probattn.models.options import Range, field_types
 
 __all__ = ["Flag", "command", "flags", "in_words", "variants"]
+
+_FRAMED = 64  # columns from which the panels of the help have frames
 
 Options = TypeVar("Options")
 Run = Callable[[Options], int | None]
@@ -229,6 +235,7 @@ def _app(
         help=summary,
         help_epilogue=notes,
         usage=usage,
+        help_formatter=_show_panel,
         version_flags=(),
         config=_apply_settings,
         suppress_keyboard_interrupt=False,
@@ -236,6 +243,17 @@ def _app(
     app.default(call)
     app["--help"].show = False
     return app
+
+
+def _show_panel(console: Any, options: Any, panel: Any) -> None:
+    """A panel in a frame; on a narrow terminal as plain lines, because two columns in a frame would cut words."""
+    if console.width >= _FRAMED:
+        DefaultFormatter()(console, options, panel)
+        return
+    wide = Console(file=io.StringIO(), width=10_000)
+    PlainFormatter()(wide, options, panel)
+    for line in wide.file.getvalue().splitlines():  # type: ignore[attr-defined]  # it is a StringIO
+        console.print(wrapped(line.strip(), console.width), markup=False, highlight=False, soft_wrap=True)
 
 
 def _parameters(listed: Sequence[Flag], panels: Panels | None) -> Iterator[inspect.Parameter]:

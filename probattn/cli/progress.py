@@ -61,7 +61,7 @@ class Progress(logging.Handler):
         self.stream = stream
         self.live = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._now = now
-        self._stage: str | None = "starting"
+        self._stage: str | None = "starting" if self.live else None
         self._since = self._heard = now()
         self._bar: Bar | None = None
         self._work: tuple[str, int] | None = None
@@ -78,7 +78,7 @@ class Progress(logging.Handler):
         message, metrics = record.getMessage(), getattr(record, "metrics", {})
         total, stage = getattr(record, "total", None), getattr(record, "stage", None)
         if not self.live:
-            self._begin(stage or message)
+            self._begin(stage or (message if total is None else "working"))
             self._write(f"{_line(message, metrics)}\n")
             return
         if total is None:
