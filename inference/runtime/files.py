@@ -233,11 +233,12 @@ def named_errors(path: Path, *others: type[Exception], size: int | None = None) 
         ...
         probattn.errors.InputError: runs/fit.nc: cannot be written: the disk is full (...
     """
+    caught: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield
     except InputError:
         raise
-    except (OSError, *others) as error:
+    except caught as error:
         needed = "" if size is None else f"{size / 2**20:.1f} MiB to write, "
         number = error.errno if isinstance(error, OSError) else _number_behind(error, path.parent)
         if number == errno.ENOSPC:
