@@ -30,7 +30,8 @@ from probattn.models.corpus import Corpus
 __all__ = ["render_report"]
 
 _WINDOWS = 12
-_INDEX = re.compile(r"(?<![^\W_])([^\W\d_])_(&lt;\w|\w+)")  # one letter and its index, as in u_i and σ_min
+_INDEX = re.compile(r"(?<![^\W_])([^\W\d_]|[∏∑Σ])_(?:\{([^{}]*)\}|(&lt;\w|\w+))")  # one letter, as in u_i and σ_min
+_POWER = re.compile(r"\^\{([^{}]*)\}")
 
 
 def render_report(
@@ -95,8 +96,9 @@ def render_report(
 
 
 def _formula(text: str) -> Markup:
-    """Escape a text, and set the indices of its symbols below the line."""
-    return Markup(_INDEX.sub(r"\1<sub>\2</sub>", str(escape(text))))
+    """Escape a text, and set the indices of its symbols below the line and powers above it."""
+    lowered = _INDEX.sub(lambda found: f"{found[1]}<sub>{found[2] or found[3]}</sub>", str(escape(text)))
+    return Markup(_POWER.sub(r"<sup>\1</sup>", lowered))
 
 
 def _entry(claim: Claim) -> dict[str, Any]:

@@ -40,13 +40,14 @@ class Picture:
         uri: the PNG file as a data URI.
         width: width in CSS pixels.
         height: height in CSS pixels.
-        parts: titles, legends and columns of panels, from left to right; empty where the figure has one column.
+        parts: titles, legends and columns of panels, from left to right, each of one box, or of two that belong beside
+            each other, labels and panel; empty where the figure has one column.
     """
 
     uri: str
     width: float
     height: float
-    parts: tuple[Box, ...] = ()
+    parts: tuple[tuple[Box, ...], ...] = ()
 
 
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> dict[str, Picture]:
@@ -70,7 +71,15 @@ def save_figures(figures: Mapping[str, Figure], folder: Path) -> dict[str, Pictu
     return pictures
 
 
-def _parts(figure: Figure) -> tuple[Box, ...]:
+class _Column(NamedTuple):
+    """Panels above each other: their frames, what is drawn of them, whether they have labels of their own."""
+
+    frame: Bbox
+    extent: Bbox
+    labelled: bool
+
+
+def _parts(figure: Figure) -> tuple[tuple[Box, ...], ...]:
     """Columns of a figure that was drawn, with the titles and legends that belong to all of them in front."""
     columns = _columns([axes for axes in figure.axes if axes.axison and axes.get_visible()])
     if len(columns) < 2:
@@ -78,34 +87,55 @@ def _parts(figure: Figure) -> tuple[Box, ...]:
     shared = [legend.get_window_extent() for legend in figure.legends]
     if figure.get_suptitle():
         shared.insert(0, figure._suptitle.get_window_extent())  # type: ignore[attr-defined]  # no public name
-    return tuple(_box(figure, extent) for extent in [*shared, *columns])
+    parts: list[tuple[Box, ...]] = [(_box(figure, extent),) for extent in shared]
+    labels: _Column | None = None
+    for column in columns:
+        if column.labelled or labels is None:
+            labels = column
+            parts.append((_box(figure, column.extent),))
+        else:  # the labels of the column that it shares an axis with, and the panel
+            low, high = (f(labels.extent, column.extent) for f in (_lowest, _highest))
+            strip = Bbox.from_extents(labels.extent.x0, low, labels.frame.x0, high)
+            panel = Bbox.from_extents(column.extent.x0, low, column.extent.x1 + _EDGE, high)
+            parts.append((_box(figure, strip, edge=0.0), _box(figure, panel, edge=0.0)))
+    return tuple(parts)
 
 
-def _columns(drawn: Sequence[Axes]) -> list[Bbox]:
-    """Extents of panels that stand above each other; a panel that borrows its neighbour's labels stays with it."""
-    columns: list[tuple[Bbox, Bbox]] = []  # frames, by which panels are ordered, and extents with their labels
+def _lowest(*boxes: Bbox) -> float:
+    return min(float(box.y0) for box in boxes)
+
+
+def _highest(*boxes: Bbox) -> float:
+    return max(float(box.y1) for box in boxes)
+
+
+def _columns(drawn: Sequence[Axes]) -> list[_Column]:
+    """Panels that stand above each other, from left to right; the bar of a colour map stays with its panel."""
+    columns: list[_Column] = []
     for axes in sorted(drawn, key=lambda axes: axes.get_window_extent().x0):
         frame, extent = axes.get_window_extent(), axes.get_tightbbox()
         if extent is None:
             continue
-        beside = bool(columns) and (frame.x0 < columns[-1][0].x1 - 1 or not _has_labels(axes))
-        if beside:
+        bar = axes.get_label() == "<colorbar>"
+        column = _Column(frame, extent, not bar and _has_labels(axes))
+        if columns and (bar or frame.x0 < columns[-1].frame.x1 - 1):
             last = columns.pop()
-            frame, extent = Bbox.union([last[0], frame]), Bbox.union([last[1], extent])
-        columns.append((frame, extent))
-    return [extent for _, extent in columns]
+            column = _Column(
+                Bbox.union([last.frame, frame]),
+                Bbox.union([last.extent, extent]),
+                last.labelled or column.labelled,
+            )
+        columns.append(column)
+    return columns
 
 
 def _has_labels(axes: Axes) -> bool:
-    """Whether a panel can be read without the one to its left; the bar of a colour map cannot."""
-    if axes.get_label() == "<colorbar>":
-        return False
     return any(tick.label1.get_visible() and tick.label1.get_text() for tick in axes.yaxis.get_major_ticks())
 
 
-def _box(figure: Figure, extent: Bbox) -> Box:
+def _box(figure: Figure, extent: Bbox, edge: float = _EDGE) -> Box:
     scale = _DPI / figure.dpi
     width, height = (float(size) * _DPI for size in figure.get_size_inches())
-    left, right = max(0.0, extent.x0 * scale - _EDGE), min(width, extent.x1 * scale + _EDGE)
-    bottom, top = max(0.0, extent.y0 * scale - _EDGE), min(height, extent.y1 * scale + _EDGE)
+    left, right = max(0.0, extent.x0 * scale - edge), min(width, extent.x1 * scale + edge)
+    bottom, top = max(0.0, extent.y0 * scale - edge), min(height, extent.y1 * scale + edge)
     return Box(left, height - top, right - left, top - bottom)

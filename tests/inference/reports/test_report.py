@@ -81,7 +81,7 @@ def parsed(html):
 
 CLAIMS = [
     Claim("jacobian", "a < b", "identity", "supported", {"x": 1.0}, {"x": 2.0}, control="<b>", finding="<i>seen"),
-    Claim("half", "h", "empirical", "supported_within", {"y": 1.0}, {}, "u_i < 1", formula="x < y"),
+    Claim("half", "h", "empirical", "supported_within", {"y": 1.0}, {}, "u_i < 1", formula="x < y, Σ_{t≤n} a^{b/c}"),
     Claim("no", "n", "empirical", "not_supported", {}, {}),
     Claim("z", "s", "empirical", "not_run", {}, {}, "no time"),
 ]
@@ -106,15 +106,15 @@ def test_a_narrow_screen_gets_the_columns_of_a_figure_one_by_one(figures, tmp_pa
     images = save_figures(figures, tmp_path)
     assert [len(images[name].parts) for name in ("conditional", "training", "margins", "mass")] == [2, 5, 0, 0]
     for image in images.values():
-        for part in image.parts:
+        for part in (box for boxes in image.parts for box in boxes):
             assert 0 <= part.left < part.left + part.width <= image.width + 1e-6
             assert 0 <= part.top < part.top + part.height <= image.height + 1e-6
-    left, right = images["conditional"].parts
+    (left,), (right,) = images["conditional"].parts
     assert left.height > 0.9 * images["conditional"].height  # both rows, which share their axis below
     assert left.left + left.width < right.left + 12
 
 
-def test_a_panel_that_borrows_labels_stays_with_its_neighbour(tmp_path):
+def test_a_panel_that_borrows_labels_is_shown_with_them(tmp_path):
     figure = Figure(figsize=(9, 3), layout="constrained")
     own, borrowed, other = figure.subplots(1, 3)
     borrowed.tick_params(axis="y", labelleft=False)
@@ -123,8 +123,11 @@ def test_a_panel_that_borrows_labels_stays_with_its_neighbour(tmp_path):
     own.plot([0, 1], label="line")
     figure.legend(loc="outside lower center")
     parts = save_figures({"figure": figure}, tmp_path)["figure"].parts
-    assert len(parts) == 4  # title, legend, two panels together, a map with its colours
-    assert parts[2].width > 1.5 * parts[3].width
+    assert [len(part) for part in parts] == [1, 1, 1, 2, 1]  # title, legend, own, borrowed, a map with its colours
+    (first,), (labels, panel) = parts[2:4]
+    assert labels.left == pytest.approx(first.left + 4, abs=0.1)
+    assert labels.left + labels.width < panel.left
+    assert (labels.top, labels.height) == (panel.top, panel.height)
 
 
 def test_text_is_escaped_and_nothing_is_fetched(html):
@@ -143,6 +146,7 @@ def test_verdicts_are_words_failures_first_and_identities_that_hold_are_folded(h
     verdicts = re.findall(r'<td><span class="verdict \w+">(.*?)</span></td>', html)
     assert verdicts == ["does not hold", "holds if u<sub>i</sub> &lt; 1", "not run (no time)", "holds"]
     assert "supported within" not in html
+    assert "Σ<sub>t≤n</sub> a<sup>b/c</sup>" in html
     assert html.index("does not hold") < html.index('<details class="fold">') < html.index("Jacobian</a>")
     for words in ("does not hold", "holds if …", "holds", "not run"):  # and what they mean, beside the table
         assert re.search(rf"<dt><span [^>]*>{re.escape(words)}</span></dt><dd>\w", html)
