@@ -207,4 +207,4 @@ class CharacterGPT(nn.Module):
         """
         if self.config.memory_radius is None:
             raise InputError("the layers of this model have a norm instead of a memory_radius; give it a radius.")
-        return [block.attention() for block in self.blocks]
+        return [block.attention() for block in self.blocks if isinstance(block, _Block)]

@@ -134,7 +134,7 @@ def sign_change(length: int) -> float:
     n = length
 
     def gap(g: float) -> float:
-        return g * math.log(n) * (2 * n - 1) / (n - 1) / (1 + (n - 1) * n**-g) - 1
+        return g * math.log(n) * (2 * n - 1) / (n - 1) / (1 + (n - 1) * math.pow(n, -g)) - 1
 
     return float(brentq(gap, 0.0, 1.0, xtol=1e-14))
 
