@@ -17,7 +17,7 @@ from probattn.plotting import plot_chains, plot_posterior
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_heads", "write_layer_fit"]
+__all__ = ["plot_head_intervals", "plot_heads", "write_layer_fit"]
 
 _SUMMARISED = ("strength", "inverse_temperature", "share", "noise_scale")
 _MOST = 32  # scales of the noise in the summary

@@ -21,6 +21,7 @@ from torch import Tensor
 from probattn.hf.layers.factors import LayerFactors
 from probattn.hf.layers.layer import AttentionLayer
 from probattn.hf.layers.scaling import HeadScaling
+from probattn.numerics.linalg import TOGETHER
 from probattn.numerics.lu import factor
 
 __all__ = ["Volume", "VolumeMemory", "log_volume"]
@@ -207,7 +208,7 @@ def _group(layer: AttentionLayer, u: Tensor, rows: Tensor, scaling: HeadScaling,
 
 def _chunk(factors: LayerFactors, gradient: bool) -> tuple[Tensor, Tensor]:
     """Signs and log-determinants of some blocks, ``(n,)`` each; the gradient goes to the parts of the factors."""
-    if not gradient and factors.size <= len(factors.output):
+    if not gradient and TOGETHER < factors.size <= len(factors.output):
         return factor(factors.identity_less_core(), overwrite=True).logabsdet()
     core = factors.sylvester_core()
     with torch.no_grad():
