@@ -47,7 +47,8 @@ nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
-suppress_warnings = ["mystnb.unknown_mime_type"]
+# A short name in a signature may belong to two classes; the link then leads to the first of them.
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 
 # Reference. Names of other libraries are not looked up, since that would need their sites.
 autodoc_member_order = "bysource"
@@ -72,7 +73,7 @@ _SHORT = (
 # Type variables have no entry of their own.
 _VARIABLES = (
     r"probattn\.(cli\.command\.Options|inference\.runtime\.checkpoint\.State|inference\.runtime\.lock\.Result|numerics\.precision\.Method|"
-    r"hf\.layers\.sublayer\._Tuple)"
+    r"hf\.layers\.sublayer\._Tuple|hf\.layers\.volume\._Result)"
 )
 nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN}|nn|dist|constraints)\..*"), ("py:.*", _SHORT), ("py:.*", _VARIABLES)]
 
@@ -92,6 +93,15 @@ linkcheck_anchors = False
 def name_factories(app: Sphinx, what: str, name: str, obj: object, options: object, *signature: Any) -> Any:
     """Write ``...`` for a default that a factory makes, so that the signature remains readable as Python."""
     return tuple(part.replace("<factory>", "...") if part else part for part in signature)
+
+
+def keep_first_colon(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Begin the documentation of a constant or a property with an empty line.
+
+    Napoleon would take what stands before a colon in the first line for a type.
+    """
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")
 
 
 def skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
@@ -173,6 +183,7 @@ def copy_notebooks(app: Sphinx) -> None:
 def setup(app: Sphinx) -> None:
     """Register the directive and the handlers."""
     app.add_directive("reference", ReferenceDirective)
+    app.connect("autodoc-process-docstring", keep_first_colon, priority=400)  # before Napoleon
     app.connect("autodoc-process-signature", name_factories)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", find_by_short_name)

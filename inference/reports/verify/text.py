@@ -144,7 +144,7 @@ def level_of(margin: float) -> int:
         margin: smallest singular value of a block.
 
     Returns:
-        A whole number below :data:`LEVELS`.
+        A whole number below ``LEVELS``.
     """
     if margin <= 1:
         return round(_TOWARD * max(0.0, margin))

@@ -2,15 +2,15 @@
 
 An arm *shows* a statement of :data:`STATEMENTS` if the upper end of a 95 % interval of its paired difference to plain
 training (Student's t, seeds and windows as crossed samples) lies below zero and the mean gain is at least
-:data:`RELEVANT` of what the corruption costs plain training. It shows "accuracy" if the upper end of its clean
-difference lies below :data:`TOLERATED` of the clean loss of plain training. "Adjusted" intervals hold for all barrier
+``RELEVANT`` of what the corruption costs plain training. It shows "accuracy" if the upper end of its clean
+difference lies below ``TOLERATED`` of the clean loss of plain training. "Adjusted" intervals hold for all barrier
 arms at once (Bonferroni). An arm with a diverged run shows nothing.
 
 The verdict, by the first rule that applies, with adjusted intervals:
 
 1. *nothing can be said*: plain training diverged, there are fewer than two seeds, or the positive control failed: noise
    training was not found to help against relative noise.
-2. *supported*: some barrier arm shows accuracy and a statement of :data:`DECISIVE`, whose size is in proportion to the
+2. *supported*: some barrier arm shows accuracy and a statement of ``DECISIVE``, whose size is in proportion to the
    embeddings. The embedding attack decides only if adversarial training, its own positive control, is found to help.
 3. *supported within limits*: some barrier arm shows accuracy and some other statement.
 4. *not supported*: anything else.
