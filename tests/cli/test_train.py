@@ -51,14 +51,18 @@ RANDOM = ["--corpus", "text.txt", "--steps", "120", "--save-every", "10", "--pos
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
-    result = run(*RANDOM, "--out", "whole", cwd=folder)
+def whole(folder, quietly):
+    result = quietly("train", *SIZES, *RANDOM, "--out", "whole", cwd=folder)
     assert (result.returncode, result.stderr) == (0, "")
     return folder / "whole"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
-def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, number):
+# Kills of this command at random moments are in tests/faults; one of the two stays with the fast tests.
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT], ids=["SIGKILL", "Ctrl-C"]
+)
+@pytest.mark.filterwarnings("ignore:You are resuming training:UserWarning")
+def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, here, number):
     out = folder / number.name
     command = [sys.executable, *TRAIN, *SIZES, *RANDOM, "--out", out.name]
     # Its own group and the default handler: a run in the background inherits "ignore" for Ctrl-C.
@@ -77,8 +81,8 @@ def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, number):
     assert lines(out)[-1]["step"] < 120, "it was over before it could be stopped"
     if number == signal.SIGINT:
         assert "--resume" in errors
-    result = run(*RANDOM, "--out", out.name, "--resume", cwd=folder)
-    assert (result.returncode, result.stderr) == (0, "")
+    result = here("train", *SIZES, *RANDOM, "--out", out.name, "--resume", cwd=folder)
+    assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
     seen, expected = ({line["step"]: line["objective"] for line in lines(path)} for path in (out, whole))
     assert seen == expected
@@ -89,18 +93,21 @@ def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, number):
     "launcher",
     [
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        shlex.split(
-            "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-            "--dynamo_backend no --main_process_port 0"
+        pytest.param(
+            shlex.split(
+                "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+                "--dynamo_backend no --main_process_port 0"
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["torchrun", "accelerate"],
 )
-def test_two_processes_train_as_one(folder, launcher):
+def test_two_processes_train_as_one(folder, here, launcher):
     options = ["--corpus", "text.txt", "--steps", "20", "--save-every", "0", "--positions", "1"]
     alone = folder / "alone"
     if not alone.exists():
-        assert run(*options, "--out", "alone", cwd=folder).returncode == 0
+        assert here("train", *SIZES, *options, "--out", "alone", cwd=folder).returncode == 0
     out = folder / launcher[1].rpartition(".")[2]
     result = run(*options, "--out", out.name, cwd=folder, launcher=launcher)
     assert result.returncode == 0, result.stderr
@@ -129,6 +136,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_the_wrapper_of_the_model_ends_before_the_group_of_processes(folder):
     # The other way round, the end of the group waits now and then for ever for threads that wait for Python's lock.
     (folder / "watched.py").write_text(WATCHED, encoding="utf-8")
