@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
 from posteriors import sequences
 
+from probattn.cli.app import main
 from probattn.cli.output import ForgivingStream, forgiving_output
 from probattn.inference.results.fit_file import Fit
 
@@ -86,3 +88,25 @@ def test_a_closed_stream_and_a_poor_one(monkeypatch):
     stream.write("gehört")
     stream.flush()
     assert poor.buffer.getvalue() == b"geh\\xf6rt"
+
+
+@pytest.mark.parametrize(("words", "quiet"), [(["--version"], True), (["--version", "--debug"], False)])
+def test_other_libraries_are_quiet_unless_debugging(monkeypatch, capsys, words, quiet):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    for name in ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY"):
+        os.environ.pop(name, None)
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().out.startswith("probattn ")
+    assert (os.environ.get("TQDM_DISABLE") == "1") is quiet
+    assert (os.environ.get("TRANSFORMERS_VERBOSITY") == "error") is quiet
+
+
+def test_a_stream_tells_before_it_writes():
+    told, below = [], io.StringIO()
+    stream = ForgivingStream(below)
+    stream.before_write = lambda: told.append(below.getvalue())
+    stream.write("one")
+    stream.write("two")
+    assert told == ["", "one"]
