@@ -63,7 +63,7 @@ class StreamProcess(LatentAttention):
         new = self._get_checked_instance(StreamProcess, _instance)
         for name in ("given", "rows", "jacobian", "memory"):
             setattr(new, name, getattr(self, name))
-        return super().expand(batch_shape, _instance=new)  # type: ignore[return-value]
+        return super().expand(batch_shape, _instance=new)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of the tokens behind the given ones, ``(*batch,)``."""
@@ -258,10 +258,11 @@ class LayerModel(SequenceModel):
     def parameter_priors(self) -> dict[str, dist.TorchDistribution]:
         """Prior of every parameter, by site."""
         zero, heads = self.unit.new_zeros(()), self.unit.new_zeros(self.heads)
-        gain = dist.Normal(1 + heads, self.gain_spread) if self.signed else dist.LogNormal(heads, self.gain_spread)
+        gain: Any = dist.Normal(1 + heads, self.gain_spread) if self.signed else dist.LogNormal(heads, self.gain_spread)
+        temperature: Any = dist.LogNormal(heads, self.temperature_spread)
         priors = {
             "gain": gain.to_event(1),
-            "inverse_temperature": dist.LogNormal(heads, self.temperature_spread).to_event(1),
+            "inverse_temperature": temperature.to_event(1),
         }
         if self.share_spread is not None:
             priors["share"] = dist.LogNormal(zero, self.share_spread)

@@ -33,7 +33,7 @@ Noise = Literal["scalar", "diagonal", "low_rank"]
 _LOG_TWO_PI = math.log(2 * math.pi)
 
 
-class StreamNoise(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's classes are not typed
+class StreamNoise(dist.TorchDistribution):
     """Gaussian noise of T tokens of p features, an event of shape (T, p).
 
     Args:
@@ -84,7 +84,7 @@ class StreamNoise(dist.TorchDistribution):  # type: ignore[misc]  # Pyro's class
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> StreamNoise:
         """The same noise with its batch axes expanded; the parameters stay as they are and broadcast."""
-        new = self._get_checked_instance(StreamNoise, _instance)
+        new: StreamNoise = self._get_checked_instance(StreamNoise, _instance)  # type: ignore[no-untyped-call]
         new.scale, new.factor, new.offset = self.scale, self.factor, self.offset
         super(StreamNoise, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args

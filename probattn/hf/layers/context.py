@@ -6,7 +6,7 @@ What :mod:`probattn.solve` asks of a past is here, so that its solvers, starts a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -76,7 +76,11 @@ class LayerContext:
             return torch.cat([past.expand(*batch, *past.shape[len(self.batch_shape) :]), new], -2)
 
         key, value = (part.reshape(*batch, *part.shape[1:]) for part in (own.key, own.value))
-        joint = {"tokens": joined(self.tokens, u), "key": joined(self.key, key), "value": joined(self.value, value)}
+        joint: dict[str, Any] = {
+            "tokens": joined(self.tokens, u),
+            "key": joined(self.key, key),
+            "value": joined(self.value, value),
+        }
         return replace(self, attention=attention, **joint)
 
     def first(self, n: int) -> LayerContext:

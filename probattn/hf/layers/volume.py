@@ -135,7 +135,7 @@ class _Volume(torch.autograd.Function):
             result = _evaluate(_flattened(layer, share.shape), tokens, rows, scaling.flatten(), wanted)
             if memory is not None:
                 memory.keep(u, rows, scaling, result)
-        if wanted:
+        if wanted and result.gradient is not None:
             ctx.save_for_backward(*result.gradient)
         sign = result.sign.reshape(share.shape).clone()
         ctx.mark_non_differentiable(sign)
@@ -168,7 +168,7 @@ def _evaluate(layer: AttentionLayer, u: Tensor, rows: Tensor, scaling: HeadScali
     each = len(rows) * sublayer.output[0].numel() * sublayer.query.weight.shape[1]
     found = []
     for part in torch.arange(len(u), device=u.device).split(max(1, _COVARIANCES // each)):
-        own = {
+        own: dict[str, Any] = {
             name: given if given is None or given.dim() == axes else given[part]
             for name, given, axes in (("positions", layer.positions, 1), ("visible", layer.visible, 2))
         }
@@ -250,7 +250,7 @@ def _slice(factors: LayerFactors, parts: list[Tensor], part: slice) -> LayerFact
 
 def _flattened(layer: AttentionLayer, batch: torch.Size) -> AttentionLayer:
     """The layer with one batch axis in its positions and its mask, where these have any."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, given, axes in (("positions", layer.positions, 1), ("visible", layer.visible, 2)):
         if given is not None and given.dim() > axes:
             own = given.shape[-axes:]
