@@ -176,7 +176,7 @@ def test_the_report_fits_the_screen(opened, width, scheme):
     cell = page.locator(".claims").first.locator("tbody tr").first.locator("td").last
     assert (cell.bounding_box()["width"] > 0.8 * width) is narrow  # a card, not a column
     if narrow:  # one panel a row
-        boxes = [part.bounding_box() for part in page.locator("figure.columns").first.locator(".parts svg").all()]
+        boxes = [part.bounding_box() for part in page.locator("figure.columns").first.locator(".parts > svg").all()]
         assert all(low["y"] >= high["y"] + high["height"] - 1 for high, low in pairwise(boxes))
         assert min(box["width"] for box in boxes) > 0.8 * width
 
