@@ -219,7 +219,7 @@ def run_study(folder: Path, corpus: Corpus, sizes: Sizes, *, minutes: float = 0)
 
 
 def _identity(arm: str, corpus: Corpus, sizes: Sizes) -> dict[str, Any]:
-    """What a run depends on: the steps of its own kind alone."""
+    """Identity of a run, with the sizes of its own kind alone."""
     fields = sizes.as_dict()
     prior = {name: fields.pop(f"prior_{name}") for name in ("steps", "dim", "context")}
     return {"corpus": corpus.digest, **fields, **(prior if arm in PRIORS else {})}
