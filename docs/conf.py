@@ -96,12 +96,12 @@ def name_factories(app: Sphinx, what: str, name: str, obj: object, options: obje
 
 
 def keep_first_colon(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Begin the documentation of a constant or a property with an empty line.
+    """Begin the documentation of a constant or a property with an empty comment.
 
     Napoleon would take what stands before a colon in the first line for a type.
     """
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]
 
 
 def skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
