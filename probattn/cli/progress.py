@@ -112,15 +112,16 @@ class Progress(logging.Handler):
 
     def interrupt(self) -> None:
         """Take the line off the screen, because somebody else is about to write."""
-        if self._drawn and not self._writing:
-            with self._locked():
+        with self._locked():
+            if not self._writing:  # by this thread, which holds the lock: its own line
                 self._erase()
 
     def end_stage(self) -> None:
         """Take the line off the screen and say no more until something is logged."""
-        if not self._writing:
-            self.interrupt()
-            self._bar = self._work = self._stage = None
+        with self._locked():
+            if not self._writing:
+                self._erase()
+                self._bar = self._work = self._stage = None
 
     def start_clock(self) -> None:
         """Look at the clock twice a second until the handler is closed."""
