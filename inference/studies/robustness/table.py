@@ -179,6 +179,10 @@ def _second_comparisons(summary: Summary) -> list[str]:
     ]
     if matched:
         lines += _table(("arm", *FAMILIES), [(arm.arm, *_written(arm.equal_loss, FAMILIES)) for arm in matched])
+    else:
+        lines += [
+            "No arm can be compared so yet: that takes two seeds of plain training of half and of twice the steps."
+        ]
     longer = [arm for arm in summary.arms.values() if arm.equal_compute]
     lines += ["", "## At equal compute", "", "Differences to plain training of twice the steps.", ""]
     if longer:
@@ -189,6 +193,8 @@ def _second_comparisons(summary: Summary) -> list[str]:
                 for arm in longer
             ],
         )
+    else:
+        lines += ["No arm can be compared so yet: that takes two seeds of plain training of twice the steps."]
     return lines
 
 
