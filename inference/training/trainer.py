@@ -200,9 +200,12 @@ class LogBarrierTrainerMixin:
         sums = self._gathered_sums().tolist()
         try:
             with named_errors(folder, SafetensorError, RuntimeError):  # the latter from torch.save
+                if self.is_world_process_zero():  # type: ignore[attr-defined]
+                    # First, so that a checkpoint that is otherwise whole has them, wherever a kill falls.
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_json(folder / _SUMS, {"since": self._steps_logged, "sums": sums})
                 super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
             if self.is_world_process_zero() and folder.is_dir():  # type: ignore[attr-defined]
-                write_json(folder / _SUMS, {"since": self._steps_logged, "sums": sums})
                 write_json(folder / _CHECKSUMS, _digests(folder))
         except InputError:
             shutil.rmtree(folder, ignore_errors=True)  # half of a checkpoint, which only takes space

@@ -200,11 +200,16 @@ def test_a_checkpoint_between_two_lines_of_the_log_changes_no_line(text, tmp_pat
         for made in (lines(tmp_path / "broken"), lines(tmp_path / "whole"))
     )
     assert found == expected
+    # A kill before the checksums leaves a checkpoint that is whole, and has the sums.
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-6")
+    (tmp_path / "broken" / "checkpoint-2" / "checksums.json").unlink()
+    train(replace(options, out=tmp_path / "broken", resume=True))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     # The control: without the sums of the checkpoint, at step 2, the line of step 3 is that of the last step alone.
     shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
     shutil.rmtree(tmp_path / "broken" / "checkpoint-6")
-    for name in ("sums.json", "checksums.json"):
-        (tmp_path / "broken" / "checkpoint-2" / name).unlink()
+    (tmp_path / "broken" / "checkpoint-2" / "sums.json").unlink()
     train(replace(options, out=tmp_path / "broken", resume=True))
     assert losses(tmp_path / "broken")[3] != losses(tmp_path / "whole")[3]
     assert losses(tmp_path / "broken")[6] == losses(tmp_path / "whole")[6]
