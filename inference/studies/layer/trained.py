@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch.distributions import MultivariateNormal
 from probattn.errors import InputError
 from probattn.hf.layers.volume import log_volume
 from probattn.inference.layer.start import layer_start
+from probattn.inference.methods.laplace import LaplaceConfig, init, update
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.runtime.files import write_json
 from probattn.models.layer import LayerModel
@@ -30,8 +30,7 @@ __all__ = ["TrainedStudy", "fit_layers"]
 _LOG = logging.getLogger(__name__)
 _LEVELS = (0.025, 0.5, 0.975)
 _LOOKED_AT = 8  # draws whose density and determinants are evaluated
-_NEAR = 1e-3  # decrease that a step promises, in units of the log-density, at which the search ends
-_LONGEST = 0.5  # largest change of a parameter in one step
+_SMALL = 3.0  # largest entry of the gradient from which one Newton step is enough
 _DIFFERENCE = 1e-5  # between the points of a one-sided difference
 
 
@@ -60,7 +59,7 @@ class TrainedStudy:
     gain_spread: float = 1.0
     temperature_spread: float = 0.25
     draws: int = 400
-    steps: int = 40
+    steps: int = 200
     seed: int = 0
 
 
@@ -160,31 +159,30 @@ def _fit(study: TrainedStudy, model: Any, ids: Tensor, number: int, jacobian: bo
 def _laplace(target: LogDensity, start: Tensor, study: TrainedStudy) -> tuple[Tensor, Tensor]:
     """Draws of the Laplace approximation, ``(S, D)``, and their log-density under it, in few gradients.
 
-    The search takes steps with the curvature of the density without log-determinants, which costs next to nothing, and
-    with the gradient of the whole; the curvature of the log-determinants is added once, at the end, by one-sided
-    differences of their gradient.
+    L-BFGS goes on until the gradient is small, and one Newton step does the rest. The curvature of the density without
+    log-determinants costs next to nothing; that of the log-determinants is added by one-sided differences of their
+    gradient.
 
     Raises:
         InputError: the search did not come near a mode.
     """
-    naive = LogDensity(cast(LayerModel, target.model).altered(jacobian=False), *target.data)
-    mode, gradient, cheap = start, target.value_and_gradient(start[None])[1][0], naive.hessian(start[None])[0]
-    decrement = math.inf
-    for _ in range(study.steps):
-        values, vectors = torch.linalg.eigh(-cheap)
-        step = vectors @ ((vectors.mT @ gradient) / values.abs().clamp(min=1.0))
-        step = step * min(1.0, _LONGEST / float(step.abs().max()))
-        decrement = abs(float(step @ gradient))
-        if decrement < _NEAR:
+    config = LaplaceConfig(steps=study.steps)
+    state = init(target, config, start)
+    while state.step < config.steps and not state.ended:
+        update(state, target, config)
+        if state.z.grad is not None and float(state.z.grad.abs().max()) < _SMALL:
             break
-        mode = mode + step
-        gradient, cheap = target.value_and_gradient(mode[None])[1][0], naive.hessian(mode[None])[0]
-    if not decrement < 1:
-        raise InputError(f"no mode was reached in {study.steps} steps (decrement {decrement:.3g}); raise steps.")
-    curvature = -cheap
+    mode = state.z.detach().clone()
+    gradient = target.value_and_gradient(mode[None])[1][0]
+    naive = LogDensity(cast(LayerModel, target.model).altered(jacobian=False), *target.data)
+    curvature = -naive.hessian(mode[None])[0]
     if cast(LayerModel, target.model).jacobian:
         curvature = curvature - _volume_hessian(target, naive, mode, gradient)
-    guide = MultivariateNormal(mode, precision_matrix=curvature)
+    step = torch.linalg.solve(curvature, gradient)
+    decrement = float(step @ gradient)
+    if not 0 <= decrement < 1:
+        raise InputError(f"no mode was reached in {state.step} steps (decrement {decrement:.3g}); raise steps.")
+    guide = MultivariateNormal(mode + step, precision_matrix=curvature)
     with isolated_seed(study.seed):
         z = guide.sample((study.draws,))
     return z, guide.log_prob(z)
