@@ -133,7 +133,7 @@ def published_claim(subject: Subject, settings: Settings, *, growth: GrowthResul
 
 
 def _growth_numbers(layers: Sequence[Growth]) -> dict[str, float]:
-    numbers = {}
+    numbers: dict[str, float] = {}
     for name in ("held", "stream", "blocks"):
         mean = over_layers(layers, name)
         numbers |= {f"growth_{name}": mean.value, f"growth_{name}_low": mean.low, f"growth_{name}_high": mean.high}

@@ -217,7 +217,7 @@ def _look_further(context: Context, noise: Tensor, ends: Iterate, index: tuple[T
     found = []
     for whole, part in zip(ends, again, strict=True):
         longer = whole[:1].repeat(len(part), *[1] * (whole.dim() - 1))
-        longer[(slice(None), *index)] = part
+        longer.movedim(0, len(index))[index] = part.movedim(0, 1) if index else part
         found.append(torch.cat([whole, longer]))
     return Iterate(*found)
 
