@@ -347,7 +347,7 @@ def test_no_other_module_factors_batches():
                 continue
             if calls := direct_calls(path.read_text()):
                 found[str(path.relative_to(root))] = set(calls)
-    # One matrix at a time beyond 64 rows, see test_krylov.py, and eigenvectors without their derivatives, which need LU.
+    # One matrix at a time beyond 64 rows, see test_krylov.py; eigenvectors without derivatives, which alone need LU.
     assert found.pop("probattn/numerics/lu.py") == {"torch.linalg.lu_factor_ex", "torch.linalg.lu_solve"}
     for module in ("probattn/numerics/krylov.py", "inference/claims/realness.py"):
         assert found.pop(module) == {"torch.linalg.eig"}
