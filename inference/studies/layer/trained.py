@@ -23,6 +23,7 @@ from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.runtime.files import write_json
 from probattn.models.layer import LayerModel
 from probattn.models.layer_streams import layer_streams, outlying_coordinates
+from probattn.numerics import linalg
 from probattn.numerics.random import isolated_seed
 
 __all__ = ["TrainedStudy", "fit_layers"]
@@ -178,7 +179,7 @@ def _laplace(target: LogDensity, start: Tensor, study: TrainedStudy) -> tuple[Te
     curvature = -naive.hessian(mode[None])[0]
     if cast(LayerModel, target.model).jacobian:
         curvature = curvature - _volume_hessian(target, naive, mode, gradient)
-    step = torch.linalg.solve(curvature, gradient)
+    step = linalg.solve(curvature, gradient[:, None])[:, 0]
     decrement = float(step @ gradient)
     if not 0 <= decrement < 1:
         raise InputError(f"no mode was reached in {state.step} steps (decrement {decrement:.3g}); raise steps.")
