@@ -52,7 +52,7 @@ class Attacked(NamedTuple):
     def left(self, plain: Attacked) -> float:
         """Share of the gain over plain training that the strongest attack leaves.
 
-        NaN where the gain is below :data:`~probattn.inference.studies.robustness.rules.RELEVANT` of the harm.
+        NaN where the gain is below 5 % of the harm (``RELEVANT``).
 
         Args:
             plain: losses of plain training.
