@@ -71,7 +71,9 @@ def test_verify_writes_everything(finished):
 
 @pytest.mark.slow
 def test_claims_follow_their_schema(complete):
-    assert len(list((complete / "figures").glob("*.png"))) == 25
+    figures = {path.name for path in (complete / "figures").glob("*.png")}
+    assert figures >= {"conditional.png", "training.png", "mass.png", "claim-published.png"}
+    assert len(figures) > 20
     content = json.loads((complete / "claims.json").read_text())
     assert content["schema"] == 1
     assert [claim["id"] for claim in content["claims"]] == list(CLAIMS)

