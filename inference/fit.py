@@ -263,7 +263,7 @@ def _fit_layer(options: FitOptions) -> tuple[Fit, Diagnosis]:
 def _record(
     options: FitOptions, model: EmbeddingModel | LayerModel, u: Tensor, facts: Mapping[str, Any], draws: Draws
 ) -> dict[str, Any]:
-    """How a fit was made."""
+    """Record of how a fit was made."""
     return {
         "schema": 1,
         "environment": describe(select_device(options.device), u.dtype, options.seed),

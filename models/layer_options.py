@@ -56,5 +56,5 @@ class StreamOptions:
 
     @property
     def asked(self) -> bool:
-        """Whether a layer is to be fitted."""
+        """True if a layer is to be fitted."""
         return self.layer is not None

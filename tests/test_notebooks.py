@@ -126,7 +126,7 @@ def test_there_are_nine():
 
 
 def installed(session, modules, monkeypatch):
-    """What the cell for Colab asks pip for; ``session`` is what Colab says of the notebook that it has opened."""
+    """The line that the cell for Colab gives pip; ``session`` is what Colab says of the notebook that it has opened."""
     asked = []
     code = source(read(PATHS[0])["cells"][2])
     line = re.search(r"^( *)%pip install -q (\".*\")$", code, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What a fit of a layer says of its heads, in words."""
+"""Findings of a fit of a layer on its heads, in words."""
 
 from __future__ import annotations
 

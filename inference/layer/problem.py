@@ -108,7 +108,7 @@ def pose_layer(
 
 
 def _has_own_share(streams: Streams) -> bool:
-    """Whether the share of the update is more than a common factor of the gains."""
+    """True if the share of the update is more than a common factor of the gains."""
     sublayer = streams.layer.sublayer
     return sublayer.output_norm is not None or sublayer.output_bias is not None
 

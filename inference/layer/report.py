@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probattn.inference.layer.findings import head_intervals
+from probattn.inference.reports.fit import write_files
 from probattn.inference.results.diagnosis import Diagnosis
 from probattn.inference.results.fit_file import Fit
-from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
 from probattn.plotting import plot_chains, plot_posterior
 
 if TYPE_CHECKING:
@@ -32,25 +32,15 @@ def write_layer_fit(out: Path, found: Fit, diagnosis: Diagnosis, record: Mapping
         diagnosis: its diagnosis.
         record: how it was made, for ``config.json``.
     """
-    from arviz_stats import summary
-
-    found.save(out / "fit.nc")
     posterior = found.groups["posterior"]
     names = [name for name in _SUMMARISED if name in posterior and np.asarray(posterior[name])[0, 0].size <= _MOST]
-    kind = "stats" if found.method == "map" else "all"
-    table = summary(found.to_datatree(), var_names=names, kind=kind, round_to=None)
-    write_text(out / "summary.csv", table.to_csv())
-    write_json(out / "diagnosis.json", {"schema": 1, **diagnosis.as_dict()})
-    write_json(out / "config.json", record)
-    folder = prepare_folder(out / "figures")
     figures: dict[str, Any] = {"heads": plot_heads({"": found})}
     shown, before = _by_head(found)
     if found.method != "map":
         figures["posterior"] = plot_posterior({label: values.ravel() for label, values in shown.items()}, before)
     if found.method == "nuts":
         figures["chains"] = plot_chains(shown, np.asarray(found.groups["sample_stats"]["diverging"], dtype=bool))
-    for name, figure in figures.items():
-        write_figure(folder / f"{name}.png", figure)
+    write_files(out, found, diagnosis, record, names, figures)
 
 
 def plot_heads(fits: Mapping[str, Fit]) -> Figure:

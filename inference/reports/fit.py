@@ -14,7 +14,7 @@ from probattn.inference.results.fit_file import Fit
 from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
 from probattn.plotting import plot_chains, plot_comparison, plot_margin_bands, plot_posterior
 
-__all__ = ["write_comparison", "write_fit"]
+__all__ = ["write_comparison", "write_files", "write_fit"]
 
 _SUMMARISED = {
     "qk_matrix": "QK matrix",
@@ -33,20 +33,41 @@ def write_fit(out: Path, found: Fit, diagnosis: Diagnosis, record: Mapping[str, 
         diagnosis: its diagnosis.
         record: how it was made, for ``config.json``.
     """
-    from arviz_stats import summary
-
-    found.save(out / "fit.nc")
     posterior = found.groups["posterior"]
     # A margin that is the same in every draw has no R-hat; that of a parameter would be news.
     fixed = {"smallest_margin"} if np.ptp(posterior.get("smallest_margin", np.zeros(1))) == 0 else set()
     names = [name for name in _SUMMARISED if name in posterior and name not in fixed]
+    write_files(out, found, diagnosis, record, names, _figures(found))
+
+
+def write_files(
+    out: Path,
+    found: Fit,
+    diagnosis: Diagnosis,
+    record: Mapping[str, Any],
+    summarised: Sequence[str],
+    figures: Mapping[str, Any],
+) -> None:
+    """Write the files that every fit has.
+
+    Args:
+        out: output folder.
+        found: fit.
+        diagnosis: its diagnosis.
+        record: how it was made.
+        summarised: variables of the posterior in ``summary.csv``.
+        figures: figures by name.
+    """
+    from arviz_stats import summary
+
+    found.save(out / "fit.nc")
     kind = "stats" if found.method == "map" else "all"
-    table = summary(found.to_datatree(), var_names=names, kind=kind, round_to=None)
+    table = summary(found.to_datatree(), var_names=list(summarised), kind=kind, round_to=None)
     write_text(out / "summary.csv", table.to_csv())
     write_json(out / "diagnosis.json", {"schema": 1, **diagnosis.as_dict()})
     write_json(out / "config.json", record)
     folder = prepare_folder(out / "figures")
-    for name, figure in _figures(found).items():
+    for name, figure in figures.items():
         write_figure(folder / f"{name}.png", figure)
 
 

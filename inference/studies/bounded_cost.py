@@ -1,4 +1,4 @@
-r"""What a contraction costs: bits per character of character models with and without one.
+r"""Cost of a contraction: bits per character of character models with and without one.
 
 Two questions. *As a prior*: the language model of :class:`~probattn.models.language.LanguageModel` without a prior on
 its embeddings, with the literal one through an unbounded stage, and with the same through a stage that is a contraction

@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
         return True
 
     def lines(self):
-        """What is seen: a carriage return goes back to the beginning of the line."""
+        """The line that is seen: a carriage return goes back to the beginning of the line."""
         seen = []
         for line in self.getvalue().split("\n"):
             shown = ""

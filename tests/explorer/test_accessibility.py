@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accessibility import contrast_faults, keyboard_faults, structure_faults
+from reported import HISTORY, RECORD
 
 from probattn.inference.claims import Claim, Subject
 from probattn.inference.reports.verify import draw_figures, render_report, save_figures
@@ -12,25 +13,6 @@ from probattn.models import LanguageModel, load_corpus
 from probattn.models.language import LanguageConfig
 from probattn.plotting import plot_training
 
-HISTORY = {
-    name: [1.0, 0.5] for name in ("step", "objective", "cross_entropy", "barrier", "smallest_margin", "embedding_norm")
-}
-RECORD = {
-    "environment": {
-        "command": "probattn verify",
-        "date": "2026-01-01T00:00:00",
-        "seed": 0,
-        "dtype": "float64",
-        "device": "cpu",
-        "processor": "one",
-        "cores": 2,
-        "threads": 2,
-        "python": "3.11",
-        "versions": {"torch": "2"},
-    },
-    "corpus": {"characters": 1, "heldout_characters": 1, "vocabulary": 2},
-    "fit": {"stopped": "steps"},
-}
 VERDICTS = (
     ("jacobian", "identity", "supported"),
     ("barrier-training", "empirical", "not_supported"),

@@ -1,4 +1,4 @@
-"""What a page owes to eyes, keys and screen readers: contrast, names, focus; each check returns what is wrong."""
+"""Checks of pages for eyes, keys and screen readers: contrast, names, focus; each check returns what is wrong."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ def contrast_faults(page):
 
 
 def structure_faults(page):
-    """What has no name, ids used twice, skipped headings, a page without language or title."""
+    """Controls without a name, ids used twice, skipped headings, a page without language or title."""
     return _asked(page, "structureFaults")
 
 
 def keyboard_faults(page, most=400):
-    """What the Tab key does not reach, and what does not show that it has the focus."""
+    """Controls that the Tab key does not reach, and those that do not show that they have the focus."""
     wanted = _asked(page, "watchFocus")
     reached, faults = set(), []
     page.evaluate("() => { getSelection().removeAllRanges(); scrollTo(0, 0); }")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from probattn.errors import InputError
 from probattn.hf.gguf import load_gguf
 from probattn.inference.runtime.environment import select_device
 from probattn.inference.runtime.files import prepare_folder, write_text
+from probattn.inference.studies.command import run_command
 from probattn.inference.studies.fine_tuning.plan import ARMS, Sizes
 from probattn.inference.studies.fine_tuning.run import Texts, render, run_fine_tuning
 from probattn.models.corpus import load_corpus, read_text
@@ -78,18 +76,7 @@ def study(options: TuningOptions) -> int:
 
 def main() -> None:
     """Read the command line and run."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    app = App(name="python -m probattn.inference.studies.fine_tuning", help=__doc__)
-
-    @app.default
-    def run(options: TuningOptions) -> None:
-        try:
-            sys.exit(study(options))
-        except InputError as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
-
-    app()
+    run_command("fine_tuning", __doc__, study)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 import time
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from probattn.errors import InputError
 from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_json
+from probattn.inference.studies.command import run_command
 from probattn.inference.studies.language.plan import Plan
 from probattn.inference.studies.language.run import IncompleteStudyError, measure
 from probattn.inference.studies.language.source import load_source
@@ -111,18 +110,11 @@ def _own_corpus(spec: str) -> Corpus:
 
 def main() -> None:
     """Read the command line and run."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    app = App(name="python -m probattn.inference.studies.language", help=__doc__)
+    run_command("language", __doc__, _run)
 
-    @app.default
-    def run(options: StudyOptions | None = None) -> None:
-        try:
-            sys.exit(study(options or StudyOptions()))
-        except InputError as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
 
-    app()
+def _run(options: StudyOptions | None = None) -> int:
+    return study(options or StudyOptions())
 
 
 if __name__ == "__main__":

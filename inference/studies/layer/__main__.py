@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -11,13 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from probattn.errors import InputError
 from probattn.inference.layer.report import plot_head_intervals
 from probattn.inference.runtime.environment import describe
 from probattn.inference.runtime.files import prepare_folder, write_figure, write_json
 from probattn.inference.studies.calibration import rank_band
+from probattn.inference.studies.command import run_command
 from probattn.inference.studies.layer.calibration import LayerStudy, calibrate_layer, simulate_layer
 from probattn.inference.studies.layer.recovery import Recovery, recover
 from probattn.inference.studies.layer.trained import TrainedStudy, fit_layers
@@ -57,11 +57,14 @@ class LayerStudyOptions:
             raise InputError("text is missing; the part trained needs a text: give --text FILE, or other --parts.")
 
 
-def study(options: LayerStudyOptions) -> None:
+def study(options: LayerStudyOptions) -> int:
     """Run the parts, and write each with the machine it ran on.
 
     Args:
-        options: what to run.
+        options: parts, model, text and folder.
+
+    Returns:
+        Exit status: 0.
 
     Raises:
         InputError: input that cannot be used.
@@ -82,6 +85,7 @@ def study(options: LayerStudyOptions) -> None:
         content = {"schema": 1, "model": checkpoint.name, "fits": records, "environment": environment}
         write_json(options.out / "trained.json", content)
         draw_trained(records, options.out)
+    return 0
 
 
 def calibration(plan: LayerStudy, out: Path) -> dict[str, Any]:
@@ -128,18 +132,11 @@ def draw_trained(records: list[dict[str, Any]], out: Path) -> None:
 
 def main() -> None:
     """Read the command line and run."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    app = App(name="python -m probattn.inference.studies.layer", help=__doc__)
+    run_command("layer", __doc__, _run)
 
-    @app.default
-    def run(options: LayerStudyOptions | None = None) -> None:
-        try:
-            study(options or LayerStudyOptions())
-        except InputError as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
 
-    app()
+def _run(options: LayerStudyOptions | None = None) -> int:
+    return study(options or LayerStudyOptions())
 
 
 if __name__ == "__main__":

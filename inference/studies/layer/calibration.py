@@ -163,7 +163,7 @@ def _ranks(
 
 
 def _quantities(target: LogDensity, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is ranked, ``(S,)`` by name."""
+    """Quantities that are ranked, ``(S,)`` by name."""
     found: dict[str, Tensor] = {}
     for name in ("gain", "inverse_temperature"):
         found |= {f"{name}[{h}]": values[name][:, h] for h in range(values[name].shape[-1])}

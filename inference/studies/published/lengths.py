@@ -1,4 +1,4 @@
-r"""How the Jacobian of a trained attention grows with the length of a text (Castin, Ablin and Peyre 2024, 2312.14820).
+r"""Growth of the Jacobian of a trained attention with the length of a text (Castin, Ablin and Peyre 2024, 2312.14820).
 
 They find the local Lipschitz constant of an attention layer, which is the norm of its whole Jacobian
 :math:`\partial\mu/\partial x` over all tokens x, to grow about as :math:`n^{1/4}` on text and at worst as

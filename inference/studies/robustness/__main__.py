@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
@@ -10,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from probattn.errors import InputError, require_choice
 from probattn.inference.runtime.environment import select_device
 from probattn.inference.runtime.files import prepare_folder
+from probattn.inference.studies.command import run_command
 from probattn.inference.studies.robustness.arms import ARMS, VARIANTS, Study
 from probattn.inference.studies.robustness.report import write_study
 from probattn.inference.studies.robustness.rules import PLAIN
@@ -100,18 +100,11 @@ def study(options: StudyOptions) -> int:
 
 def main() -> None:
     """Read the command line and run."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    app = App(name="python -m probattn.inference.studies.robustness", help=__doc__)
+    run_command("robustness", __doc__, _run)
 
-    @app.default
-    def run(options: StudyOptions | None = None) -> None:
-        try:
-            sys.exit(study(options or StudyOptions()))
-        except InputError as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
 
-    app()
+def _run(options: StudyOptions | None = None) -> int:
+    return study(options or StudyOptions())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Which map of a layer noise passes through: the one that the barrier guards, or the one that the network applies.
+r"""Gains of the two maps of a layer: the one that the barrier guards, and the one that the network applies.
 
 With M_i the derivative of the attention's mean by its own token, the barrier guards I - M_i, the map from a token to
 its noise in the generative model. A transformer adds the mean instead: noise on the residual stream is multiplied by

@@ -1,4 +1,4 @@
-"""What robust training is compared with: perturbed embeddings, a cap on attention products, a penalty on softmax."""
+"""Competitors of the barrier in training: perturbed embeddings, a cap on attention products, a penalty on softmax."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def _chunk(factors: LayerFactors, gradient: bool) -> tuple[Tensor, Tensor]:
 
 
 def _parts(factors: LayerFactors) -> list[Tensor]:
-    """What depends on the factors on the heads."""
+    """Quantities that depend on the factors on the heads."""
     parts = [factors.covariance, factors.own_weight, factors.own_value, factors.own_key]
     if factors.output_norm is not None:
         parts += [factors.output_norm.scale, factors.output_norm.directions]
