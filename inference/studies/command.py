@@ -25,7 +25,7 @@ def run_command(name: str, words: str | None, run: Callable[..., int]) -> None:
     app = App(name=f"python -m probattn.inference.studies.{name}", help=words)
     app.default(run)
     try:
-        status = app(result_action="return_value")
+        status = app(sys.argv[1:], result_action="return_value")
     except InputError as error:
         print(error, file=sys.stderr)
         status = 2
