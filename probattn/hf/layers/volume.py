@@ -1,12 +1,15 @@
 r"""The sum of log|det J_i| over positions of a layer with factors on its heads, and its gradient by these factors.
 
+The queries of some heads may be changed too (:mod:`probattn.hf.layers.update`).
+
 The graph of T blocks of p x p numbers is never held. A few positions at a time, each block is formed, factored once,
 and its factorisation serves the determinant and
 
 .. math:: \frac{\partial \log|\det(I - K)|}{\partial K} = -(I - K)^{-\top},
 
-which is carried back at once to the heads' covariances and own weights. From there automatic differentiation goes on to
-the gains, the inverse temperatures and the share through one pass of the attention. Derived here.
+which is carried back at once to the heads' covariances and own weights, and to changed query maps. From there automatic
+differentiation goes on to the gains, the inverse temperatures, the share and the factors of a change of low rank
+through one pass of the attention. Derived here.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 from probattn.hf.layers.factors import LayerFactors
 from probattn.hf.layers.layer import AttentionLayer
 from probattn.hf.layers.scaling import HeadScaling
+from probattn.hf.layers.update import QueryUpdate, updated, updated_layers
 from probattn.numerics.linalg import TOGETHER
 from probattn.numerics.lu import factor
 
@@ -35,7 +39,7 @@ class Volume(NamedTuple):
     """Log-determinants summed over positions.
 
     Attributes:
-        value: sum of log|det J_i|, ``(*batch,)``, differentiable once in the factors on the heads.
+        value: sum of log|det J_i|, ``(*batch,)``, differentiable once in the factors on the heads and in the update.
         smallest_sign: the smallest sign of det J_i at the positions, ``(*batch,)``.
     """
 
@@ -46,7 +50,7 @@ class Volume(NamedTuple):
 class _Result(NamedTuple):
     value: Tensor  # (B,)
     sign: Tensor  # (B,)
-    gradient: HeadScaling | None  # (B, H), (B, H), (B,)
+    gradient: tuple[Tensor, ...] | None  # by gain, inverse temperature, share, [down, up], each with the axis B first
 
 
 class VolumeMemory:
@@ -61,39 +65,48 @@ class VolumeMemory:
     def __getstate__(self) -> dict[str, Any]:
         return {"_kept": OrderedDict()}
 
-    def find(self, u: Tensor, rows: Tensor, scaling: HeadScaling, gradient: bool) -> _Result | None:
-        """The result for the same tokens, positions and factors, if it is known."""
-        key = _key(u, rows, scaling)
+    def find(
+        self, u: Tensor, rows: Tensor, scaling: HeadScaling, gradient: bool, update: QueryUpdate | None = None
+    ) -> _Result | None:
+        """The result for the same tokens, positions, factors and update, if it is known."""
+        key = _key(u, rows, scaling, update)
         if key not in self._kept:
             return None
         self._kept.move_to_end(key)
         result = self._kept[key][1]
         return None if gradient and result.gradient is None else result
 
-    def keep(self, u: Tensor, rows: Tensor, scaling: HeadScaling, result: _Result) -> None:
+    def keep(
+        self, u: Tensor, rows: Tensor, scaling: HeadScaling, result: _Result, update: QueryUpdate | None = None
+    ) -> None:
         """Remember a result, and forget the oldest."""
-        self._kept[_key(u, rows, scaling)] = (
-            u,
-            result,
-        )  # the tokens are kept alive, so that no others have their place
+        # The tokens are kept alive, so that no others have their place.
+        self._kept[_key(u, rows, scaling, update)] = (u, result)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
 
 
 def log_volume(
-    layer: AttentionLayer, u: Tensor, rows: Tensor | None = None, *, memory: VolumeMemory | None = None
+    layer: AttentionLayer,
+    u: Tensor,
+    rows: Tensor | None = None,
+    *,
+    update: QueryUpdate | None = None,
+    memory: VolumeMemory | None = None,
 ) -> Volume:
-    r"""Sum log|det J_i| over positions, with a gradient by the factors on the heads.
+    r"""Sum log|det J_i| over positions, with a gradient by the factors on the heads and by a change of the queries.
 
     Args:
         layer: a layer with factors, from :meth:`AttentionLayer.scaled`; its parameters count as constants.
         u: tokens, ``(*batch, T, p)``, constants too.
         rows: positions, ``(P,)``, increasing; None: all.
+        update: changes of low rank of the queries of some heads, with batch axes or none.
         memory: results that are known, if they are to be used again.
 
     Returns:
         :class:`Volume`. Time per position O(m^3) with m = min(p, H dv): a factorisation, and with the gradient an
-        inverse; memory O(H P r dv) per sequence and a few matrices of m x m.
+        inverse; memory O(H P r dv) per sequence and a few matrices of m x m. With an update sequences are taken one
+        after the other, which costs more where the matrices are small.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,10 +122,14 @@ def log_volume(
     """
     scaling = layer.scaled().scaling if layer.scaling is None else layer.scaling
     assert scaling is not None
-    batch = torch.broadcast_shapes(u.shape[:-2], layer.batch_shape)
+    batch = torch.broadcast_shapes(u.shape[:-2], layer.batch_shape, () if update is None else update.batch_shape)
     rows = torch.arange(u.shape[-2], device=u.device) if rows is None else rows
-    value, sign = _Volume.apply(layer, u, rows, memory, *scaling.expand(batch))  # type: ignore[no-untyped-call]
+    heads, *changes = (None,) if update is None else update
+    value, sign = _Volume.apply(layer, u, rows, memory, heads, *scaling.expand(batch), *changes)  # type: ignore[no-untyped-call]
     return Volume(value, sign)
+
+
+_LEAVES = 5  # the first argument of the function below that has a gradient
 
 
 class _Volume(torch.autograd.Function):
@@ -123,43 +140,69 @@ class _Volume(torch.autograd.Function):
         u: Tensor,
         rows: Tensor,
         memory: VolumeMemory | None,
+        heads: tuple[int, ...] | None,
         gain: Tensor,
         inverse_temperature: Tensor,
         share: Tensor,
+        *changes: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        scaling = HeadScaling(gain, inverse_temperature, share)
-        wanted = any(ctx.needs_input_grad[4:])
-        result = None if memory is None else memory.find(u, rows, scaling, wanted)
+        scaling, batch = HeadScaling(gain, inverse_temperature, share), share.shape
+        update = None if heads is None else QueryUpdate(heads, *changes)
+        wanted = any(ctx.needs_input_grad[_LEAVES:])
+        result = None if memory is None else memory.find(u, rows, scaling, wanted, update)
         if result is None:
-            tokens = u.detach().expand(*share.shape, *u.shape[-2:]).reshape(-1, *u.shape[-2:])
-            result = _evaluate(_flattened(layer, share.shape), tokens, rows, scaling.flatten(), wanted)
+            tokens = u.detach().expand(*batch, *u.shape[-2:]).reshape(-1, *u.shape[-2:])
+            if update is None:
+                result = _evaluate(_flattened(layer, batch), tokens, rows, scaling.flatten(), wanted)
+            else:
+                result = _evaluate_updated(
+                    replace(layer, scaling=scaling.detach()), tokens, rows, update, batch, wanted
+                )
             if memory is not None:
-                memory.keep(u, rows, scaling, result)
+                memory.keep(u, rows, scaling, result, update)
         if wanted and result.gradient is not None:
             ctx.save_for_backward(*result.gradient)
-        sign = result.sign.reshape(share.shape).clone()
+        ctx.shapes = [part.shape for part in (*scaling, *changes)]
+        sign = result.sign.reshape(batch).clone()
         ctx.mark_non_differentiable(sign)
-        return result.value.reshape(share.shape).clone(), sign
+        return result.value.reshape(batch).clone(), sign
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-        heads = grad.unsqueeze(-1)
-        gain, temperature, share = ctx.saved_tensors
-        return (
-            None,
-            None,
-            None,
-            None,
-            heads * gain.view(*grad.shape, -1),
-            heads * temperature.view(*grad.shape, -1),
-            (grad * share.view(grad.shape)),
-        )
+        found = []
+        for part, shape in zip(ctx.saved_tensors, ctx.shapes, strict=True):
+            weighted = grad.reshape(-1, *[1] * (part.dim() - 1)) * part  # (B, *event)
+            weighted = weighted.reshape((*grad.shape, *part.shape[1:]))
+            found.append(weighted if weighted.shape == shape else weighted.sum_to_size(shape))
+        return (*[None] * _LEAVES, *found)
 
 
-def _key(u: Tensor, rows: Tensor, scaling: HeadScaling) -> tuple[Any, ...]:
-    numbers = tuple(part.detach().cpu().contiguous().numpy().tobytes() for part in scaling)
-    return (u.data_ptr(), tuple(u.shape), u._version, tuple(rows.tolist()), *numbers)
+def _key(u: Tensor, rows: Tensor, scaling: HeadScaling, update: QueryUpdate | None) -> tuple[Any, ...]:
+    parts: tuple[Any, ...] = (*scaling, *(() if update is None else update[1:]))
+    numbers = tuple(part.detach().cpu().contiguous().numpy().tobytes() for part in parts)
+    heads = None if update is None else update.heads
+    return (u.data_ptr(), tuple(u.shape), u._version, tuple(rows.tolist()), heads, *numbers)
+
+
+def _evaluate_updated(
+    layer: AttentionLayer, u: Tensor, rows: Tensor, update: QueryUpdate, batch: torch.Size, gradient: bool
+) -> _Result:
+    """One sequence at a time, as the gradient by an update is wanted for each, ``(B, T, p)``."""
+    found, places = [], []
+    for one, change, index in updated_layers(layer, update, batch):
+        assert one.scaling is not None
+        for place, tokens in enumerate(u[index]):
+            part = torch.tensor([place], device=u.device)
+            own = _chosen(one, part)
+            found.append(_group(own, tokens.unsqueeze(0), rows, one.scaling.select((part,)), gradient, change))
+        places.append(index)
+    order = torch.cat(places).argsort()
+    value, sign = (torch.cat([getattr(one, name) for one in found])[order] for name in ("value", "sign"))
+    gradients = [one.gradient for one in found if one.gradient is not None]
+    if not gradients:
+        return _Result(value, sign, None)
+    return _Result(value, sign, tuple(torch.cat(parts)[order] for parts in zip(*gradients, strict=True)))
 
 
 def _evaluate(layer: AttentionLayer, u: Tensor, rows: Tensor, scaling: HeadScaling, gradient: bool) -> _Result:
@@ -168,42 +211,60 @@ def _evaluate(layer: AttentionLayer, u: Tensor, rows: Tensor, scaling: HeadScali
     each = len(rows) * sublayer.output[0].numel() * sublayer.query.weight.shape[1]
     found = []
     for part in torch.arange(len(u), device=u.device).split(max(1, _COVARIANCES // each)):
-        own: dict[str, Any] = {
-            name: given if given is None or given.dim() == axes else given[part]
-            for name, given, axes in (("positions", layer.positions, 1), ("visible", layer.visible, 2))
-        }
-        group = replace(layer, attached=False, batch_shape=torch.Size(), scaling=None, **own)
-        found.append(_group(group, u[part], rows, scaling.select((part,)), gradient))
+        found.append(_group(_chosen(layer, part), u[part], rows, scaling.select((part,)), gradient))
     value, sign = (torch.cat([getattr(one, name) for one in found]) for name in ("value", "sign"))
     gradients = [one.gradient for one in found if one.gradient is not None]
     if not gradients:
         return _Result(value, sign, None)
-    return _Result(value, sign, HeadScaling(*(torch.cat(parts) for parts in zip(*gradients, strict=True))))
+    return _Result(value, sign, tuple(torch.cat(parts) for parts in zip(*gradients, strict=True)))
 
 
-def _group(layer: AttentionLayer, u: Tensor, rows: Tensor, scaling: HeadScaling, gradient: bool) -> _Result:
+def _chosen(layer: AttentionLayer, part: Tensor) -> AttentionLayer:
+    """The layer for some sequences, without factors on its heads and without a graph."""
+    own: dict[str, Any] = {
+        name: given if given is None or given.dim() == axes else given[part]
+        for name, given, axes in (("positions", layer.positions, 1), ("visible", layer.visible, 2))
+    }
+    return replace(layer, attached=False, batch_shape=torch.Size(), scaling=None, **own)
+
+
+def _group(
+    layer: AttentionLayer,
+    u: Tensor,
+    rows: Tensor,
+    scaling: HeadScaling,
+    gradient: bool,
+    update: QueryUpdate | None = None,
+) -> _Result:
     with torch.set_grad_enabled(gradient):
-        leaves = [part.detach().requires_grad_(gradient) for part in scaling]
-        factors = layer.scaled(*leaves).mean_and_factors(u, rows).factors
+        leaves = [
+            part.detach().requires_grad_(gradient) for part in (*scaling, *(() if update is None else update[1:]))
+        ]
+        scaled = layer.scaled(*leaves[:3])
+        scaled = scaled if update is None else updated(scaled, QueryUpdate(update.heads, *leaves[3:]))
+        factors = scaled.mean_and_factors(u, rows).factors
         parts = _parts(factors)
         kept = [part.detach().requires_grad_(gradient and part.requires_grad) for part in parts]
+        query = factors.query.detach().requires_grad_(gradient and factors.query.requires_grad)
         values, signs = [], []
         size = min(len(factors.output), factors.size)
         count = len(factors.own_weight)
         step = max(1, _NUMBERS // size**2)
         for start in range(0, count, step):
-            some = _slice(factors, kept, slice(start, start + step))
+            some = _slice(factors._replace(query=query), kept, slice(start, start + step))
             sign, value = _chunk(some, gradient)
             values.append(value)
             signs.append(sign)
         value, sign = (torch.cat(found).view(len(u), len(rows)) for found in (values, signs))
         if not gradient:
             return _Result(value.sum(-1), sign.amin(-1), None)
-        pairs = [(part, one.grad) for part, one in zip(parts, kept, strict=True) if one.grad is not None]
+        both = zip([*parts, factors.query], [*kept, query], strict=True)
+        pairs = [(part, one.grad) for part, one in both if one.grad is not None]
         outer = torch.autograd.grad(
             [part for part, _ in pairs], leaves, [grad for _, grad in pairs], materialize_grads=True
         )
-        return _Result(value.sum(-1), sign.amin(-1), HeadScaling(*outer))
+        changes = tuple(part.unsqueeze(0) for part in outer[3:])  # (1, *event): an update serves one sequence here
+        return _Result(value.sum(-1), sign.amin(-1), (*outer[:3], *changes))
 
 
 def _chunk(factors: LayerFactors, gradient: bool) -> tuple[Tensor, Tensor]:
