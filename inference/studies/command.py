@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from probattn.errors import InputError
 
@@ -22,7 +22,8 @@ def run_command(name: str, words: str | None, run: Callable[..., int]) -> None:
         run: takes the options, a dataclass by the name of its one argument, and returns the exit status.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    app = App(name=f"python -m probattn.inference.studies.{name}", help=words)
+    several = Parameter(consume_multiple=True, negative_iterable=())  # --seeds 0 1 2
+    app = App(name=f"python -m probattn.inference.studies.{name}", help=words, default_parameter=several)
     app.default(run)
     try:
         status = app(sys.argv[1:], result_action="return_value")

