@@ -16,8 +16,10 @@ from probattn.distributions import LatentAttention
 from probattn.errors import InputError, require_at_least, require_choice, require_positive
 from probattn.hf.layers import AttentionLayer
 from probattn.hf.layers.sublayer import Sublayer
+from probattn.hf.layers.update import QueryUpdate, updated, updated_residual
 from probattn.hf.layers.volume import VolumeMemory, log_volume
 from probattn.models.layer_noise import Noise, StreamNoise
+from probattn.models.layer_update import UpdatePrior
 from probattn.models.module import SequenceModel
 from probattn.transforms import AttentionTransform
 
@@ -39,6 +41,7 @@ class StreamProcess(LatentAttention):
         given: number k of first tokens that are conditions, not data.
         rows: the positions R, ``(P,)``, increasing, none below k; None: all.
         jacobian: keep the log-determinants; without them this is no density of u.
+        update: changes of low rank of the layer's queries, with batch axes or none; None: there are none.
         memory: log-determinants that are known.
     """
 
@@ -50,26 +53,49 @@ class StreamProcess(LatentAttention):
         given: int = 0,
         rows: Tensor | None = None,
         jacobian: bool = True,
+        update: QueryUpdate | None = None,
         memory: VolumeMemory | None = None,
     ) -> None:
-        self.given, self.rows, self.jacobian, self.memory = given, rows, jacobian, memory
-        batch = torch.broadcast_shapes(layer.batch_shape, noise.batch_shape)
+        self.layer, self.given, self.rows, self.jacobian = layer, given, rows, jacobian
+        self.update, self.memory = update, memory
+        single = update is not None and update.batch_shape.numel() == 1
+        changed = updated(layer, update) if update is not None and single else layer
+        batch = torch.broadcast_shapes(
+            layer.batch_shape, noise.batch_shape, () if update is None else update.batch_shape
+        )
         dist.TransformedDistribution.__init__(
-            self, noise.expand(batch), [AttentionTransform(layer)], validate_args=False
+            self, noise.expand(batch), [AttentionTransform(changed)], validate_args=False
         )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> StreamProcess:
         """The same law with its batch axes expanded."""
         new = self._get_checked_instance(StreamProcess, _instance)
-        for name in ("given", "rows", "jacobian", "memory"):
+        for name in ("layer", "given", "rows", "jacobian", "update", "memory"):
             setattr(new, name, getattr(self, name))
         return super().expand(batch_shape, _instance=new)
 
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  # torch's own default
+        """Draws, ``(*sample, *batch, T, p)``.
+
+        Raises:
+            InputError: several updates, which belong to several layers.
+        """
+        _require_one(self.update)
+        drawn: Tensor = super().rsample(sample_shape)
+        return drawn
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  # torch's own default
+        """Draws as of :meth:`rsample`, without derivatives."""
+        _require_one(self.update)
+        drawn: Tensor = super().sample(sample_shape)
+        return drawn
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of the tokens behind the given ones, ``(*batch,)``."""
-        layer: Any = self.attention
+        layer: AttentionLayer = self.layer
         noise: StreamNoise = self.base_dist
-        e = layer.residual(value)[..., self.given :, :]
+        residual = layer.residual(value) if self.update is None else updated_residual(layer, self.update, value)
+        e = residual[..., self.given :, :]
         counted = StreamNoise(
             noise.scale, e.shape[-2], e.shape[-1], factor=noise.factor, offset=noise.offset, validate_args=False
         )
@@ -77,7 +103,7 @@ class StreamProcess(LatentAttention):
         if not self.jacobian:
             return total
         rows = torch.arange(self.given, self.length, device=value.device) if self.rows is None else self.rows
-        volume = log_volume(layer, value, rows, memory=self.memory).value
+        volume = log_volume(layer, value, rows, update=self.update, memory=self.memory).value
         return total + (self.length - self.given) / len(rows) * volume
 
 
@@ -109,7 +135,7 @@ class LayerModel(SequenceModel):
         reference: scales r of the coordinates, ``(p,)``; None: one. Noise is measured in these.
         offset: standard deviations of the offset that a sequence shares, ``(p,)``; None: there is none.
         gain_spread: standard deviation s_g.
-        temperature_spread: standard deviation s_tau.
+        temperature_spread: standard deviation s_tau; None fixes the inverse temperatures at 1.
         share_spread: standard deviation s_s; None fixes the share at 1.
         signed: gains normal around 1 instead of log-normal.
         positions: number of positions at which the log-determinant is taken, without bias in their sum; None: all.
@@ -118,14 +144,17 @@ class LayerModel(SequenceModel):
             want it; otherwise the posterior is that given the choice.
         jacobian: include the log-determinants. Without them the likelihood is not a density of u; the option exists to
             show the error of a fit that omits them.
+        update: heads, rank and units of a change of low rank of the queries, from
+            :func:`~probattn.models.layer_update.update_prior`; None: queries are as trained.
 
-    Sites: ``gain``, ``inverse_temperature``, [``share``], ``noise_scale``, [``noise_factor``], and ``u`` in the plate
-    ``sequences``. All expressions accept leading batch axes.
+    Sites: ``gain``, [``inverse_temperature``], [``share``], ``noise_scale``, [``noise_factor``], [``update_in``,
+    ``update_out``], and ``u`` in the plate ``sequences``. All expressions accept leading batch axes.
 
     Raises:
         InputError: sizes, scales or numbers of tokens that do not fit.
 
-    Cost: a log-density with gradient takes one pass of the attention and one factorisation with inverse per position.
+    Cost: a log-density with gradient takes one pass of the attention and one factorisation with inverse per position,
+    whatever the number of parameters.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -155,13 +184,14 @@ class LayerModel(SequenceModel):
         reference: Tensor | None = None,
         offset: Tensor | None = None,
         gain_spread: float = 0.5,
-        temperature_spread: float = 0.25,
+        temperature_spread: float | None = 0.25,
         share_spread: float | None = 0.25,
         signed: bool = False,
         positions: int | None = None,
         position_seed: int = 0,
         fresh: bool = False,
         jacobian: bool = True,
+        update: UpdatePrior | None = None,
     ) -> None:
         super().__init__()
         self._options = {
@@ -181,6 +211,7 @@ class LayerModel(SequenceModel):
             "position_seed": position_seed,
             "fresh": fresh,
             "jacobian": jacobian,
+            "update": update,
         }
         require_choice("noise", noise, get_args(Noise))
         for name, size in (("length", length), ("noise_rank", noise_rank)):
@@ -208,6 +239,10 @@ class LayerModel(SequenceModel):
         self.noise_spread, self.factor_spread = noise_spread, factor_spread
         self.gain_spread, self.temperature_spread, self.share_spread = gain_spread, temperature_spread, share_spread
         self.signed, self.jacobian, self.fresh = signed, jacobian, fresh
+        self._update = update
+        if update is not None:  # plain values, by which a checkpoint is told from another's
+            self.update_rank, self.update_spread = update.rank, update.spread
+            self.update_heads = ",".join(map(str, update.heads))
         self.positions, self.position_seed = positions, position_seed
         self.power, self.mask = 1.0, layer.mask
         for name, scales in (("reference", reference), ("offset", offset)):
@@ -259,11 +294,9 @@ class LayerModel(SequenceModel):
         """Prior of every parameter, by site."""
         zero, heads = self.unit.new_zeros(()), self.unit.new_zeros(self.heads)
         gain: Any = dist.Normal(1 + heads, self.gain_spread) if self.signed else dist.LogNormal(heads, self.gain_spread)
-        temperature: Any = dist.LogNormal(heads, self.temperature_spread)
-        priors = {
-            "gain": gain.to_event(1),
-            "inverse_temperature": temperature.to_event(1),
-        }
+        priors: dict[str, dist.TorchDistribution] = {"gain": gain.to_event(1)}
+        if self.temperature_spread is not None:
+            priors["inverse_temperature"] = dist.LogNormal(heads, self.temperature_spread).to_event(1)
         if self.share_spread is not None:
             priors["share"] = dist.LogNormal(zero, self.share_spread)
         scales = self.unit.new_zeros(1 if self.noise == "scalar" else self.dim)
@@ -271,22 +304,41 @@ class LayerModel(SequenceModel):
         if self.noise == "low_rank":
             entries = self.unit.new_zeros(self.dim, self.noise_rank)
             priors["noise_factor"] = dist.Normal(entries, self.factor_spread).to_event(2)
-        return priors
+        return priors if self._update is None else {**priors, **self._update.priors()}
 
     def likelihood(self, values: Mapping[str, Tensor]) -> StreamProcess:
         """Law of one sequence given values of the sites, ``(*batch, *event)`` each."""
         return StreamProcess(
-            self.attention_of(values),
+            self.scaled_layer(values),
             self.noise_of(values),
             given=self.given,
             rows=self.rows,
             jacobian=self.jacobian,
+            update=self.update_of(values),
             memory=None if self.fresh else self._memory,
         )
 
     def attention_of(self, values: Mapping[str, Tensor]) -> AttentionLayer:
-        """The layer with given values of the sites."""
-        return self._layer.scaled(values["gain"], values["inverse_temperature"], values.get("share", 1.0))
+        """The layer with given values of the sites.
+
+        Raises:
+            InputError: values of several changes of the queries, which belong to several layers.
+        """
+        update = self.update_of(values)
+        return self.scaled_layer(values) if update is None else updated(self.scaled_layer(values), update)
+
+    def scaled_layer(self, values: Mapping[str, Tensor]) -> AttentionLayer:
+        """The layer with given factors on its heads, its queries as trained."""
+        return self._layer.scaled(values["gain"], values.get("inverse_temperature", 1.0), values.get("share", 1.0))
+
+    def update_of(self, values: Mapping[str, Tensor]) -> QueryUpdate | None:
+        """The change of the queries with given values of the sites; None where the model has none."""
+        return None if self._update is None else self._update.update_of(values)
+
+    @property
+    def update(self) -> UpdatePrior | None:
+        """Heads, rank and units of the change of the queries; None: there is none."""
+        return self._update
 
     def noise_of(self, values: Mapping[str, Tensor]) -> StreamNoise:
         """The noise with given values of the sites, in the units of the stream."""
@@ -311,6 +363,14 @@ class LayerModel(SequenceModel):
         counted = self.length - self.given
         steps = (torch.arange(self.positions, dtype=torch.float64) + start) * (counted / self.positions)
         return self.given + steps.floor().clamp(max=counted - 1).long()
+
+
+def _require_one(update: QueryUpdate | None) -> None:
+    if update is not None and update.batch_shape.numel() > 1:
+        raise InputError(
+            f"streams of {update.batch_shape.numel()} updates cannot be drawn together, as each has a layer of its "
+            "own; draw them one after the other."
+        )
 
 
 def _frozen(layer: AttentionLayer) -> AttentionLayer:

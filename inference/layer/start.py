@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from probattn.errors import InputError
+from probattn.hf.layers.update import QueryUpdate
 from probattn.hf.layers.volume import log_volume
 from probattn.inference.methods.log_density import LogDensity
-from probattn.models.layer import LayerModel
+from probattn.models.layer import LayerModel, StreamProcess
 
-__all__ = ["layer_start"]
+__all__ = ["layer_start", "leading_update"]
 
 _HALVINGS = 12
 
@@ -21,7 +23,8 @@ def layer_start(target: LogDensity, points: int, seed: int, *, spread: float = 0
     """Points about the layer as it was trained, or with all gains halved until det J > 0 at all tokens.
 
     Beyond a fold the density is none of the tokens and a chain may stay there, so that a fit begins on the side that
-    the identity lies on.
+    the identity lies on. A change of low rank begins in the direction of :func:`leading_update`, as the layer as it was
+    trained is a stationary point in both of its factors.
 
     Args:
         target: log-density of a :class:`~probattn.models.layer.LayerModel`.
@@ -41,11 +44,12 @@ def layer_start(target: LogDensity, points: int, seed: int, *, spread: float = 0
     values = target.constrain(target.origin)
     gain = torch.ones_like(values["gain"])
     for _ in range(_HALVINGS):
-        centre = target.unconstrain({**values, "gain": gain})
+        trial = {**values, "gain": gain}
         with torch.no_grad():
             sign = log_volume(model.layer.scaled(gain), u, model.rows).smallest_sign
         if bool((sign > 0).all()):
-            z = centre + spread * noise
+            trial |= {} if model.update is None else leading_update(model, trial, u)
+            z = target.unconstrain(trial) + spread * noise
             value, gradient = target.value_and_gradient(z)
             if bool(torch.isfinite(value).all() and torch.isfinite(gradient).all()):
                 return z
@@ -54,3 +58,40 @@ def layer_start(target: LogDensity, points: int, seed: int, *, spread: float = 0
         "no start with det J > 0 at all tokens was found; look for values in the streams that are too large for their "
         "dtype, or give the first tokens (--given)."
     )
+
+
+def leading_update(model: LayerModel, values: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
+    r"""Values of a change of low rank in the directions in which the likelihood rises most.
+
+    With the gradient G of the log-likelihood by the product of the two factors, in units of the prior, the log-density
+    at small factors :math:`\tilde A, \tilde B` is :math:`\langle G, \tilde B \tilde A \rangle - \tfrac12 (\lVert
+    \tilde A \rVert^2 + \lVert \tilde B \rVert^2)`: no change at all is a mode where no singular value of G exceeds 1,
+    and a saddle otherwise, left along the leading singular vectors.
+
+    Args:
+        model: model with an update.
+        values: values of its other sites, without batch axes.
+        u: streams, ``(N, T, p)``.
+
+    Returns:
+        Values of ``update_in`` and ``update_out`` with columns and rows of length 1.
+    """
+    prior = model.update
+    assert prior is not None
+    down = prior.features.new_zeros(len(prior.heads), prior.size, len(prior.features)).requires_grad_()
+    up = torch.eye(prior.size, dtype=down.dtype, device=down.device).expand(len(prior.heads), -1, -1)
+    process = StreamProcess(
+        model.scaled_layer(values),
+        model.noise_of(values),
+        given=model.given,
+        rows=model.rows,
+        jacobian=model.jacobian,
+        update=QueryUpdate(prior.heads, down, up),
+    )
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(process.log_prob(u).sum(), down)
+    left, _, right = torch.linalg.svd(gradient / (prior.features * prior.keys[:, None, None]), full_matrices=False)
+    rank = min(prior.rank, right.shape[-2])
+    found = {name: torch.zeros(law.event_shape).to(gradient) for name, law in prior.priors().items()}
+    found["update_in"][:, :rank], found["update_out"][..., :rank] = right[:, :rank], left[..., :rank]
+    return found

@@ -171,8 +171,6 @@ def updated_layers(
     scaling = None if layer.scaling is None else layer.scaling.expand(batch).flatten()
     for place in range(update.batch_shape.numel()):
         index = (places == place).nonzero().flatten().to(layer.like.device)
-        if not len(index):
-            continue
         changes: dict[str, Any] = {
             name: part if part is None or part is getattr(layer, name) else part[index] for name, part in parts.items()
         }

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,9 @@ class Volume(NamedTuple):
 class _Result(NamedTuple):
     value: Tensor  # (B,)
     sign: Tensor  # (B,)
-    gradient: tuple[Tensor, ...] | None  # by gain, inverse temperature, share, [down, up], each with the axis B first
+    gradient: (
+        tuple[Tensor, ...] | None
+    )  # by gain, inverse temperature, share, of each sequence; by A, B, of each update
 
 
 class VolumeMemory:
@@ -105,8 +108,8 @@ def log_volume(
 
     Returns:
         :class:`Volume`. Time per position O(m^3) with m = min(p, H dv): a factorisation, and with the gradient an
-        inverse; memory O(H P r dv) per sequence and a few matrices of m x m. With an update sequences are taken one
-        after the other, which costs more where the matrices are small.
+        inverse; memory O(H P r dv) per sequence and a few matrices of m x m. Updates are taken one after the other. A
+        gradient in which the sequences of one update have different weights is computed again, one at a time.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -151,18 +154,20 @@ class _Volume(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[_LEAVES:])
         result = None if memory is None else memory.find(u, rows, scaling, wanted, update)
         if result is None:
-            tokens = u.detach().expand(*batch, *u.shape[-2:]).reshape(-1, *u.shape[-2:])
             if update is None:
+                tokens = u.detach().expand(*batch, *u.shape[-2:]).reshape(-1, *u.shape[-2:])
                 result = _evaluate(_flattened(layer, batch), tokens, rows, scaling.flatten(), wanted)
             else:
-                result = _evaluate_updated(
-                    replace(layer, scaling=scaling.detach()), tokens, rows, update, batch, wanted
-                )
+                result = _evaluate_updated(replace(layer, scaling=scaling), u.detach(), rows, update, wanted)
             if memory is not None:
                 memory.keep(u, rows, scaling, result, update)
         if wanted and result.gradient is not None:
             ctx.save_for_backward(*result.gradient)
-        ctx.shapes = [part.shape for part in (*scaling, *changes)]
+        if update is not None:
+            ctx.alone = partial(
+                _evaluate_updated, replace(layer, scaling=scaling), u.detach(), rows, update, True, alone=True
+            )
+            ctx.lead = update.batch_shape
         sign = result.sign.reshape(batch).clone()
         ctx.mark_non_differentiable(sign)
         return result.value.reshape(batch).clone(), sign
@@ -170,12 +175,35 @@ class _Volume(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-        found = []
-        for part, shape in zip(ctx.saved_tensors, ctx.shapes, strict=True):
-            weighted = grad.reshape(-1, *[1] * (part.dim() - 1)) * part  # (B, *event)
-            weighted = weighted.reshape((*grad.shape, *part.shape[1:]))
-            found.append(weighted if weighted.shape == shape else weighted.sum_to_size(shape))
+        factors, changes = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        weights = grad.reshape(-1)
+        found = [(_beside(weights, part) * part).reshape((*grad.shape, *part.shape[1:])) for part in factors]
+        if changes:
+            places = _places(ctx.lead, grad.shape).to(grad.device)
+            least, most = (
+                weights.new_zeros(len(changes[0])).scatter_reduce(0, places, weights, how, include_self=False)
+                for how in ("amin", "amax")
+            )
+            if torch.equal(least, most):
+                changes = [_beside(least, part) * part for part in changes]
+            else:
+                each = ctx.alone().gradient[3:]
+                changes = [
+                    torch.zeros_like(whole).index_add(0, places, _beside(weights, part) * part)
+                    for whole, part in zip(changes, each, strict=True)
+                ]
+            found += [part.reshape((*ctx.lead, *part.shape[1:])) for part in changes]
         return (*[None] * _LEAVES, *found)
+
+
+def _beside(weights: Tensor, part: Tensor) -> Tensor:
+    """Weights ``(B,)`` with the axes of a part ``(B, *event)``."""
+    return weights.reshape(-1, *[1] * (part.dim() - 1))
+
+
+def _places(lead: torch.Size, batch: torch.Size) -> Tensor:
+    """Number of the update that each sequence of a batch has, ``(B,)``."""
+    return torch.arange(lead.numel()).reshape(lead).expand(batch).reshape(-1)
 
 
 def _key(u: Tensor, rows: Tensor, scaling: HeadScaling, update: QueryUpdate | None) -> tuple[Any, ...]:
@@ -186,37 +214,52 @@ def _key(u: Tensor, rows: Tensor, scaling: HeadScaling, update: QueryUpdate | No
 
 
 def _evaluate_updated(
-    layer: AttentionLayer, u: Tensor, rows: Tensor, update: QueryUpdate, batch: torch.Size, gradient: bool
+    layer: AttentionLayer, u: Tensor, rows: Tensor, update: QueryUpdate, gradient: bool, *, alone: bool = False
 ) -> _Result:
-    """One sequence at a time, as the gradient by an update is wanted for each, ``(B, T, p)``."""
-    found, places = [], []
+    """The sequences of one update after those of another; the gradient by it is their sum, or that of each alone."""
+    assert layer.scaling is not None
+    batch = layer.scaling.batch_shape
+    tokens = u.expand(*batch, *u.shape[-2:]).reshape(-1, *u.shape[-2:])
+    found, places, changes = [], [], []
     for one, change, index in updated_layers(layer, update, batch):
         assert one.scaling is not None
-        for place, tokens in enumerate(u[index]):
-            part = torch.tensor([place], device=u.device)
-            own = _chosen(one, part)
-            found.append(_group(own, tokens.unsqueeze(0), rows, one.scaling.select((part,)), gradient, change))
+        parts = torch.arange(len(index), device=u.device).split(1 if alone else _together(layer, rows))
+        groups = [
+            _group(_chosen(one, part), tokens[index[part]], rows, one.scaling.select((part,)), gradient, change)
+            for part in parts
+        ]
+        found += groups
         places.append(index)
+        if gradient:
+            own = zip(*(group.gradient[3:] for group in groups if group.gradient is not None), strict=True)
+            changes.append([torch.cat(part) if alone else torch.cat(part).sum(0, keepdim=True) for part in own])
     order = torch.cat(places).argsort()
     value, sign = (torch.cat([getattr(one, name) for one in found])[order] for name in ("value", "sign"))
-    gradients = [one.gradient for one in found if one.gradient is not None]
-    if not gradients:
+    if not gradient:
         return _Result(value, sign, None)
-    return _Result(value, sign, tuple(torch.cat(parts)[order] for parts in zip(*gradients, strict=True)))
+    factors = zip(*(one.gradient[:3] for one in found if one.gradient is not None), strict=True)
+    by_update = [torch.cat(part) for part in zip(*changes, strict=True)]
+    by_update = [part[order] for part in by_update] if alone else by_update
+    return _Result(value, sign, (*(torch.cat(part)[order] for part in factors), *by_update))
 
 
 def _evaluate(layer: AttentionLayer, u: Tensor, rows: Tensor, scaling: HeadScaling, gradient: bool) -> _Result:
     """A group of sequences at a time, ``(B, T, p)``; positions and mask of the layer have one batch axis or none."""
-    sublayer = layer.sublayer
-    each = len(rows) * sublayer.output[0].numel() * sublayer.query.weight.shape[1]
     found = []
-    for part in torch.arange(len(u), device=u.device).split(max(1, _COVARIANCES // each)):
+    for part in torch.arange(len(u), device=u.device).split(_together(layer, rows)):
         found.append(_group(_chosen(layer, part), u[part], rows, scaling.select((part,)), gradient))
     value, sign = (torch.cat([getattr(one, name) for one in found]) for name in ("value", "sign"))
     gradients = [one.gradient for one in found if one.gradient is not None]
     if not gradients:
         return _Result(value, sign, None)
     return _Result(value, sign, tuple(torch.cat(parts) for parts in zip(*gradients, strict=True)))
+
+
+def _together(layer: AttentionLayer, rows: Tensor) -> int:
+    """Number of sequences in a group."""
+    sublayer = layer.sublayer
+    each = len(rows) * sublayer.output[0].numel() * sublayer.query.weight.shape[1]
+    return max(1, _COVARIANCES // each)
 
 
 def _chosen(layer: AttentionLayer, part: Tensor) -> AttentionLayer:
@@ -263,7 +306,7 @@ def _group(
         outer = torch.autograd.grad(
             [part for part, _ in pairs], leaves, [grad for _, grad in pairs], materialize_grads=True
         )
-        changes = tuple(part.unsqueeze(0) for part in outer[3:])  # (1, *event): an update serves one sequence here
+        changes = tuple(part.unsqueeze(0) for part in outer[3:])  # (1, *event), the sum over the sequences
         return _Result(value.sum(-1), sign.amin(-1), (*outer[:3], *changes))
 
 
