@@ -1,5 +1,6 @@
 """Every test starts from the same seed, with validation on and Pyro's store empty."""
 
+import gc
 import os
 
 # The tensors of the tests are small: one thread is faster, and two workers on two cores do not wait for each other.
@@ -32,3 +33,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch finds none"))
+
+
+def pytest_collection_finish():
+    """Leave the libraries out of garbage collection: accelerate collects several times a run, each time all objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or nanobind reports every object that is alive at the end as leaked
