@@ -94,15 +94,21 @@ def support(options: SupportOptions) -> dict[str, Any]:
     parts = f" of {reading.total}" if read < reading.total else ""
     _LOG.info("%s: %d%s tokens%s", name, read, parts, f" in {windows} windows" if windows > 1 else "")
     kind = options.kinds[0]
+    _LOG.info("tokens nearest to the boundary, by the margin %s:", kind)
     for entry in page.record["nearest"]["generator"][kind]:
         margin = "inf" if entry["margin"] is None else f"{entry['margin']:.4f}"
         why = "" if entry["head"] is None else f", pulled by head {entry['head']}"
         _LOG.info(
             "%s %s at token %d: %r, layer %d%s",
-            *(kind, margin, entry["token"], page.record["tokens"][entry["token"]], entry["layer"], why),
+            *(kind, margin, entry["token"], _label(page.record["tokens"][entry["token"]]), entry["layer"], why),
         )
     record: dict[str, Any] = page.record
     return record
+
+
+def _label(text: str) -> str:
+    """The text of a token without its leading space, after which a line might be broken."""
+    return text.strip() or text
 
 
 def _write_margins(path: Path, margins: Dataset) -> None:

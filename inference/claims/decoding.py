@@ -100,7 +100,10 @@ def judge_prediction(prediction: Prediction) -> tuple[Verdict, str | None]:
     low = prediction.leads["low"]
     if any(low[prediction.predictors.index(name)] > 0 for name in shown):
         return "supported", None
-    return "supported_within", "the margin need not predict better than the entropy of the next-token distribution"
+    return (
+        "supported_within",
+        "a margin is not required to predict better than the entropy of the next-token distribution",
+    )
 
 
 def relevant_predictors(prediction: Prediction) -> list[str]:

@@ -31,7 +31,7 @@ def trained_claim(subject: Subject, settings: Settings, *, load: Load = language
     - "supported": both statistics, volume and nearest, are the work of training.
     - "supported_within": one of them is.
     - "not_supported": neither is.
-    - "not_run": no model or no control, or layers are found apart where trained model and control change places.
+    - "not_run": no model or no control, or layers are found to differ where trained model and control change places.
 
     Args:
         subject: the fitted model and its text.
@@ -49,8 +49,8 @@ def trained_claim(subject: Subject, settings: Settings, *, load: Load = language
         {**location.facts, **_measured(location), "control_swapped_apart": results.swapped},
         condition=condition,
         quick=not results.record,
-        control="Where trained model and control change places in a random half of the texts, nothing can be apart: "
-        f"it is found to be in {results.swapped:.0%} of 20 permutations, 5 % are expected.",
+        control="Where trained model and control change places in a random half of the texts, nothing can differ: "
+        f"a difference is found in {results.swapped:.0%} of 20 permutations, 5 % are expected.",
         finding=_finding(results),
         figures=draw_location(location),
     )
@@ -70,13 +70,13 @@ def judge_location(location: Location, swapped: float) -> tuple[Verdict, str | N
     if volume is None or nearest is None:
         return "not_run", "the margins of the controls were not measured"
     if not swapped <= _SWAPPED:
-        return "not_run", "a control failed: layers are found apart where there is no difference"
+        return "not_run", "a control failed: layers are found to differ where there is no difference"
     if volume and nearest:
         return "supported", None
     if volume:
-        return "supported_within", "the place of a block means its volume log|det J_i|, not its nearest approach"
+        return "supported_within", "only the volume log|det J_i| is claimed, not the smallest singular value"
     if nearest:
-        return "supported_within", "the place of a block means its nearest approach, not its volume log|det J_i|"
+        return "supported_within", "only the smallest singular value is claimed, not the volume log|det J_i|"
     return "not_supported", None
 
 
@@ -164,8 +164,9 @@ def _finding(results: Results) -> str:
             )
             values = location.profiles["text"][statistic.kind][f"{statistic.order:g}"]["estimate"]
             words.append(
-                f"The {statistic.words} goes from {min(values):.2f} to {max(values):.2f} over layers; layers apart, of "
-                f"{layers}: {each}; from all controls of the weights together {len(location.common(name))}."
+                f"The {statistic.words} goes from {min(values):.2f} to {max(values):.2f} over layers. Of {layers} layers, "
+                f"so many differ from a control: {each}; from all controls with other weights at once "
+                f"{len(location.common(name))}."
             )
     growth = location.growth
     if growth:
@@ -189,9 +190,9 @@ def _share(facts: Mapping[str, float], name: str) -> str:
 def _claim(verdict: Verdict, measured: Mapping[str, float], *, quick: bool = False, **more: Any) -> Claim:
     return Claim(
         "trained",
-        "Training puts the attention blocks of a language model where they lie with respect to the boundary: in most "
-        "layers the median of log|det J_i| and the 1 % quantile of σ_min(J_i) are apart from those of every "
-        "control of the weights, the quantile towards the boundary." + QUICK_WORDS * quick,
+        "Training decides where the attention blocks of a language model lie with respect to the boundary: in most "
+        "layers the median of log|det J_i| and the 1 % quantile of σ_min(J_i) differ from those of every control with "
+        "other weights, the quantile towards the boundary." + QUICK_WORDS * quick,
         "empirical",
         verdict,
         measured,

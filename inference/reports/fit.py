@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from probattn.inference.results.comparison import Compared
 from probattn.inference.results.diagnosis import Diagnosis
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
+from probattn.inference.runtime.progress import log_stage
 from probattn.plotting import plot_chains, plot_comparison, plot_margin_bands, plot_posterior
 
 __all__ = ["write_comparison", "write_files", "write_fit"]
 
+_LOG = logging.getLogger(__name__)
 _SUMMARISED = {
     "qk_matrix": "QK matrix",
     "ov_matrix": "OV matrix",
@@ -60,6 +63,7 @@ def write_files(
     """
     from arviz_stats import summary
 
+    log_stage(_LOG, "writing the fit and its figures")
     found.save(out / "fit.nc")
     kind = "stats" if found.method == "map" else "all"
     table = summary(found.to_datatree(), var_names=list(summarised), kind=kind, round_to=None)

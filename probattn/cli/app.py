@@ -37,6 +37,7 @@ for _place, (_name, _text) in enumerate(COMMANDS.items()):
     app.command(f"probattn.cli.{_name}:app", name=_name, help=_text, sort_key=_place)
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
+_RESUMABLE = ("verify", "fit", "train")  # which have the flag --resume
 
 # Bars and advice of other libraries, which would run into the command's own; whoever sets one of these has it.
 _QUIET = {
@@ -73,7 +74,9 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
     except CycloptsError as error:
         _fail(f"{_words(error)} See probattn {' '.join([*_command(words), '--help'])}.", 2)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command with --resume to go on from the last checkpoint.", _INTERRUPTED)
+        resumes = any(word in _RESUMABLE for word in words[:1])
+        remedy = "run the same command with --resume to go on from the last checkpoint" if resumes else "run it again"
+        _fail(f"interrupted; {remedy}.", _INTERRUPTED)
     except Exception as error:
         if debug:
             raise

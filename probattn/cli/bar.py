@@ -49,6 +49,11 @@ class Bar:
         self._first = self._first or (step, now)
         self._last, self._metrics = (step, now), metrics
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all steps are done."""
+        return self._last[0] >= self.total
+
     def line(self, now: float, width: int, letters: bool = True) -> str:
         """Write the line, at most ``width - 1`` columns of it.
 
@@ -59,14 +64,18 @@ class Bar:
         """
         step, at = self._last
         count, rate = f"{step}/{self.total}", self._rate()
-        speed, left = "", ""
+        # Before there is a rate, the time since the last step shows that something goes on.
+        speed, left = f"for {in_time(now - at)}" if now - at >= 1 else "", ""
         if rate:
             speed = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
             left = f"{in_time(max(0.0, (self.total - step) / rate - (now - at)))} left"
         metrics = [f"{name} {value}" for name, value in self._metrics.items()]
         room = width - 1
         # What does not fit is left out from the end, and the name is cut last of all.
-        told = _fitting([count, *filter(None, (speed, left)), *metrics], room - len(self.stage) - 1 - _NARROWEST - 1)
+        space = room - len(self.stage) - 1 - _NARROWEST - 1
+        if left and len(f"{count}, {speed}, {left}") > space:
+            speed = ""  # the time left says more
+        told = _fitting([count, *filter(None, (speed, left)), *metrics], space)
         if not told:
             return f"{self.stage} {count}"[:room]
         size = min(10, room - len(self.stage) - len(told) - 2)

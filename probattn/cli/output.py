@@ -7,12 +7,15 @@ import os
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 __all__ = ["ForgivingStream", "forgiving_output", "say", "width_of", "wrapped"]
+
+_FILLER = "\ufdd0"  # a code that is no character
 
 
 class ForgivingStream:
@@ -113,14 +116,16 @@ def wrapped(text: str, width: int) -> str:
         claim barrier: holds if
           nothing folds
     """
+    # Each wide character counts twice.
+    doubled = "".join(c + _FILLER if unicodedata.east_asian_width(c) in ("W", "F") else c for c in text)
     lines = [
         textwrap.wrap(
             line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False, drop_whitespace=True
         )
         or [""]
-        for line in text.split("\n")
+        for line in doubled.split("\n")
     ]
-    return "\n".join(part for line in lines for part in line)
+    return "\n".join(part for line in lines for part in line).replace(_FILLER, "")
 
 
 def width_of(stream: TextIO) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -83,7 +84,7 @@ class Progress(logging.Handler):
             return
         if total is None:
             self._bar = self._work = None
-            self._begin(stage or "working")
+            self._begin(stage or _work_in(message))
             if stage is None:
                 self._line(_line(message, metrics))
             return
@@ -94,6 +95,9 @@ class Progress(logging.Handler):
         self._bar.move(getattr(record, "step", 0), self._now(), _words(metrics))
         self._heard = self._now()
         self._draw(self._bar.line(self._heard, width_of(self.stream), self._letters()))
+        if self._bar.is_full:  # what follows without a word of its own has a clock
+            self._begin(f"{self._bar.stage} done, going on")
+            self._bar = self._work = None
 
     def tick(self) -> None:
         """Look at the clock: draw the bar anew, or say how long the work has been going on."""
@@ -152,7 +156,9 @@ class Progress(logging.Handler):
         self._since = self._heard = self._now()
 
     def _letters(self) -> bool:
-        return (getattr(self.stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
+        # Python writes UTF-8 in the locale C as well, whatever the terminal is.
+        plain = os.environ.get("LC_ALL") in ("C", "POSIX")
+        return not plain and (getattr(self.stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
 
     def _line(self, text: str) -> None:
         self._erase()
@@ -175,6 +181,12 @@ class Progress(logging.Handler):
             self.stream.flush()
         finally:
             self._writing = False
+
+
+def _work_in(message: str) -> str:
+    """The work that a line announces, as "loading a model" does; "working" for one that tells a result."""
+    announced = re.match(r"\w{2,}ing\b [^:;,]*", message)
+    return announced[0].strip() if announced else "working"
 
 
 def _words(metrics: Mapping[str, Any]) -> dict[str, str]:

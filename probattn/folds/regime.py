@@ -70,8 +70,8 @@ def regime(
         u: one sequence (T, p) or a batch, finite.
         search: whether to seek folds beyond the tokens of the sequence, see :func:`probattn.folds.search.find_fold`;
             where none is found, the evidence says within which budget.
-        budget: largest number of points that the search visits, for each sequence; the longest pasts come first. The
-            time grows with it.
+        budget: largest number of points that the search visits, for each sequence, but at least 240, which are four
+            starts after one past; the longest pasts come first. The time grows with it.
 
     Returns:
         A :class:`Regime`; for a batch a list of them, nested as the batch axes are. ``str()`` gives the name.

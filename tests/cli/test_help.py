@@ -88,6 +88,10 @@ def test_what_is_said_on_a_terminal_is_broken_between_words(monkeypatch, width):
     assert elsewhere.getvalue() == f"{message}\n"
 
 
+def test_wide_characters_count_twice():
+    assert wrapped("token 鯖の味噌煮 of six", 12) == "token\n  鯖の味噌煮\n  of six"
+
+
 def test_a_path_is_left_whole():
     path = "/a/very/long/path/to/a/folder/that/does/not/fit/report.html"
     assert wrapped(f"report: {path}", 40).split() == ["report:", path]

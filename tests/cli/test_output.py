@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 
 import numpy as np
 import pytest
+from forked import Forked
 from posteriors import sequences
 
 from probattn.cli.app import main
@@ -46,15 +46,15 @@ def test_an_output_without_the_characters(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_end_saves_and_says_how_to_resume(folder, number):
-    words = [*FIT[:6], "--method", "map", "--steps", "100000", "--patience", "0", "--out", "fit"]
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (folder / "fit" / "map.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+    words = [*FIT[3:6], "--method", "map", "--steps", "100000", "--patience", "0", "--out", "fit"]
+    with Forked(*words, cwd=folder) as process:
+        process.until((folder / "fit" / "map.pt").exists)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors == "probattn: interrupted; run the same command with --resume to go on from the last checkpoint.\n"
+        assert process.wait() == 130
+    assert (
+        process.errors
+        == "probattn: interrupted; run the same command with --resume to go on from the last checkpoint.\n"
+    )
     assert (folder / "fit" / "map.pt").exists()
     assert not (folder / "fit" / ".lock").exists()
 

@@ -118,6 +118,66 @@ def test_work_without_steps_has_a_clock(attached):
     assert stream.lines()[-1] == "working (1 min 1 s)"
 
 
+def test_after_the_last_step_a_clock_goes_on(attached):
+    stream = Terminal()
+    progress, clock = attached(stream)
+    for step in (50, 100):
+        clock.now += 10
+        log_step(LOG, f"nuts transition {step} of 100", step, 100)
+    assert stream.lines() == ["sampling by NUTS ########## 100/100, 5/s, 0 s left"]
+    clock.now += 35
+    progress.tick()
+    assert stream.lines() == ["sampling by NUTS done, going on (35 s)"]
+    log_stage(LOG, "drawing the figures")
+    clock.now += 2
+    progress.tick()
+    assert stream.lines() == ["drawing the figures (2 s)"]
+
+
+def test_where_there_is_no_room_for_the_rate_there_is_for_the_time_left():
+    bar = Bar("measuring margins: 100 tokens", 3)
+    bar.move(0, 0.0, {})
+    bar.move(1, 20.5, {})
+    assert bar.line(20.5, 60, letters=False) == "measuring margins ###------- 1/3, 20.5 s each, 41 s left"
+    assert bar.line(20.5, 40, letters=False) == "measuring margins ##---- 1/3, 41 s left"
+
+
+@pytest.mark.parametrize(("locale", "bar"), [("C", "#----"), ("C.UTF-8", "\u2588\u2591\u2591\u2591\u2591")])
+def test_the_locale_c_gets_a_bar_of_ascii(attached, monkeypatch, locale, bar):
+    """Python itself writes UTF-8 there."""
+    monkeypatch.setenv("LC_ALL", locale)
+    stream = Terminal()
+    monkeypatch.setattr(Terminal, "encoding", "utf-8", raising=False)
+    attached(stream)
+    log_step(LOG, "map step 1", 2, 10)
+    assert bar in stream.getvalue()
+
+
+def test_a_line_that_announces_work_names_it(attached):
+    stream = Terminal()
+    progress, clock = attached(stream)
+    LOG.info("loading a model: its weights")
+    clock.now += 3
+    progress.tick()
+    assert stream.lines() == ["loading a model: its weights", "loading a model (3 s)"]
+    LOG.info("king: a word that ends alike, and a result")
+    clock.now += 3
+    progress.tick()
+    assert stream.lines()[-1] == "working (3 s)"
+
+
+def test_before_the_first_step_is_done_the_bar_shows_that_time_passes(attached):
+    stream = Terminal()
+    progress, clock = attached(stream)
+    log_step(LOG, "measuring margins: 69 tokens", 0, 6)
+    assert stream.lines() == ["measuring margins ---------- 0/6"]
+    clock.now += 12
+    progress.tick()
+    assert stream.lines() == ["measuring margins ---------- 0/6, for 12 s"]
+    log_step(LOG, "measured up to layer 4", 1, 6)
+    assert stream.lines() == ["measuring margins #--------- 1/6, 12 s each, 1 min 0 s left"]
+
+
 def test_elsewhere_a_long_silence_is_broken_by_a_line(attached):
     stream = io.StringIO()
     progress, clock = attached(stream)

@@ -154,6 +154,10 @@ def test_dark_and_light_differ_and_print_is_light(opened):
     strip = ".map .strip div"
     colours = [page.locator(strip).first.evaluate("node => node.style.background") for page in (light, dark)]
     assert colours[0] != colours[1]
+    dark.emulate_media(media="print")
+    assert dark.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not dark.locator(".screen").first.is_visible()
+    dark.emulate_media(media="screen")
     dark.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert dark.locator(strip).first.evaluate("node => node.style.background") == colours[0]
     dark.evaluate("dispatchEvent(new Event('afterprint'))")

@@ -13,7 +13,7 @@ from torch import Tensor
 from probattn.errors import InputError, require_at_least, require_choice
 from probattn.hf.margins import Kind, Map, margins
 from probattn.inference.reports.support.pieces import Unit, text_units
-from probattn.inference.runtime.progress import log_step
+from probattn.inference.runtime.progress import log_stage, log_step
 from probattn.models.checkpoint import Checkpoint, split_text
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = ["MAPS", "Reading", "read_margins", "variable"]
 _LOG = logging.getLogger(__name__)
 MAPS: tuple[Map, ...] = get_args(Map)
 _NUMBERS = 1 << 24  # on one page; 90 MB as text
-_GROUPS, _STEP = 6, 1500  # groups of layers at most, and tokens times layers that are measured without a word
+_GROUPS, _STEP = 6, 300  # groups of layers at most, and tokens times layers that are measured without a word
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,22 @@ def read_margins(
     _require_size(len(tokens), depth, len(kinds))
     context = getattr(config, "max_position_embeddings", None) or len(tokens)
     windows = [(start, min(start + context, len(tokens))) for start in range(0, len(tokens), context)]
-    _LOG.info("%d tokens in %d layers: %s", len(tokens), depth, ", ".join(kinds))
     groups = _groups(range(depth) if layers is None else layers, len(tokens))
+    steps = len(windows) * len(groups)
+    message = f"measuring margins: {len(tokens)} tokens in {depth} layers, {', '.join(kinds)}"
+    if steps > 1:
+        log_step(_LOG, message, 0, steps)
+    else:
+        log_stage(_LOG, message)
     parts = []
     for number, (first, last) in enumerate(windows):
         ids, pieces = tokens[None, first:last].to(model.device), []
         for step, group in enumerate(groups, 1):
             pieces.append(margins(model, ids, kinds, layers=group).isel(sequence=0))
-            if len(groups) * len(windows) > 1:
+            if steps > 1:
                 where = f", window {number + 1} of {len(windows)}" if len(windows) > 1 else ""
                 message = f"measured up to layer {group[-1]}{where}"
-                log_step(_LOG, message, number * len(groups) + step, len(windows) * len(groups))
+                log_step(_LOG, message, number * len(groups) + step, steps)
         found = _joined(pieces, "layer").assign(
             window=("token", np.full(last - first, number)), position=("token", np.arange(last - first))
         )

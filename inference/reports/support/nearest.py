@@ -15,6 +15,7 @@ from probattn.hf import attention_layer
 from probattn.hf.explain import Shares, margin_gradient, past_shares
 from probattn.hf.margins import Kind, Map, residual_streams
 from probattn.inference.reports.support.measure import MAPS, Reading, variable
+from probattn.inference.runtime.progress import log_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,17 +87,19 @@ def nearest_tokens(reading: Reading, model: Any, count: int = 10) -> dict[Map, d
         which: {kind: _ranked(reading, kind, which, count) for kind in reading.kinds} for which in MAPS
     }
     places = sorted({place for lists in wanted.values() for ranked in lists.values() for place in ranked})
-    _LOG.info("explaining %d blocks", len(places))
+    log_step(_LOG, f"explaining the nearest tokens: {len(places)} blocks", 0, len(places))
     reasons: dict[tuple[Map, Kind, int, int], Shares | None] = {}
-    for window, (first, last) in enumerate(reading.windows):
+    done = 0
+    for first, last in reading.windows:
         here = [(row, token) for row, token in places if first <= token < last]
         if here:
             streams, _ = residual_streams(model, reading.tokens[None, first:last].to(model.device))
             for row in sorted({row for row, _ in here}):
                 tokens = [token for at, token in here if at == row]
                 reasons |= _pulls(reading, model, streams, row, tokens, first, wanted)
+                done += len(tokens)
+                log_step(_LOG, f"explained {done} of {len(places)} blocks", done, len(places))
             del streams
-        _LOG.debug("window %d explained", window)
     return {
         which: {
             kind: [_described(reading, kind, which, place, reasons[which, kind, *place]) for place in ranked]

@@ -14,7 +14,7 @@ import numpy as np
 from probattn.hf.margins import Kind, Map
 from probattn.inference.reports.support.measure import MAPS, Reading, variable
 from probattn.inference.reports.support.nearest import Nearest, nearest_tokens, smallest
-from probattn.inference.reports.support.pieces import shown_text
+from probattn.inference.reports.support.pieces import shown_text, text_direction
 from probattn.inference.reports.support.words import KINDS, MAP_WORDS, sensitivity_words
 from probattn.inference.runtime.files import finite_or_null
 from probattn.models.checkpoint import Checkpoint
@@ -175,6 +175,7 @@ def _render(
         entries=entries,
         kinds={kind: KINDS[kind] for kind in reading.kinds},
         maps=MAP_WORDS,
+        direction=text_direction(reading.text),
         sensitivity=sensitivity_words(),
         data=data,
     )

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Unit", "shown_text", "text_units"]
+__all__ = ["Unit", "shown_text", "text_direction", "text_units"]
 
 _JOINER = "\u200d"
 _NON_JOINER = "\u200c"
@@ -71,6 +71,23 @@ def text_units(text: str, spans: Sequence[tuple[int, int]]) -> list[Unit]:
 def shown_text(text: str) -> str:
     """Text with pictures for control characters, which would be invisible or act on the page."""
     return text.translate(_PICTURES)
+
+
+def text_direction(text: str) -> str:
+    """Direction of a text, that of its first letter that has one, as HTML's ``dir="auto"`` finds it.
+
+    Args:
+        text: the whole text; a part of it may begin with a word of the other direction.
+
+    Returns:
+        "ltr" or "rtl".
+
+    Example:
+        >>> text_direction("1. tea, \u05e9\u05dc\u05d5\u05dd"), text_direction("\u05e9\u05dc\u05d5\u05dd, tea")
+        ('ltr', 'rtl')
+    """
+    strong = (unicodedata.bidirectional(character) for character in text)
+    return "rtl" if next((kind for kind in strong if kind in ("L", "R", "AL")), "L") != "L" else "ltr"
 
 
 def _is_boundary(text: str, place: int) -> bool:

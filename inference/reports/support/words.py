@@ -51,7 +51,7 @@ KINDS: dict[Kind, KindWords] = {
     "logabsdet": KindWords(
         "log|det J|",
         "log-determinant",
-        "The factor by which the map changes volume at the token, as a logarithm. The list ranks by |det J|, whatever "
+        "The logarithm of the factor by which the map changes volume at the token. The list ranks by |det J|, whatever "
         "its sign; the boundary is at minus infinity, and beyond it det J is negative.",
         0.0,
         -60.0,
@@ -62,8 +62,8 @@ KINDS: dict[Kind, KindWords] = {
     "spectral": KindWords(
         "1 − λ",
         "real eigenvalue",
-        "1 minus the largest real eigenvalue of I − J. Attention that is turned up from nothing to its full strength "
-        "meets a singular block on the way where this is negative.",
+        "1 minus the largest real eigenvalue of I − J. Where it is negative, attention turned up from nothing to its "
+        "full strength makes J singular on the way.",
         1.0,
         0.0,
         2.0,
@@ -86,11 +86,12 @@ KINDS: dict[Kind, KindWords] = {
 MAP_WORDS: dict[Map, dict[str, str]] = {
     "generator": {
         "title": "generator, u − μ(u)",
-        "meaning": "J = I − M with M = dμ/du: the map whose determinant makes the density of tokens.",
+        "meaning": "J = I − M with M = dμ/du. Were the token attention plus noise, u = μ(u) + ε, this would be the map "
+        "from token to noise; its determinant makes the density.",
     },
     "update": {
         "title": "update, u + μ(u)",
-        "meaning": "J = I + M with M = dμ/du: what the network itself does to the token. Its boundary is elsewhere.",
+        "meaning": "J = I + M with M = dμ/du: what the network itself does to the token. Its boundary is another one.",
     },
 }
 

@@ -44,7 +44,7 @@ class TestVerdict:
 
     def test_holds_with_a_condition_if_entropy_predicts_better(self):
         claim = claim_on(predicted(0.5))
-        words = "holds if the margin need not predict better than the entropy of the next-token distribution"
+        words = "holds if a margin is not required to predict better than the entropy of the next-token distribution"
         assert verdict_in_words(claim) == words
 
     def test_does_not_hold_for_margins_that_know_nothing(self):

@@ -37,11 +37,11 @@ class TestVerdict:
         ("volume", "nearest", "words"),
         [
             (PATTERN, NEARER, "holds"),
-            (PATTERN, ZERO, "holds if the place of a block means its volume log|det J_i|, not its nearest approach"),
-            (ZERO, NEARER, "holds if the place of a block means its nearest approach, not its volume log|det J_i|"),
+            (PATTERN, ZERO, "holds if only the volume log|det J_i| is claimed, not the smallest singular value"),
+            (ZERO, NEARER, "holds if only the smallest singular value is claimed, not the volume log|det J_i|"),
             (ZERO, ZERO, "does not hold"),
             (0.2 * PATTERN, ZERO, "does not hold"),  # a difference below a nat does not count, however certain
-            (PATTERN, -NEARER, "holds if the place of a block means its volume log|det J_i|, not its nearest approach"),
+            (PATTERN, -NEARER, "holds if only the volume log|det J_i| is claimed, not the smallest singular value"),
         ],
         ids=["both", "volume", "nearest", "neither", "small", "away from the boundary"],
     )

@@ -144,7 +144,7 @@ class TestReading:
             found = read_margins(HOSTILE, checkpoint, KINDS).margins
         xarray.testing.assert_identical(found, reading.margins)
         steps = [(record.step, record.total) for record in caplog.records if hasattr(record, "total")]
-        assert steps == [(k, 8) for k in range(1, 9)]  # two layers in four windows
+        assert steps == [(k, 8) for k in range(9)]  # two layers in four windows, and the beginning
 
     def test_bad_arguments(self, checkpoint, monkeypatch):
         for kinds, options, words in (

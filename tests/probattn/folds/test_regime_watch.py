@@ -1,11 +1,14 @@
 """A search for folds that takes long says so, once, and keeps its budget."""
 
 import logging
+import re
 
+import pytest
 import torch
 
 from probattn import CausalAttention, regime
 from probattn.folds import regime as module
+from probattn.solve.context import Context
 from support import tokens
 
 
@@ -40,3 +43,26 @@ def test_a_quick_search_and_no_search_are_silent(monkeypatch, caplog):
 def test_the_budget_is_kept_and_told():
     found = regime(attention(), tokens(0, 30, 2), search=True, budget=1000)
     assert found.evidence.endswith("no fold found at 960 points after 4 of 28 pasts, the budget")
+
+
+@pytest.mark.parametrize(("length", "budget"), [(30, 240), (30, 1000), (7, 2000)])
+def test_no_more_points_are_visited_than_the_budget_allows_and_as_many_as_it_says(monkeypatch, length, budget):
+    """Counted where a next token's Jacobian is evaluated, not where the evidence is written."""
+    visited, own = [], Context.mean_and_jacobian
+
+    def counted(self, u):
+        visited.append(len(u))
+        return own(self, u)
+
+    u = tokens(0, length, 2)
+    monkeypatch.setattr(Context, "mean_and_jacobian", counted)
+    regime(attention(), u)
+    assert visited == []  # without a search none
+    found = regime(attention(), u, search=True, budget=budget)
+    assert 0 < sum(visited) <= budget
+    told = re.search(r"no fold found at ([\d,]+) points", found.evidence)
+    assert int(told[1].replace(",", "")) == sum(visited)
+    fewer = sum(visited)
+    visited.clear()
+    regime(attention(), u, search=True, budget=2 * budget)
+    assert sum(visited) > fewer  # the control: it is the budget that ends the search
