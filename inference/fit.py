@@ -66,8 +66,10 @@ _FIT: Mapping[type[Method], Callable[..., Draws]] = {
     MapConfig: fit_map,
 }
 _ALONE = ("nuts", "laplace")
-_OF_DATA = ("array", "standardise", "project", "rank", "value_dim", "prior_scale", "compare")
+_OF_DATA = ("array", "standardise", "project", "rank", "value_dim", "prior_scale")
 _NOT_OF_LAYERS = (*_OF_DATA, "heads", "mask", "memory_radius", "contraction")
+# What can be compared, by input.
+_COMPARED = {"data": ("jacobian", "mask", "heads"), "layer": ("jacobian", "temperature", "update", "noise")}
 _TYPICAL = 15  # gradients of a transition of NUTS: trajectories of four doublings
 _LOG = logging.getLogger(__name__)
 
@@ -114,7 +116,8 @@ class FitOptions:
         memory_radius: radius of the ball on which keys and values see tokens; without it tokens are seen as they are.
         contraction: limit, below 1, of the contraction that holds for every past; needs a memory radius.
         jacobian: keep the Jacobian in the likelihood; without it the fit is the naive one, to see what it gets wrong.
-        compare: variants that are fitted too and compared by leaving out one sequence at a time.
+        compare: variants that are fitted too and compared by leaving out one sequence at a time: of data jacobian,
+            mask and heads, of a layer jacobian, temperature, update and noise.
         text: language model behind a corpus.
         stream: layer of a language model whose heads are inferred, behind the residual streams of a text.
         out: output folder.
@@ -139,7 +142,7 @@ class FitOptions:
     memory_radius: Annotated[float | None, Range(above=0)] = None
     contraction: Annotated[float | None, Range(above=0, below=1)] = None
     jacobian: bool = True
-    compare: tuple[Literal["jacobian", "mask", "heads"], ...] = ()
+    compare: tuple[Literal["jacobian", "mask", "heads", "temperature", "update", "noise"], ...] = ()
     text: TextOptions = field(default_factory=TextOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     out: Path = Path("runs/fit")
@@ -168,6 +171,10 @@ class FitOptions:
         """Refuse options that the kind of input has no use for."""
         defaults = {entry.name: entry.default for entry in fields(self)}
         read = "data" if self.data is not None else "corpus" if self.corpus is not None else "layer"
+        for name in self.compare:
+            if name not in _COMPARED.get(read, ()):
+                kinds = [kind for kind, names in _COMPARED.items() if name in names]
+                raise InputError(f"comparing {name} goes with {' or '.join(kinds)}, and {read} is given; leave it out.")
         of_others = {"data": (), "corpus": _OF_DATA, "layer": _NOT_OF_LAYERS}[read]
         useless = {name: "data" for name in of_others if getattr(self, name) != defaults[name]}
         if read != "corpus":
@@ -231,6 +238,8 @@ def fit(options: FitOptions) -> tuple[Fit, Diagnosis]:
 def _fit_layer(options: FitOptions) -> tuple[Fit, Diagnosis]:
     """The fit of a language model's layer."""
     # Imported here: what stands behind them takes seconds, and most fits are of something else.
+    from probattn.inference.layer.comparison import compare_layers, layer_variants
+    from probattn.inference.layer.cost import require_update_memory
     from probattn.inference.layer.findings import diagnose_layer
     from probattn.inference.layer.problem import pose_layer
     from probattn.inference.layer.report import write_layer_fit
@@ -246,17 +255,31 @@ def _fit_layer(options: FitOptions) -> tuple[Fit, Diagnosis]:
         device=select_device(options.device),
         dtype=getattr(torch, options.dtype),
     )
+    others = layer_variants(problem.model, options.compare)  # refused before the work, not after it
     target = LogDensity(problem.model, problem.u)
+    if problem.model.update is not None:
+        require_update_memory(target, options.method)
     _announce(options.method, target)
     chains = options.method.chains if isinstance(options.method, NutsConfig) else 1
-    start = layer_start(target, chains, options.seed)
-    draws = _infer(options, target, start=start if isinstance(options.method, NutsConfig) else start[0])
+
+    def infer(name: str, target: LogDensity) -> Draws:
+        start = layer_start(target, chains, options.seed)
+        variant = "" if name == AS_ASKED else name.replace(" ", "-")
+        return _infer(options, target, variant, start if isinstance(options.method, NutsConfig) else start[0])
+
+    draws = infer(AS_ASKED, target)
     record = _record(options, problem.model, problem.u, problem.facts, draws)
     attributes = {**_attributes(options, problem.model, record), "signed": int(problem.model.signed)}
     found = assemble_layer(target, draws, seed=options.seed, attributes=attributes)
     diagnosis = diagnose_layer(found)
+    compared = []
+    if options.compare:
+        compared = compare_layers(others, problem.u, _reusing(draws, infer))
+        _say(compared)
     if rank() == 0:
         write_layer_fit(options.out, found, diagnosis, record)
+        if compared:
+            write_comparison(options.out, compared)
     return found, diagnosis
 
 
@@ -321,15 +344,28 @@ def _infer(options: FitOptions, target: LogDensity, variant: str = "", start: Te
 
 def _compare(options: FitOptions, models: Mapping[str, EmbeddingModel], own: Draws, u: Tensor) -> list[Compared]:
     def infer(name: str, target: LogDensity) -> Draws:
+        return _infer(options, target, name.replace(" ", "-"))
+
+    compared = compare(models, u, _reusing(own, infer))
+    _say(compared)
+    return compared
+
+
+def _reusing(own: Draws, infer: Callable[[str, LogDensity], Draws]) -> Callable[[str, LogDensity], Draws]:
+    """Inference that does not repeat the fit that was asked for."""
+
+    def again(name: str, target: LogDensity) -> Draws:
         if name == AS_ASKED:
             return own
         _LOG.info("fitting %s", name)
-        return _infer(options, target, name.replace(" ", "-"))
+        return infer(name, target)
 
-    compared = compare(models, u, infer)
+    return again
+
+
+def _say(compared: list[Compared]) -> None:
     for entry in compared:
         _LOG.info("compared  %s", entry)
-    return compared
 
 
 def _attributes(options: FitOptions, model: EmbeddingModel | LayerModel, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,11 @@ class StreamOptions:
         positions: number of positions in each sequence at which the log-determinant is taken; 0 for all. Their scaled
             sum has no bias, and the time is proportional to their number.
         signed: allow gains below 0, by a normal prior around 1; without it gains are log-normal.
+        temperature: infer an inverse temperature for each head; without it they stay as trained.
+        update_rank: rank of a change of the QK products of heads, which is inferred too; 0 leaves them as trained. Each
+            head and rank adds as many parameters as a token and a query have features.
+        update_heads: numbers of the heads whose QK product may change; without it, all.
+        update_spread: standard deviation a priori of the change of a logit, less what all tokens seen have in common.
     """
 
     model: str | None = None
@@ -40,12 +45,20 @@ class StreamOptions:
     noise_rank: Annotated[int, Range(least=1)] = 2
     positions: Annotated[int, Range(least=0)] = 8
     signed: bool = False
+    temperature: bool = True
+    update_rank: Annotated[int, Range(least=0)] = 0
+    update_heads: tuple[int, ...] = ()
+    update_spread: Annotated[float, Range(above=0)] = 1.0
 
     def __post_init__(self) -> None:
         check_options(self)
         if (self.layer is None) != (self.text is None):
             there, missing = ("layer", "text") if self.text is None else ("text", "layer")
             raise InputError(f"{there} is given and {missing} is not; a fit of a layer needs both.")
+        if self.update_heads and not self.update_rank:
+            raise InputError(f"update_heads is {list(self.update_heads)} and update_rank 0; give a rank of at least 1.")
+        if any(head < 0 for head in self.update_heads) or len(set(self.update_heads)) < len(self.update_heads):
+            raise InputError(f"update_heads is {list(self.update_heads)}; it must hold numbers from 0, each once.")
         if self.given >= self.tokens - 1:
             raise InputError(f"given is {self.given}; of {self.tokens} tokens at least two must be data: lower it.")
         if self.positions > self.tokens - self.given:

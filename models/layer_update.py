@@ -10,7 +10,8 @@ the mean key of their sequence, :math:`\kappa_h^2 = \operatorname{mean}_t \lVert
 :math:`(A x_i)_\rho` has variance 1 over prior and tokens, and so has :math:`c\, \tilde B_\rho^\top R_i^\top R_t
 (k_t - \bar k) / (c\, \kappa_h)`. The change of a logit, less what changes alike for all tokens seen, is the sum of R
 products of the two, times s over the root of R: its standard deviation is s, whatever the layer, the rank and the
-number of features. Derived here.
+number of features. A norm of the queries is followed to first order; as it keeps their length, a large s is not
+reached there. Derived here.
 
 The density of the product BA alone under this prior falls with its singular values: the least of
 :math:`\tfrac12 (\lVert \tilde A \rVert^2 + \lVert \tilde B \rVert^2)` over all ways to write it is its nuclear norm.

@@ -23,7 +23,8 @@ def diagnose_layer(fit: Fit) -> Diagnosis:
     """Judge a fit of a layer, and answer what it was made for.
 
     Besides what :func:`~probattn.inference.results.diagnosis.diagnose` checks: which heads' strength excludes 0 or 1,
-    whether det J > 0 along the posterior, and predictive checks of norms and successive differences.
+    how much a change of low rank changes the logits, whether det J > 0 along the posterior, and predictive checks of
+    norms and successive differences.
 
     Args:
         fit: fit with the groups of :func:`~probattn.inference.layer.result.assemble_layer`.
@@ -32,7 +33,10 @@ def diagnose_layer(fit: Fit) -> Diagnosis:
     numbers, findings = dict(diagnosis.numbers), list(diagnosis.findings)
     if fit.method != "map":
         findings += _heads(fit, numbers)
-        findings += _temperatures(fit)
+        if "inverse_temperature" in fit.groups["posterior"]:
+            findings += _temperatures(fit)
+        if "logit_change" in fit.groups["posterior"]:
+            findings += _updates(fit, numbers)
     findings += _determinants(fit, numbers)
     findings += _predictive(fit, numbers)
     return Diagnosis(findings, numbers)
@@ -74,6 +78,22 @@ def _temperatures(fit: Fit) -> Iterator[Finding]:
     level = "note" if (sharper | flatter).any() else "good"
     words = f"sharper than trained for {_named(sharper)}, flatter for {_named(flatter)}"
     yield Finding("temperatures", level, f"{words}; the interval holds 1 for the rest.")  # type: ignore[arg-type]
+
+
+def _updates(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
+    """Change of the logits of each head whose QK product may change, beside what the prior expects."""
+    low, middle, high = head_intervals(fit, "logit_change")
+    prior = np.asarray(fit.groups["prior"]["logit_change"])
+    expected = np.median(prior.reshape(-1, prior.shape[-1]), axis=0)
+    heads = fit.coords.get("updated_head", np.arange(len(middle)))
+    for place, head in enumerate(np.asarray(heads).tolist()):
+        numbers[f"logit_change_{head}"] = float(middle[place])
+        words = (
+            f"logits change by {middle[place]:.2g} ({low[place]:.2g} to {high[place]:.2g}), in root mean square over "
+            f"the tokens seen; the prior expects {expected[place]:.2g}"
+        )
+        size = np.median(np.asarray(fit.groups["posterior"]["update_norm"])[..., place])
+        yield Finding(f"QK product of head {head}", "note", f"{words}. The product changes by {size:.2g} of its norm.")
 
 
 def _determinants(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:

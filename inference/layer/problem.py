@@ -15,6 +15,7 @@ from probattn.models.checkpoint import open_checkpoint, split_text
 from probattn.models.layer import LayerModel
 from probattn.models.layer_options import StreamOptions
 from probattn.models.layer_streams import Streams, layer_streams, outlying_coordinates
+from probattn.models.layer_update import update_prior
 from probattn.models.reading import read_regular
 
 __all__ = ["LayerProblem", "pose_layer"]
@@ -80,6 +81,16 @@ def pose_layer(
             more,
             "; --noise diagonal infers one scale for each" if options.noise == "scalar" else "",
         )
+    update = None
+    if options.update_rank:
+        update = update_prior(
+            streams.layer,
+            streams.u,
+            rank=options.update_rank,
+            heads=sorted(options.update_heads) or None,
+            spread=options.update_spread,
+            given=options.given,
+        )
     model = LayerModel(
         streams.layer,
         options.tokens,
@@ -89,11 +100,13 @@ def pose_layer(
         reference=streams.reference,
         offset=streams.offset,
         gain_spread=1.0 if options.signed else 0.5,
+        temperature_spread=0.25 if options.temperature else None,
         share_spread=0.25 if _has_own_share(streams) else None,
         signed=options.signed,
         positions=options.positions or None,
         position_seed=seed,
         jacobian=jacobian,
+        update=update,
     )
     model.to(device)
     facts = {

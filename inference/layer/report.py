@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_head_intervals", "plot_heads", "write_layer_fit"]
 
-_SUMMARISED = ("strength", "inverse_temperature", "share", "noise_scale")
+_SUMMARISED = (
+    "strength",
+    "inverse_temperature",
+    "share",
+    "noise_scale",
+    "logit_change",
+    "update_norm",
+    "update_spectral_norm",
+)
+_BY_HEAD = ("strength", "inverse_temperature")
 _MOST = 32  # scales of the noise in the summary
 
 
@@ -49,7 +58,7 @@ def plot_heads(fits: Mapping[str, Fit]) -> Figure:
     Args:
         fits: fits by label.
     """
-    names = ("strength", "inverse_temperature")
+    names = [name for name in _BY_HEAD if all(name in fit.groups["posterior"] for fit in fits.values())]
     intervals = {name: {label: head_intervals(fit, name) for label, fit in fits.items()} for name in names}
     return plot_head_intervals(intervals)
 
@@ -81,9 +90,12 @@ def _by_head(found: Fit) -> tuple[dict[str, Any], dict[str, Any]]:
     """Draws of each head's numbers, ``(chain, draw)`` by label, and of their prior."""
     posterior, prior = found.groups["posterior"], found.groups["prior"]
     shown, before = {}, {}
-    for name in ("strength", "inverse_temperature"):
+    for name in (*_BY_HEAD, "logit_change"):
+        if name not in posterior:
+            continue
         values = np.asarray(posterior[name])
-        for head in range(min(values.shape[-1], 8)):
+        heads = np.asarray(found.coords["updated_head"] if name == "logit_change" else range(values.shape[-1])).tolist()
+        for place, head in enumerate(heads[:8]):
             label = f"{name.replace('_', ' ')} [{head}]"
-            shown[label], before[label] = values[..., head], np.asarray(prior[name])[..., head].ravel()
+            shown[label], before[label] = values[..., place], np.asarray(prior[name])[..., place].ravel()
     return shown, before

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probattn.errors import NoSolutionError
+from probattn.hf.layers.update import logit_change, relative_size
 from probattn.hf.layers.volume import log_volume
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.log_density import LogDensity
@@ -27,12 +28,18 @@ _LOG = logging.getLogger(__name__)
 _SCORED = 100  # draws per chain whose likelihood is kept sequence by sequence: each costs a pass over all blocks
 _DETERMINANTS = 20  # draws at which the signs of the determinants are looked at
 _PRIOR = 500
+_SIGNS = ("gain", "inverse_temperature", "share", "update_in", "update_out")  # what the determinants depend on
 _DIMS = {
     "gain": ["head"],
     "inverse_temperature": ["head"],
     "strength": ["head"],
     "noise_scale": ["scale"],
     "noise_factor": ["coordinate", "factor"],
+    "update_in": ["updated_head", "rank", "feature"],
+    "update_out": ["updated_head", "query", "rank"],
+    "logit_change": ["updated_head"],
+    "update_norm": ["updated_head"],
+    "update_spectral_norm": ["updated_head"],
     "norm": ["sequence"],
     "difference": ["sequence"],
 }
@@ -57,19 +64,21 @@ def assemble_layer(
         attributes: versions, hardware and the like, by name.
 
     Returns:
-        :class:`Fit` with the groups posterior (sites, and ``strength``, the share times the gains), sample_stats,
-        log_likelihood per sequence and log_prior at some of the draws, prior, observed_data and posterior_predictive
-        (mean norm and mean successive difference of each sequence), and constant_data. Attributes of the signs:
-        ``draws_looked_at`` and ``positive_draws``, those with det J > 0 at every token looked at.
+        :class:`Fit` with the groups posterior, sample_stats, log_likelihood per sequence and log_prior at some of the
+        draws, prior, observed_data and posterior_predictive (mean norm and mean successive difference of each
+        sequence), and constant_data. The posterior has the sites, ``strength``, the share times the gains, and of a
+        change of low rank, whose factors are known up to a change of basis, ``logit_change``, ``update_norm`` and
+        ``update_spectral_norm`` as of :mod:`probattn.hf.layers.update`. Attributes of the signs: ``draws_looked_at``
+        and ``positive_draws``, those with det J > 0 at every token looked at.
     """
     model, u = cast(LayerModel, target.model), target.data[0]
     chains, count, dim = draws.z.shape
     flat = draws.z.reshape(-1, dim)
-    sites = _with_strength(target.constrain(flat))
+    sites = _with_derived(model, target.constrain(flat), u)
     kept = torch.linspace(0, count - 1, min(count, _SCORED)).round().long()
     terms = target.evaluate(draws.z[:, kept].reshape(-1, dim))
     looked, positive = _signs(model, sites, u)
-    prior = _with_strength(target.prior_draws(_PRIOR, seed))
+    prior = _with_derived(model, target.prior_draws(_PRIOR, seed), u)
 
     def by_chain(values: Mapping[str, Tensor]) -> dict[str, Array]:
         return {k: v.reshape(chains, -1, *v.shape[1:]).detach().cpu().numpy() for k, v in values.items()}
@@ -86,7 +95,8 @@ def assemble_layer(
     predicted = _predict(model, sites, u, predictive, seed)
     if predicted:
         groups["posterior_predictive"] = {name: value.unsqueeze(0).cpu().numpy() for name, value in predicted.items()}
-    axes: dict[str, list[str]] = {name: names for name, names in _DIMS.items() if name in sites or len(names) == 1}
+    statistics = groups["observed_data"]
+    axes: dict[str, list[str]] = {name: names for name, names in _DIMS.items() if name in sites or name in statistics}
     axes["log_likelihood.u"] = ["sequence"]
     axes |= {f"log_prior.{name}": [] for name in target.sites}
     coords = {
@@ -96,6 +106,13 @@ def assemble_layer(
     }
     if "noise_factor" in sites:
         coords |= {"coordinate": np.arange(model.dim), "factor": np.arange(model.noise_rank)}
+    if model.update is not None:
+        coords |= {
+            "updated_head": np.array(model.update.heads),
+            "rank": np.arange(model.update.rank),
+            "feature": np.arange(model.dim),
+            "query": np.arange(model.update.size),
+        }
     signs = {"draws_looked_at": looked, "positive_draws": positive}
     return Fit(draws.method, groups, axes, coords, {**dict(attributes or {}), **draws.info, **signs})
 
@@ -112,9 +129,16 @@ def stream_statistics(u: Tensor, given: int) -> dict[str, Tensor]:
     return {"norm": norm.mean(-1), "difference": difference.mean(-1)}
 
 
-def _with_strength(sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_derived(model: LayerModel, sites: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
+    """Sites and what follows from them; of a change of low rank, what its factors have in common with all others."""
     share = sites.get("share")
-    return {**sites, "strength": sites["gain"] if share is None else share.unsqueeze(-1) * sites["gain"]}
+    found = {**sites, "strength": sites["gain"] if share is None else share.unsqueeze(-1) * sites["gain"]}
+    update = model.update_of(sites)
+    if update is not None:
+        size = relative_size(model.layer, update)
+        found["logit_change"] = logit_change(model.layer, update, u, model.given)
+        found |= {"update_norm": size.frobenius, "update_spectral_norm": size.spectral}
+    return found
 
 
 def _signs(model: LayerModel, sites: Mapping[str, Tensor], u: Tensor) -> tuple[int, int]:
@@ -122,9 +146,9 @@ def _signs(model: LayerModel, sites: Mapping[str, Tensor], u: Tensor) -> tuple[i
     total = len(sites["gain"])
     chosen = torch.linspace(0, total - 1, min(total, _DETERMINANTS)).round().long().unique()
     with torch.no_grad():
-        names = [name for name in ("gain", "inverse_temperature", "share") if name in sites]
-        values = {name: sites[name][chosen].unsqueeze(1) for name in names}
-        sign = log_volume(model.attention_of(values), u, _rows(model, u)).smallest_sign
+        values = {name: sites[name][chosen].unsqueeze(1) for name in _SIGNS if name in sites}
+        layer, update = model.scaled_layer(values), model.update_of(values)
+        sign = log_volume(layer, u, _rows(model, u), update=update).smallest_sign
     return len(chosen), int((sign > 0).all(-1).sum())
 
 
@@ -138,7 +162,7 @@ def _predict(model: LayerModel, sites: Mapping[str, Tensor], u: Tensor, count: i
     found = []
     with isolated(u.device, seed=seed), torch.no_grad():
         for row in rows.tolist():
-            values = {name: value[row] for name, value in sites.items() if name != "strength"}
+            values = {name: value[row] for name, value in sites.items()}
             try:
                 drawn = continue_streams(model, values, u, model.noise_of(values).expand((len(u),)).sample())
             except NoSolutionError as error:

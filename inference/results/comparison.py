@@ -22,7 +22,7 @@ from probattn.inference.methods.importance import RELIABLE
 from probattn.inference.methods.log_density import LogDensity
 from probattn.models.embedding import EmbeddingModel
 
-__all__ = ["AS_ASKED", "LEAST_DRAWS", "Compared", "compare", "leave_one_out", "standard_error", "variants"]
+__all__ = ["AS_ASKED", "LEAST_DRAWS", "Compared", "compare", "leave_one_out", "ranked", "standard_error", "variants"]
 
 Array = NDArray[Any]
 AS_ASKED = "as asked"
@@ -125,6 +125,19 @@ def compare(
         pointwise[name], khat = leave_one_out(own, proper)
         unreliable[name] = int((khat > RELIABLE).sum())
         folded[name] = _folded(model, target.constrain(flat), u, target.group_size)
+    return ranked(pointwise, unreliable, folded)
+
+
+def ranked(
+    pointwise: Mapping[str, Array], unreliable: Mapping[str, int], folded: Mapping[str, float]
+) -> list[Compared]:
+    """Sums, differences to the best and standard errors of models whose sequences were left out, best first.
+
+    Args:
+        pointwise: log-density of each sequence given the others, ``(N,)``, by name of the model.
+        unreliable: number of sequences too influential to be left out by weights.
+        folded: share of the draws that fold at the data.
+    """
     best = pointwise[max(pointwise, key=lambda name: pointwise[name].sum())]
     entries = [
         Compared(

@@ -25,7 +25,7 @@ _VERDICTS = {
     "warning": "usable with care",
     "problem": "not reliable",
 }
-_PARAMETERS = ("qk_matrix", "ov_matrix", "strength", "inverse_temperature", "noise_scale")
+_PARAMETERS = ("qk_matrix", "ov_matrix", "strength", "inverse_temperature", "noise_scale", "logit_change")
 _JUDGED = (*_PARAMETERS, "smallest_margin")
 _AGREE, _DISAGREE = 1.01, 1.05  # R-hat up to which chains agree, and beyond which they do not (Vehtari et al., 2021)
 _ENOUGH = 100  # effective draws per chain (Vehtari et al., 2021, arXiv 1903.08008)
