@@ -194,6 +194,26 @@
     dress();
   });
   night.addEventListener("change", dress);
+
+  // On paper: light colours, and the plots as they stand on the screen, scaled with the handles on them.
+  const PAPER = 680;
+  const plots = () => [...document.querySelectorAll(".plot")].filter(plot => plot.clientWidth);
+  addEventListener("beforeprint", () => {
+    document.documentElement.dataset.theme = "light";
+    draw.readTheme();
+    views[page.state.view].render(true);
+    for (const [plot, width, height] of plots().map(plot => [plot, plot.clientWidth, plot.clientHeight])) {
+      Object.assign(plot.style, { width: `${width}px`, height: `${height}px`, zoom: Math.min(1, PAPER / width) });
+      plot.querySelector("canvas").style.height = `${height}px`;
+    }
+  });
+  addEventListener("afterprint", () => {
+    for (const plot of plots()) {
+      for (const name of ["width", "height", "zoom"]) plot.style.removeProperty(name);
+      plot.querySelector("canvas").style.removeProperty("height");
+    }
+    dress();
+  });
   for (const name of VIEWS) {
     const tableOf = find(`${name}-table`);
     if (tableOf) tableOf.addEventListener("toggle", changed);
