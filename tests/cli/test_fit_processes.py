@@ -1,18 +1,16 @@
 """``probattn fit`` as processes: killed and resumed, two that share the work, two that want one folder."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import xarray
+from forked import Forked
 from posteriors import sequences
 
-PROBATTN = [sys.executable, "-m", "probattn", "fit"]
 SHARED = {"svi": ["--steps", "200", "--draws", "120"], "map": ["--steps", "100"]}
 TWO_PROCESSES = [
     sys.executable,
@@ -53,14 +51,10 @@ def test_killed_and_resumed_is_the_unbroken_fit(folder, here, method, options):
     whole = here("fit", *command, "--out", f"whole-{method}", cwd=folder)
     assert whole.returncode == 0, whole.stderr
     out = folder / f"broken-{method}"
-    process = subprocess.Popen(
-        [*PROBATTN, *command, "--out", out.name], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (out / f"{method}.pt").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    with Forked("fit", *command, "--out", out.name, cwd=folder) as process:
+        process.until((out / f"{method}.pt").exists)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     assert not (out / "fit.nc").exists(), "the run ended before it was killed"
     resumed = here("fit", *command, "--out", out.name, "--resume", cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
@@ -68,7 +62,9 @@ def test_killed_and_resumed_is_the_unbroken_fit(folder, here, method, options):
     xarray.testing.assert_equal(posterior(out / "fit.nc"), posterior(folder / f"whole-{method}" / "fit.nc"))
 
 
-@pytest.mark.parametrize("method", [pytest.param("svi", marks=pytest.mark.slow), "map"])
+# That two processes average to one is in tests/probattn/hf/test_barrier_backward.py with the fast tests.
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["svi", "map"])
 def test_two_processes_are_one(folder, here, method):
     command = ["fit", "--data", "hidden.npz", "--method", method, *SHARED[method], "--shards", "2"]
     one = here(*command, "--out", f"one-{method}", cwd=folder)
@@ -85,28 +81,21 @@ def test_two_processes_are_one(folder, here, method):
     xarray.testing.assert_allclose(shared, alone, rtol=1e-9, atol=1e-12)
 
 
-def test_a_sampler_in_two_processes_is_refused(folder):
-    result = subprocess.run(
-        [*TWO_PROCESSES, "fit", "--data", "hidden.npz", "--method", "nuts"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=300,
-    )
-    assert result.returncode != 0
+def test_a_sampler_in_two_processes_is_refused(folder, here, monkeypatch):
+    monkeypatch.setattr("probattn.inference.fit.world_size", lambda: 2)
+    result = here("fit", "--data", "hidden.npz", "--method", "nuts", cwd=folder)
+    assert result.returncode == 2
     assert "--method nuts runs in one process and 2 were started; use svi or map" in result.stderr
 
 
 def test_two_runs_into_one_folder(folder, here):
     """The second is refused, and the first is not disturbed."""
     words = ["--data", "hidden.npz", "--method", "map", "--steps", "100000", "--patience", "0", "--out", "shared"]
-    with subprocess.Popen([*PROBATTN, *words], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not (folder / "shared" / "map.pt").exists() and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
+    with Forked("fit", *words, cwd=folder) as process:
+        process.until((folder / "shared" / "map.pt").exists)
         second = here("fit", "--data", "hidden.npz", "--method", "laplace", "--out", "shared", cwd=folder)
-        process.terminate()
-        process.communicate(timeout=60)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
     assert second.returncode == 2
     assert second.stderr.startswith(f"probattn: --out shared: in use by process {process.pid} on ")
     assert {entry.name for entry in (folder / "shared").iterdir()} <= {"map.pt", "map.previous.pt"}

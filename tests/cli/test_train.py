@@ -89,16 +89,15 @@ def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, here, number)
     assert [line["eval_loss"] for line in lines(out, "eval_loss")][-1] == lines(whole, "eval_loss")[-1]["eval_loss"]
 
 
+# That two processes average to one is in tests/probattn/hf/test_barrier_backward.py with the fast tests.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        pytest.param(
-            shlex.split(
-                "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-                "--dynamo_backend no --main_process_port 0"
-            ),
-            marks=pytest.mark.slow,
+        shlex.split(
+            "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+            "--dynamo_backend no --main_process_port 0"
         ),
     ],
     ids=["torchrun", "accelerate"],

@@ -74,6 +74,7 @@ def test_the_competitors_compute_the_same():
     torch.testing.assert_close(attention.residual(naive_sequence(attention, e, 1e-12)), e, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_is_measured_and_linear():
     (row,) = memory((4096, 8192))  # each in a process of its own; shorter ones are lost in what a process has spare

@@ -17,8 +17,8 @@ from probattn.inference.results.posterior import assemble
 U = short_sequences()
 
 
-def by_nuts(seed, method="vectorised"):
-    config = NutsConfig(chains=2, chain_method=method, warmup=20, draws=4, max_depth=3, seed=seed)
+def by_nuts(seed, method="vectorised", chains=2):
+    config = NutsConfig(chains=chains, chain_method=method, warmup=20, draws=4, max_depth=3, seed=seed)
     return fit_nuts(LogDensity(bilinear_model(U), U), config).z
 
 
@@ -34,7 +34,7 @@ def by_laplace(seed):
 
 METHODS = {
     "nuts": by_nuts,
-    "stock nuts": lambda seed: by_nuts(seed, "sequential"),
+    "stock nuts": lambda seed: by_nuts(seed, "sequential", chains=1),
     "svi": lambda seed: fit_svi(LogDensity(bilinear_model(U), U), SviConfig(steps=10, draws=8, seed=seed)).z,
     "laplace": by_laplace,
     "map": by_map,
