@@ -78,8 +78,17 @@ def _usual_precision():
     torch.set_default_dtype(torch.float32)
 
 
+# This page samples with NUTS and writes two fits with all their figures.
+LONG = "how-to/arviz.md"
+WITH_CODE = [
+    pytest.param(page, marks=[pytest.mark.slow] * (name(page) == LONG), id=name(page))
+    for page in PAGES
+    if CODE.search(page.read_text(encoding="utf-8"))
+]
+
+
 @pytest.mark.usefixtures("_usual_precision")
-@pytest.mark.parametrize("page", [page for page in PAGES if CODE.search(page.read_text(encoding="utf-8"))], ids=name)
+@pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "verify").mkdir(parents=True)
     shutil.copy(LEDGER, tmp_path / "runs" / "verify" / "claims.json")

@@ -254,7 +254,7 @@ class TestInferenceOverItsParameters:
         assert float(median["scale"]) == pytest.approx(exact["scale"], abs=0.03)
 
     def test_nuts(self, data, exact):
-        mcmc = MCMC(NUTS(model), num_samples=150, warmup_steps=80, disable_progbar=True)
+        mcmc = MCMC(NUTS(model), num_samples=100, warmup_steps=60, disable_progbar=True)
         mcmc.run(data)
         draws = mcmc.get_samples()["a"]
         error = exact["sd"] / float(mcmc.diagnostics()["a"]["n_eff"]) ** 0.5
