@@ -51,7 +51,7 @@ class Bar:
 
     @property
     def is_full(self) -> bool:
-        """Whether all steps are done."""
+        """True once all steps are done."""
         return self._last[0] >= self.total
 
     def line(self, now: float, width: int, letters: bool = True) -> str:
