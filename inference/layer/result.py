@@ -76,6 +76,7 @@ def assemble_layer(
     flat = draws.z.reshape(-1, dim)
     sites = _with_derived(model, target.constrain(flat), u)
     kept = torch.linspace(0, count - 1, min(count, _SCORED)).round().long()
+    _LOG.info("scoring %d of %d draws, sequence by sequence", len(kept) * chains, count * chains)
     terms = target.evaluate(draws.z[:, kept].reshape(-1, dim))
     looked, positive = _signs(model, sites, u)
     prior = _with_derived(model, target.prior_draws(_PRIOR, seed), u)
@@ -92,6 +93,8 @@ def assemble_layer(
         "observed_data": {name: value.cpu().numpy() for name, value in stream_statistics(u, model.given).items()},
         "constant_data": {"length": np.array(u.shape[1]), "sequences": np.array(len(u))},
     }
+    if predictive:
+        _LOG.info("drawing %d data sets, token by token, to compare with the streams", predictive)
     predicted = _predict(model, sites, u, predictive, seed)
     if predicted:
         groups["posterior_predictive"] = {name: value.unsqueeze(0).cpu().numpy() for name, value in predicted.items()}
