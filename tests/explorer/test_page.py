@@ -425,6 +425,30 @@ def test_legends_are_whole_at_every_width(open_page, settle, width, large):
                 assert apart, (words, other)
 
 
+def test_on_paper_the_plot_is_light_and_its_handles_stay_on_it(open_page, settle):
+    page = open_page(color_scheme="dark")
+    before = page.locator("#line .plot").bounding_box()
+    at = [
+        (handle.bounding_box()["x"] - before["x"]) / before["width"] for handle in page.locator("#line .handle").all()
+    ]
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    plot = page.locator("#line .plot").bounding_box()
+    assert plot["width"] <= 681
+    assert plot["width"] / plot["height"] == pytest.approx(before["width"] / before["height"], rel=0.01)
+    there = [(handle.bounding_box()["x"] - plot["x"]) / plot["width"] for handle in page.locator("#line .handle").all()]
+    assert there == pytest.approx(at, abs=0.01)
+    assert not page.locator("#theme").is_visible()
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    settle(page)
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.locator("#line .plot").bounding_box() == before
+
+
 def test_what_a_new_user_sees_first(open_page, settle, until):
     page = open_page()
     shown = numbers(page)
