@@ -104,7 +104,8 @@ def test_a_panel_that_borrows_labels_is_shown_with_them(tmp_path):
     parts = save_figures({"figure": figure}, tmp_path)["figure"].parts
     assert [len(part) for part in parts] == [1, 1, 1, 2, 1]  # title, legend, own, borrowed, a map with its colours
     (first,), (labels, panel) = parts[2:4]
-    assert labels.left == pytest.approx(first.left + 4, abs=0.1)
+    # Half a pixel: constrained layout stops within a fraction of one, which after other figures is another fraction.
+    assert labels.left == pytest.approx(first.left + 4, abs=0.5)
     assert labels.left + labels.width < panel.left
     assert (labels.top, labels.height) == (panel.top, panel.height)
 
