@@ -16,7 +16,7 @@ from probattn.inference.studies.robustness.figures import draw_study
 from probattn.inference.studies.robustness.gains import measure_gains
 from probattn.inference.studies.robustness.obfuscation import check_obfuscation
 from probattn.inference.studies.robustness.study import Record
-from probattn.inference.studies.robustness.summary import Summary, summarise
+from probattn.inference.studies.robustness.summary import Summary, shared_seeds, summarise
 from probattn.inference.studies.robustness.table import render_table
 from probattn.inference.studies.robustness.training import one_thread
 from probattn.inference.studies.robustness.verdict import Verdict, judge_study
@@ -75,8 +75,9 @@ def write_study(
     for name, figure in figures.items():
         write_figure(folder / f"{name}.png", figure)
     with one_thread():
-        attacked = [] if weights is None else check_obfuscation(weights, arms, study, corpus, summary.seeds)
-        gains = [] if weights is None else measure_gains(weights, arms, study, corpus, summary.seeds)
+        seeds = shared_seeds(records)
+        attacked = [] if weights is None else check_obfuscation(weights, arms, study, corpus, seeds)
+        gains = [] if weights is None else measure_gains(weights, arms, study, corpus, seeds)
     table = render_table(
         summary, verdict, records, arms, study, corpus.name, environment, list(figures), attacked=attacked, gains=gains
     )

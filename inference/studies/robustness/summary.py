@@ -21,7 +21,7 @@ from probattn.inference.studies.robustness.evaluation import Array
 from probattn.inference.studies.robustness.rules import LEVEL, LONGER, PLAIN, RELEVANT, SHORTER, TOLERATED
 from probattn.inference.studies.robustness.study import Record
 
-__all__ = ["ArmSummary", "Difference", "Summary", "in_words", "paired_difference", "summarise"]
+__all__ = ["ArmSummary", "Difference", "Summary", "in_words", "paired_difference", "shared_seeds", "summarise"]
 
 RESAMPLES = 2000
 _POINTS = 61  # of a path that is kept
@@ -257,10 +257,15 @@ def _compare(own: _Losses, other: _Losses, resamples: int) -> dict[str, Differen
 
 
 def _at_the_loss_of(own: _Losses, plain: Sequence[_Losses]) -> _Losses | None:
-    """Losses that plain training would have at an arm's clean loss, seed by seed; None where it has none such."""
+    """Losses that plain training would have at an arm's clean loss, by seed; None where it has none such.
+
+    Seeds without all three runs of plain training are left out.
+    """
     matched = {}
     for seed, losses in own.items():
-        runs = sorted((run[seed] for run in plain if seed in run), key=lambda run: float(run[CLEAN].mean()))
+        if not all(seed in run for run in plain):
+            continue
+        runs = sorted((run[seed] for run in plain), key=lambda run: float(run[CLEAN].mean()))
         clean, wanted = [float(run[CLEAN].mean()) for run in runs], float(losses[CLEAN].mean())
         place = int(np.searchsorted(clean, wanted))
         if not 0 < place < len(runs):
@@ -273,6 +278,21 @@ def _at_the_loss_of(own: _Losses, plain: Sequence[_Losses]) -> _Losses | None:
 def _facts(record: Record) -> dict[str, float]:
     training, total = record.seconds
     return {**record.facts, "seconds": total, "training_seconds": training}
+
+
+def shared_seeds(records: Sequence[Record]) -> tuple[int, ...]:
+    """Seeds that all arms have, where they are two at least; else all seeds.
+
+    What is averaged over seeds and not paired by them, such as losses under stronger attacks, is comparable so.
+
+    Args:
+        records: records of the study.
+    """
+    by_arm: dict[str, set[int]] = {}
+    for record in records:
+        by_arm.setdefault(record.arm, set()).add(record.seed)
+    shared = set.intersection(*by_arm.values())
+    return tuple(sorted(shared if len(shared) > 1 else set.union(*by_arm.values())))
 
 
 def in_words(found: Difference) -> str:

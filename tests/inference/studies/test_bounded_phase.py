@@ -18,6 +18,7 @@ def test_the_diagram_has_a_curve_per_radius_and_no_number_where_the_map_folds(mo
     found = bounded_phase.mean_field_exponents([0.5, 8.0], [0.9, 3.0])
     assert np.isnan(found).tolist() == [[False, True], [False, False]]
     assert found[1, 0] < 1 < found[1, 1]
+    monkeypatch.setattr(bounded_phase, "mean_field_exponents", lambda radii, contractions: found)
     axis = bounded_phase.plot_phases([0.5, 8.0], [0.9, 3.0]).axes[0]
     assert len(axis.lines) == 6
     assert math.isclose(axis.lines[4].get_ydata()[0], 1.0)

@@ -34,7 +34,7 @@ from probattn.inference.studies.robustness.study import (
     run_study,
     weights_file,
 )
-from probattn.inference.studies.robustness.summary import Summary, paired_difference, summarise
+from probattn.inference.studies.robustness.summary import Summary, paired_difference, shared_seeds, summarise
 from probattn.inference.studies.robustness.table import escape, render_table
 from probattn.inference.studies.robustness.training import batches, forward_with_streams, residual_attention, train
 from probattn.inference.studies.robustness.verdict import judge_study
@@ -553,6 +553,25 @@ class TestResults:
         page = render(summary, planted(effects, arms=arms), arms)
         assert "## At equal clean loss" in page
         assert "## At equal compute" in page
+
+    def test_seeds_that_some_arms_lack_do_not_take_the_comparisons_away(self):
+        """Plain training and one arm have two more seeds than the runs of half and twice the steps."""
+        arms = (*JUDGED, Arm(SHORTER, length=0.5), Arm(LONGER, length=2.0))
+        effects = {LONGER: {CLEAN: -0.2}, SHORTER: {CLEAN: 0.2}, LITERAL: {CLEAN: -0.1}}
+        records = planted(effects, arms=arms)
+        seeds = sorted({record.seed for record in records})
+        more = [record for record in records if record.arm in (PLAIN.name, LITERAL)]
+        more = [replace(record, seed=record.seed + len(seeds)) for record in more]
+        found = summarise([*records, *more], arms, resamples=200).arms[LITERAL]
+        alone = summarise(records, arms, resamples=200).arms[LITERAL]
+        assert found.runs == 2 * alone.runs
+        assert found.equal_loss["swaps"] == alone.equal_loss["swaps"]
+        assert found.equal_compute[CLEAN] == alone.equal_compute[CLEAN]
+        assert shared_seeds([*records, *more]) == tuple(seeds)
+        apart = [
+            record for record in records if (record.arm, record.seed) in ((PLAIN.name, seeds[0]), (LITERAL, seeds[1]))
+        ]
+        assert shared_seeds(apart) == tuple(seeds[:2])
 
     def test_a_summary_of_other_corruptions_is_read_and_shows_what_it_has(self):
         """One that was written before attacks were measured."""
