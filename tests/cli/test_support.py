@@ -7,6 +7,7 @@ import pytest
 import torch
 import xarray
 
+from probattn.cli.app import main
 from probattn.inference.support import SupportOptions, read_source, support
 from probattn.models.causal_lm import CharacterTokeniser, build_causal_lm
 
@@ -149,3 +150,18 @@ def test_weights_that_are_pickled_are_not_read(here, characters, tmp_path):
 
 def test_a_long_text_is_no_path():
     assert read_source("x" * 5000) == ("text", "x" * 5000)
+
+
+def test_an_interrupted_command_that_cannot_resume_does_not_name_the_option(monkeypatch, capsys):
+    class Interrupted(dict):
+        def __call__(self, *_, **__):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("probattn.cli.app.app", Interrupted())
+    for words, remedy in (
+        (["support", "a text"], "run it again."),
+        (["fit", "--data", "u.npz"], "with --resume to go"),
+    ):
+        with pytest.raises(SystemExit, match="130"):
+            main(words)
+        assert remedy in capsys.readouterr().err
