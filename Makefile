@@ -7,8 +7,9 @@ BIN := .venv/bin
 verify: .venv/installed
 	$(BIN)/probattn verify
 
+# Half of the files to each process; the one that ends first takes half of what the other has left.
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 	$(MAKE) notebooks-smoke
 
 test-slow: .venv/installed

@@ -29,6 +29,14 @@ def _fixed_state():
     assert not list(pyro.get_param_store().keys()), "the test left parameters in Pyro's global store"
 
 
+@pytest.fixture(scope="module")
+def undrawn():
+    """Pictures are written empty, where a test looks at everything else that a run leaves; tests of plotting draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.draw", lambda self, renderer: None)
+        yield
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():

@@ -13,6 +13,8 @@ from forked import Forked
 from probattn.errors import InputError
 from probattn.inference.claims import CLAIMS, jacobian
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = {"--steps": "24", "--context": "16", "--dim": "8", "--layers": "1", "--batch": "8"}
 # Where the command line is under test and not the claims.
 QUICK = {**SMALL, "--claims": "jacobian"}

@@ -11,6 +11,8 @@ import xarray
 from forked import Forked
 from posteriors import sequences
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHARED = {"svi": ["--steps", "200", "--draws", "120"], "map": ["--steps", "100"]}
 TWO_PROCESSES = [
     sys.executable,

@@ -16,6 +16,8 @@ from probattn.cli.app import main
 from probattn.cli.output import ForgivingStream, forgiving_output
 from probattn.inference.results.fit_file import Fit
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FIT = [sys.executable, "-m", "probattn", "fit", "--data", "hidden.npz", "--method", "laplace", "--draws", "40"]
 
 

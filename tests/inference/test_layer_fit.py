@@ -19,6 +19,8 @@ from probattn.models.layer_simulate import continue_streams
 from probattn.models.layer_streams import layer_streams, outlying_coordinates, stream_scales
 from probattn.models.projection import fit_projection
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CHARACTERS = (*"abcdefgh .", UNKNOWN)
 SMALL = {"tokens": 8, "positions": 4, "layer": 0}
 

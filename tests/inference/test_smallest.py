@@ -11,6 +11,8 @@ from probattn.errors import InputError
 from probattn.inference.fit import METHODS, FitOptions, fit
 from probattn.models.options import Range
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def smallest(kind):
     """Every option that counts something at its lower bound."""
@@ -38,6 +40,8 @@ def folder(tmp_path):
 def test_the_smallest_run_ends_with_a_verdict(folder, name):
     _, diagnosis = fit(options(name, folder))
     assert diagnosis.verdict != "reliable" or name == "map"
+    words = " ".join(finding.words for finding in diagnosis.findings)
+    assert ("draws are too few to compare with the prior" in words) == (name != "map")
     for file in ("fit.nc", "summary.csv", "diagnosis.json", "config.json"):
         assert (folder / name / file).is_file()
 

@@ -165,7 +165,7 @@ class TestNextToken:
         assert abs(mass.value - exact) < 3 * mass.standard_error
         assert exact > 1
 
-    @pytest.mark.parametrize("dim", [2, 4, 8])
+    @pytest.mark.parametrize("dim", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
     def test_mass_of_a_general_past_is_the_mean_number_of_roots_found(self, dim):
         attention = CausalAttention.from_qk_matrix(0.4 * tokens(5, dim, dim))
         law = NextToken(Context.of(attention, tokens(6, 8, dim)), 0.8)

@@ -252,7 +252,7 @@ def test_a_fit_begins_with_the_curvature_of_its_posterior():
 def test_each_data_set_has_a_chain_of_its_own():
     several = torch.stack([U, 0.5 * U, U + 0.1])
     target = LogDensity(bilinear_model(U), several)
-    config = replace(SHORT, chains=3)
+    config = replace(SHORT, chains=3, max_depth=3)
     start = feasible_start(target, 3, 0)
     state = init(target, config, start, covariance=curvature_guess(target, start))
     while state.step < 28:

@@ -53,7 +53,7 @@ def test_pathwise_gradients(mask):
             tokens(0, 2, 5, 2),
         )
     ]
-    assert torch.autograd.gradcheck(sample, inputs)
+    assert torch.autograd.gradcheck(sample, inputs, fast_mode=True)
 
 
 def test_second_derivatives_are_refused_not_wrong():
@@ -111,7 +111,7 @@ def test_on_a_line_several_solutions_are_found_as_a_grid_finds_them(heads):
         attention, u = attention_like(seed, heads, 1, 1, 1, size=10.0), tokens(seed, 5, 1)
         past = Context.of(attention, u[:4])
         noise = u[4] - past.values.mean(-2).sum(-2)
-        grid = torch.linspace(-60, 60, 60_001, dtype=torch.float64).unsqueeze(-1)
+        grid = torch.linspace(-60, 60, 20_001, dtype=torch.float64).unsqueeze(-1)
         residual = (grid - past.mean(grid) - noise).squeeze(-1)
         if int((residual[1:] * residual[:-1] < 0).sum()) < 2:
             continue
@@ -123,7 +123,7 @@ def test_on_a_line_several_solutions_are_found_as_a_grid_finds_them(heads):
 
 def test_a_hard_case_under_the_strict_mask_is_solved():
     solved = 0
-    for seed in range(40):
+    for seed in range(20):
         attention, e = attention_like(seed, 1, 3, 3, size=8.0), tokens(seed, 8, 3)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SeveralSolutionsWarning)
@@ -131,7 +131,7 @@ def test_a_hard_case_under_the_strict_mask_is_solved():
         # Where J is nearly singular the residual may stop at the tolerance of 1000 epsilons.
         assert (attention.residual(u) - e).abs().max() < 1e-9
         solved += 1
-    assert solved == 40
+    assert solved == 20
 
 
 @pytest.mark.parametrize("rule", ["uniform", "smallest_step", "nearest_mean"])
