@@ -272,7 +272,7 @@ def _fit_layer(options: FitOptions) -> tuple[Fit, Diagnosis]:
     attributes = {**_attributes(options, problem.model, record), "signed": int(problem.model.signed)}
     found = assemble_layer(target, draws, seed=options.seed, attributes=attributes)
     diagnosis = diagnose_layer(found)
-    compared = []
+    compared: list[Compared] = []
     if options.compare:
         compared = compare_layers(others, problem.u, _reusing(draws, infer))
         _say(compared)

@@ -295,4 +295,5 @@ def _read(read: Any, dtype: torch.dtype, attached: bool, update: QueryUpdate) ->
 def _singular_values(left: Tensor, right: Tensor) -> Tensor:
     """Singular values of L^T M, ``(*batch, R)``, for wide L and M, ``(*batch, R, p)``, without forming p x p."""
     first, second = (torch.linalg.qr(part.mT, mode="r")[1] for part in (left, right))
-    return torch.linalg.svdvals(first @ second.mT)
+    values: Tensor = torch.linalg.svdvals(first @ second.mT)
+    return values

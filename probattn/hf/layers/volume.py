@@ -228,7 +228,7 @@ def _evaluate_updated(
             _group(_chosen(one, part), tokens[index[part]], rows, one.scaling.select((part,)), gradient, change)
             for part in parts
         ]
-        found += groups
+        found.extend(groups)
         places.append(index)
         if gradient:
             own = zip(*(group.gradient[3:] for group in groups if group.gradient is not None), strict=True)
