@@ -78,10 +78,10 @@ def _usual_precision():
     torch.set_default_dtype(torch.float32)
 
 
-# This page samples with NUTS and writes two fits with all their figures.
-LONG = "how-to/arviz.md"
+# These pages fit several models and draw many figures.
+LONG = ("how-to/arviz.md", "gallery.md")
 WITH_CODE = [
-    pytest.param(page, marks=[pytest.mark.slow] * (name(page) == LONG), id=name(page))
+    pytest.param(page, marks=[pytest.mark.slow] * (name(page) in LONG), id=name(page))
     for page in PAGES
     if CODE.search(page.read_text(encoding="utf-8"))
 ]

@@ -183,10 +183,9 @@ def unbroken(tmp_path_factory, quietly):
     return folder / "out"
 
 
-# Kills of this command at random moments are in tests/faults; one of the two stays with the fast tests.
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT], ids=["SIGKILL", "Ctrl-C"]
-)
+# Kills at random moments are in tests/faults; with the fast tests `fit` is killed and `train` is interrupted.
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
 def test_killed_and_resumed_is_the_unbroken_run(tmp_path, here, unbroken, number):
     checkpoint = tmp_path / "broken" / "checkpoint.pt"
     with Forked(*RESUMED, "--out", "broken", cwd=tmp_path) as process:

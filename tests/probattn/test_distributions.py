@@ -253,6 +253,7 @@ class TestInferenceOverItsParameters:
         assert abs(float(median["a"]) - exact["mean"]) < exact["sd"]
         assert float(median["scale"]) == pytest.approx(exact["scale"], abs=0.03)
 
+    @pytest.mark.slow
     def test_nuts(self, data, exact):
         mcmc = MCMC(NUTS(model), num_samples=100, warmup_steps=60, disable_progbar=True)
         mcmc.run(data)

@@ -104,7 +104,7 @@ def test_a_bijection_with_negative_determinant_under_the_inclusive_mask():
     assert float(solve_sequence(inclusive, torch.tensor([[0.7]]).double())) == pytest.approx(-0.7)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_on_a_line_several_solutions_are_found_as_a_grid_finds_them(heads):
     missed = several = 0
     for seed in range(150):
