@@ -171,10 +171,10 @@ class FitOptions:
         """Refuse options that the kind of input has no use for."""
         defaults = {entry.name: entry.default for entry in fields(self)}
         read = "data" if self.data is not None else "corpus" if self.corpus is not None else "layer"
-        for name in self.compare:
-            if name not in _COMPARED.get(read, ()):
-                kinds = [kind for kind, names in _COMPARED.items() if name in names]
-                raise InputError(f"comparing {name} goes with {' or '.join(kinds)}, and {read} is given; leave it out.")
+        for respect in self.compare:
+            if respect not in _COMPARED.get(read, ()):
+                kinds = [kind for kind, names in _COMPARED.items() if respect in names]
+                raise InputError(f"comparing {respect} goes with {' or '.join(kinds)}, and {read} is given; leave it out.")
         of_others = {"data": (), "corpus": _OF_DATA, "layer": _NOT_OF_LAYERS}[read]
         useless = {name: "data" for name in of_others if getattr(self, name) != defaults[name]}
         if read != "corpus":

@@ -55,7 +55,7 @@ class UpdatePrior(NamedTuple):
     keys: Tensor
 
     @property
-    def count(self) -> int:
+    def parameters(self) -> int:
         """Number of parameters, n R (p + r)."""
         return len(self.heads) * self.rank * (len(self.features) + self.size)
 
@@ -123,7 +123,7 @@ def update_prior(
         ... )
         >>> layer = attention_layer(LlamaForCausalLM(config), 0)
         >>> prior = update_prior(layer, torch.randn(3, 6, 8), rank=1, heads=[1])
-        >>> prior.count, {name: tuple(value.event_shape) for name, value in prior.priors().items()}
+        >>> prior.parameters, {name: tuple(value.event_shape) for name, value in prior.priors().items()}
         (12, {'update_in': (1, 1, 8), 'update_out': (1, 4, 1)})
     """
     sublayer = layer.sublayer._replace(scaling=None)

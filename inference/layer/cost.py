@@ -64,7 +64,7 @@ def require_update_memory(target: LogDensity, method: NutsConfig | SviConfig | L
     heads = f"{len(prior.heads)} head{'s' * (len(prior.heads) > 1)}"
     _LOG.info(
         "a change of rank %d of the QK product of %s: %s of %s parameters; method and draws take about %s MiB",
-        *(prior.rank, heads, f"{prior.count:,}", f"{target.dim:,}", f"{needed / 2**20:,.0f}"),
+        *(prior.rank, heads, f"{prior.parameters:,}", f"{target.dim:,}", f"{needed / 2**20:,.0f}"),
     )
     if needed <= free:
         return needed
