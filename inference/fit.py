@@ -174,7 +174,9 @@ class FitOptions:
         for respect in self.compare:
             if respect not in _COMPARED.get(read, ()):
                 kinds = [kind for kind, names in _COMPARED.items() if respect in names]
-                raise InputError(f"comparing {respect} goes with {' or '.join(kinds)}, and {read} is given; leave it out.")
+                raise InputError(
+                    f"comparing {respect} goes with {' or '.join(kinds)}, and {read} is given; leave it out."
+                )
         of_others = {"data": (), "corpus": _OF_DATA, "layer": _NOT_OF_LAYERS}[read]
         useless = {name: "data" for name in of_others if getattr(self, name) != defaults[name]}
         if read != "corpus":
