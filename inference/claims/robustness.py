@@ -98,7 +98,7 @@ def words_of_verdict(verdict: Verdict) -> dict[str, str | None]:
         The fields ``condition`` and ``finding`` of a :class:`~probattn.inference.claims.claim.Claim`.
     """
     if verdict.overall == "supported_within":
-        condition = "the corruption is not noise in proportion to the embeddings, random or the worst"
+        condition = f"the corruption is {verdict.corruptions}"
         return {"condition": condition, "finding": _sentence(verdict.condition or "")}
     return {"condition": verdict.condition, "finding": ""}
 

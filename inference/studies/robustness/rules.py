@@ -10,10 +10,10 @@ The verdict, by the first rule that applies, with adjusted intervals:
 
 1. *nothing can be said*: plain training diverged, there are fewer than two seeds, or the positive control failed: noise
    training was not found to help against relative noise.
-2. *supported*: some barrier arm shows accuracy and a statement of ``DECISIVE``, whose size is in proportion to the
+2. *holds*: some barrier arm shows accuracy and a statement of ``DECISIVE``, whose size is in proportion to the
    embeddings. The embedding attack decides only if adversarial training, its own positive control, is found to help.
-3. *supported within limits*: some barrier arm shows accuracy and some other statement.
-4. *not supported*: anything else.
+3. *holds if the corruption is ...*: some barrier arm shows accuracy and some other statement.
+4. *does not hold*: anything else.
 
 Comparisons at equal clean loss and at equal compute are reported beside every difference and decide nothing.
 """

@@ -18,9 +18,9 @@ from probattn.inference.studies.robustness.verdict import Verdict
 __all__ = ["escape", "render_table"]
 
 _OVERALL = {
-    "supported": "supported",
-    "supported_within": "supported within limits",
-    "not_supported": "not supported",
+    "supported": "holds",
+    "supported_within": "holds if the corruption is {}",
+    "not_supported": "does not hold",
     "not_run": "nothing can be said",
 }
 
@@ -54,7 +54,11 @@ def render_table(
     Returns:
         Markdown.
     """
-    lines = ["# Is training with the log-barrier more robust?", "", f"**Verdict: {_OVERALL[verdict.overall]}.**"]
+    lines = [
+        "# Is training with the log-barrier more robust?",
+        "",
+        f"**Verdict: {_OVERALL[verdict.overall].format(verdict.corruptions)}.**",
+    ]
     if verdict.condition:
         lines += ["", escape(_capital(verdict.condition).rstrip(".") + ".")]
     lines += ["", *(f"- {escape(_capital(words))}" for words in verdict.words.values()), ""]
@@ -205,11 +209,12 @@ def _obfuscation(attacked: Sequence[Attacked]) -> list[str]:
     count = len(plain.seeds)
     hidden = [found.arm for found in attacked if found.suspicious]
     lines = [
-        f"Bits per character on 32 windows, averaged over {count} seeds, under the strongest level of the study's two "
-        "attacks, the first with three times the steps and from three random starts, the second with the texts that "
-        "were made for the model of another seed. A text of another seed that misleads more than the arm's own would "
-        f"be a sign of hidden gradients: {escape(', '.join(hidden)) if hidden else 'none does'}. The last column is "
-        "the share of the gain over plain training that the strongest of the three attacks on embeddings leaves.",
+        f"Bits per character on 32 windows, averaged over the {count} seeds that all arms have, under the strongest "
+        "level of the study's two attacks, the first with three times the steps and from three random starts, the "
+        "second with the texts that were made for the model of another seed. A text of another seed that misleads "
+        "more than the arm's own would be a sign of hidden gradients: "
+        f"{escape(', '.join(hidden)) if hidden else 'none does'}. The last column is the share of the gain over plain "
+        "training that the strongest of the three attacks on embeddings leaves.",
         "",
     ]
     rows = []

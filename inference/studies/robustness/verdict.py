@@ -28,11 +28,18 @@ class Verdict(NamedTuple):
         overall: "supported", "supported_within" (under other corruptions only), "not_supported" or "not_run".
         condition: condition under which the claim holds, or the reason why nothing can be said; None without either.
         words: one line for each statement, for the question of scale and for the controls, by name.
+        shown: corruptions under which a barrier arm is more robust at no loss of accuracy.
     """
 
     overall: Literal["supported", "supported_within", "not_supported", "not_run"]
     condition: str | None
     words: Mapping[str, str]
+    shown: tuple[str, ...] = ()
+
+    @property
+    def corruptions(self) -> str:
+        """The corruptions of ``shown``, in words."""
+        return " or ".join(STATEMENTS[name].removeprefix("more robust to ") for name in self.shown)
 
 
 def judge_study(summary: Summary) -> Verdict:
@@ -61,7 +68,7 @@ def judge_study(summary: Summary) -> Verdict:
     decisive = [name for name in DECISIVE if not (blind and name == "embedding attack")]
     shown = {name: found for name in FAMILIES if (found := _both(name, barriers, losses))}
     if any(name in shown for name in decisive):
-        return Verdict("supported", None, words)
+        return Verdict("supported", None, words, tuple(shown))
     if shown:
         where = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in shown.items())
         return Verdict(
@@ -69,6 +76,7 @@ def judge_study(summary: Summary) -> Verdict:
             f"only under some corruptions ({where}): no barrier arm is more robust to noise or attacks in proportion "
             f"to the embeddings at no loss of accuracy. {words['scale']}",
             words,
+            tuple(shown),
         )
     return Verdict("not_supported", None, words)
 
@@ -98,7 +106,7 @@ def _scale(summary: Summary, losses: Mapping[str, float]) -> str:
     if not literal.holds("absolute noise", losses):
         return "That the gain is not a matter of scale: no gain of the literal barrier under absolute noise was found."
     left = fixed.differences["absolute noise"]
-    verdict = "supported" if fixed.holds("absolute noise", losses) else "not supported"
+    verdict = "holds" if fixed.holds("absolute noise", losses) else "does not hold"
     return (
         f"That the gain is not a matter of scale: {verdict} (with the literal barrier at the scale of plain training "
         f"the difference is {in_words(left)} bits per character, of {in_words(literal.differences['absolute noise'])} "

@@ -395,12 +395,13 @@ class TestVerdict:
         found = verdict_of({LITERAL: {"absolute noise": -0.05, "relative noise": 0.02}})
         assert found.overall == "supported_within"
         assert found.condition.startswith(f"only under some corruptions (absolute noise: {LITERAL})")
-        assert "not a matter of scale: not supported" in found.condition
+        assert "not a matter of scale: does not hold" in found.condition
+        assert found.corruptions == "noise of a fixed size on the embeddings"
 
     def test_a_gain_that_stays_at_the_plain_scale(self):
         gain = {"absolute noise": -0.05}
         found = verdict_of({LITERAL: gain, LITERAL_AT_PLAIN_SCALE: gain})
-        assert "not a matter of scale: supported" in found.words["scale"]
+        assert "not a matter of scale: holds" in found.words["scale"]
 
     def test_the_attack_on_embeddings_decides_if_its_own_control_is_found(self):
         gain = {LITERAL: {"embedding attack": -0.05}}
@@ -491,7 +492,7 @@ class TestResults:
 
     def test_the_table_has_everything_and_escapes_it(self, records):
         table = render(summarise(records, JUDGED, resamples=50), records, JUDGED)
-        assert "**Verdict: supported within limits.**" in table
+        assert "**Verdict: holds if the corruption is " in table
         assert "seed 1 at step 7" in table
         assert r"a\|\<b\>.txt" in table
         assert escape(LITERAL) in table
