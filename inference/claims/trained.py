@@ -164,8 +164,8 @@ def _finding(results: Results) -> str:
             )
             values = location.profiles["text"][statistic.kind][f"{statistic.order:g}"]["estimate"]
             words.append(
-                f"The {statistic.words} goes from {min(values):.2f} to {max(values):.2f} over layers. Of {layers} layers, "
-                f"so many differ from a control: {each}; from all controls with other weights at once "
+                f"The {statistic.words} goes from {min(values):.2f} to {max(values):.2f} over layers. Of {layers} "
+                f"layers, so many differ from a control: {each}; from all controls with other weights at once "
                 f"{len(location.common(name))}."
             )
     growth = location.growth
