@@ -317,7 +317,8 @@ def test_how_numbers_are_written(ledger):
 
 def test_the_study_of_robustness_takes_the_place_of_the_claim_that_was_not_run(ledger):
     assert {name: claim["verdict"] for name, claim in ledger.claims().items()}.keys() == CLAIMS.keys()
-    assert ledger.claims()["robustness"]["verdict"] == "not_run"  # its first control failed
+    assert ledger.claims()["robustness"]["verdict"] == "supported_within"
+    assert ledger.claims()["robustness"]["condition"] == "the corruption is noise of a fixed size on the embeddings"
     page = (DOCS / "results" / "robustness.md").read_text(encoding="utf-8")
     for words in ledger.claims()["robustness"]["words"].values():
         assert words.split("(")[0].split("; ")[0][1:] in page.replace("\\", "")
