@@ -136,7 +136,8 @@ def as_table(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
         content = row.as_dict()
         ratio = row.notes.get("not measured", "not measured") if row.ratio is None else _ratio(row)
         met = {True: "yes", False: "**no**", None: ""}[row.met]
-        lines.append(f"| {row.work} | {row.against} | {ratio} | {content['goal'] or ''} | {met} |")
+        work, against = (name.replace("|", r"\|") for name in (row.work, row.against))  # a bar ends a cell
+        lines.append(f"| {work} | {against} | {ratio} | {content['goal'] or ''} | {met} |")
     seconds = [
         f"- {row.work}: "
         + ", ".join(f"{name} {timing.least:.4g} s (median {timing.median:.4g})" for name, timing in row.seconds.items())

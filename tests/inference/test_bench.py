@@ -82,6 +82,13 @@ def test_memory_is_measured_and_linear():
     assert row.notes["below 2 GiB"]
 
 
+def test_a_bar_in_the_name_of_a_row_ends_no_cell():
+    where = describe(torch.device("cpu"), torch.float32, 0)
+    table = as_table([Row("log|det|", "a pass|two", 2.0, faster=True)], where)
+    (line,) = (line for line in table.splitlines() if line.startswith("| log"))
+    assert line.replace(r"\|", "").count("|") == 6
+
+
 def test_the_table_shows_what_was_missed_and_what_was_not_measured(monkeypatch):
     seconds = {"ours": Timing(1.0, 1.5, 3), "theirs": Timing(2.0, 2.5, 3)}
     rows = [
