@@ -30,7 +30,7 @@ from torch import Tensor
 from probattn.errors import InputError, require_at_least, require_positive
 from probattn.hf.layers import AttentionLayer
 from probattn.hf.layers.sublayer import project
-from probattn.hf.layers.update import QueryUpdate
+from probattn.hf.layers.update import QueryUpdate, require_heads
 
 __all__ = ["UpdatePrior", "update_prior"]
 
@@ -128,11 +128,7 @@ def update_prior(
     """
     sublayer = layer.sublayer._replace(scaling=None)
     size = sublayer.query.weight.shape[1]
-    chosen = tuple(range(sublayer.heads)) if heads is None else tuple(heads)
-    if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < sublayer.heads:
-        raise InputError(
-            f"update_heads is {list(chosen)}; it must hold increasing numbers of heads, 0 to {sublayer.heads - 1}."
-        )
+    chosen = require_heads("update_heads", range(sublayer.heads) if heads is None else heads, sublayer.heads)
     require_at_least("update_rank", rank)
     if rank > size:
         raise InputError(f"update_rank is {rank}; a query has {size} features, and its change no higher rank.")

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 # The tensors of the tests are small: one thread is faster, and two workers on two cores do not wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,9 @@ import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # inherited where the tests run in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -25,7 +25,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from probattn.inference.claims.claim import verdict_in_words
-from probattn.inference.claims.robustness import words_of_verdict
+from probattn.inference.claims.robustness import FORMULA, words_of_verdict
 from probattn.inference.studies.robustness.summary import Summary
 from probattn.inference.studies.robustness.verdict import judge_study
 
@@ -51,7 +51,7 @@ def claims() -> dict[str, dict[str, Any]]:
     found["robustness"] |= {
         "statement": "A language model trained with the log-barrier is more robust to noise on its embeddings, at no "
         "loss of held-out accuracy.",
-        "formula": "CE(y) + λ Σ_i b_i against CE(y):  Δ loss(u + δ) < 0,  δ = level · rms(u) · z,  Δ loss(u) < 1 %",
+        "formula": FORMULA,
         "verdict": verdict.overall,
         **words_of_verdict(verdict),
         "words": statements,

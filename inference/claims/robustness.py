@@ -20,13 +20,13 @@ from probattn.inference.studies.robustness.arms import ARMS, Arm, Study
 from probattn.inference.studies.robustness.corruptions import CLEAN, FAMILIES, label
 from probattn.inference.studies.robustness.figures import draw_study
 from probattn.inference.studies.robustness.report import RESULTS, study_identity, write_study
-from probattn.inference.studies.robustness.rules import PLAIN, STATEMENTS
+from probattn.inference.studies.robustness.rules import PLAIN, STATEMENTS, TOLERATED
 from probattn.inference.studies.robustness.study import Record, run_study
 from probattn.inference.studies.robustness.summary import Summary, paired_difference, summarise
 from probattn.inference.studies.robustness.verdict import Verdict, judge_study
 from probattn.models.corpus import Corpus
 
-__all__ = ["STUDY", "quick_study", "robustness_claim", "words_of_verdict"]
+__all__ = ["FORMULA", "STUDY", "quick_study", "robustness_claim", "words_of_verdict"]
 
 STUDY = Study()
 _ON_THE_STREAM = "residual logdet 0.05"
@@ -34,6 +34,11 @@ _QUICK_ARMS = tuple(arm for arm in ARMS if arm.name in (PLAIN, _ON_THE_STREAM))
 _CONTEXT = 32  # context of the quick form: half the usual one allows twice the steps in the same time
 _PERMUTED = 20  # permutations of the labels of the two arms; of their 95 % intervals a few may miss zero
 _HOLDING = 0.75  # the smallest share that may hold zero: below it lies 0.03 % of Binomial(20, 0.95)
+FORMULA = (
+    "CE(y) + λ Σ_i b_i against CE(y):  Δ loss(u + δ) < 0,  δ = level · rms(u) · z,  "
+    f"Δ loss(u) < {100 * TOLERATED:g} % of loss(u)"
+)
+"""The claim in symbols."""
 _CLAIM = "is more robust to noise on its embeddings, at no loss of held-out accuracy."
 
 
@@ -178,7 +183,7 @@ def _claim(verdict: Any, measured: Mapping[str, float], *, statement: str = "", 
         "empirical",
         verdict,
         measured,
-        formula="CE(y) + λ Σ_i b_i against CE(y):  Δ loss(u + δ) < 0,  δ = level · rms(u) · z,  Δ loss(u) < 1 %",
+        formula=FORMULA,
         **more,
     )
 

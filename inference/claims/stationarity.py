@@ -141,8 +141,8 @@ def stationarity_claim(
         }
         scores.append(abs(critical - CRITICAL) / error)
     measured["critical_z"] = worst(*scores)
-    size = _FULL if settings.full else _QUICK
-    measured["control_critical"] = control = _previous_query(size.lengths[-1], size.pasts)
+    on_the_line = _FULL if settings.full else _QUICK
+    measured["control_critical"] = control = _previous_query(on_the_line.lengths[-1], on_the_line.pasts)
     holds = judge(measured, BOUND) and abs(control - CRITICAL) > 0.05
     others = "for two heads of the same mean slope"
     others = f"{others}, in 2 and 4 dimensions and under the inclusive mask" if settings.full else others

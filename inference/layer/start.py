@@ -74,10 +74,14 @@ def leading_update(model: LayerModel, values: Mapping[str, Tensor], u: Tensor) -
         u: streams, ``(N, T, p)``.
 
     Returns:
-        Values of ``update_in`` and ``update_out`` with columns and rows of length 1.
+        Values of ``update_in``, ``(n, R, p)``, and ``update_out``, ``(n, r, R)``, with rows and columns of length 1.
+
+    Raises:
+        InputError: a model without an update.
     """
     prior = model.update
-    assert prior is not None
+    if prior is None:
+        raise InputError("the model has no change of low rank to begin; give LayerModel an update.")
     down = prior.features.new_zeros(len(prior.heads), prior.size, len(prior.features)).requires_grad_()
     up = torch.eye(prior.size, dtype=down.dtype, device=down.device).expand(len(prior.heads), -1, -1)
     process = StreamProcess(

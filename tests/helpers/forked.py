@@ -77,5 +77,5 @@ class Forked:
 
     @property
     def errors(self):
-        """What the command said on its stream of errors."""
+        """Words of the command on its stream of errors."""
         return self.err.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from small_folder import SMALL, write_small_folder
 
 from probattn.errors import InputError
 from probattn.inference.fit import FitOptions, LaplaceConfig, MapConfig, NutsConfig, StreamOptions, SviConfig, fit
@@ -16,24 +17,13 @@ from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.results.comparison import leave_one_out
 from probattn.inference.results.fit_file import Fit
 from probattn.inference.studies.layer.small import random_layer
-from probattn.models.causal_lm import CharacterTokeniser, build_causal_lm
-from probattn.models.corpus import UNKNOWN
 from probattn.models.layer import LayerModel
 from probattn.models.layer_update import update_prior
-
-CHARACTERS = (*"abcdefgh .", UNKNOWN)
-SMALL = {"tokens": 8, "positions": 4, "layer": 0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    build_causal_lm("llama", len(CHARACTERS), 2, 8, 2, 32).save_pretrained(path)
-    CharacterTokeniser(CHARACTERS).save(path)
-    generator = np.random.default_rng(0)
-    (path / "text.txt").write_text("".join(generator.choice(list("abcdefgh ."), 200)), encoding="utf-8")
-    return path
+    return write_small_folder(tmp_path_factory.mktemp("model"))
 
 
 def options(folder, out, method=None, compare=(), jacobian=True, **changes):

@@ -37,6 +37,7 @@ __all__ = [
     "logit_change",
     "query_update",
     "relative_size",
+    "require_heads",
     "updated",
     "updated_layers",
     "updated_residual",
@@ -76,6 +77,28 @@ class QueryUpdate(NamedTuple):
         return QueryUpdate(self.heads, down, up)
 
 
+def require_heads(name: str, heads: Sequence[int], count: int) -> tuple[int, ...]:
+    """Check numbers of heads.
+
+    Args:
+        name: name of the argument, for the message.
+        heads: numbers, increasing.
+        count: number of heads of the layer.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        InputError: no number, numbers out of order or twice, or heads that the layer has not.
+    """
+    chosen = tuple(heads)
+    if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
+        raise InputError(
+            f"{name} is {list(chosen)}; it must hold increasing numbers from 0 to {count - 1}, at least one."
+        )
+    return chosen
+
+
 def query_update(layer: AttentionLayer, heads: Sequence[int], down: Tensor, up: Tensor) -> QueryUpdate:
     """Check a change of low rank against a layer.
 
@@ -102,11 +125,8 @@ def query_update(layer: AttentionLayer, heads: Sequence[int], down: Tensor, up: 
         >>> bool((updated(layer, update).mean(torch.ones(3, 8)) == layer.mean(torch.ones(3, 8))).all())
         True
     """
-    chosen, sublayer = tuple(heads), layer.sublayer
-    if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < sublayer.heads:
-        raise InputError(
-            f"heads is {list(chosen)}; it must hold increasing numbers from 0 to {sublayer.heads - 1}, at least one."
-        )
+    sublayer = layer.sublayer
+    chosen = require_heads("heads", heads, sublayer.heads)
     size, dim = sublayer.query.weight.shape[1:]
     shapes = f"down has shape {tuple(down.shape)} and up {tuple(up.shape)}"
     if down.dim() < 3 or up.dim() < 3 or down.shape[-2] != up.shape[-1] or down.shape[-2] < 1:

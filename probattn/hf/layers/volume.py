@@ -51,9 +51,8 @@ class Volume(NamedTuple):
 class _Result(NamedTuple):
     value: Tensor  # (B,)
     sign: Tensor  # (B,)
-    gradient: (
-        tuple[Tensor, ...] | None
-    )  # by gain, inverse temperature, share, of each sequence; by A, B, of each update
+    # By gain, inverse temperature and share of each sequence; by A and B of each update.
+    gradient: tuple[Tensor, ...] | None
 
 
 class VolumeMemory:
