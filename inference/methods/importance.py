@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 
 import numpy as np
 import pyro.distributions as dist
@@ -14,12 +16,16 @@ from probattn.errors import InputError
 from probattn.inference.methods.draws import Draws, Info
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.runtime.isolation import isolated
+from probattn.inference.runtime.progress import log_step
 
 __all__ = ["RELIABLE", "draw_corrected"]
 
 RELIABLE = 0.7  # largest k-hat at which importance weights are of use (Vehtari et al., 2024, arXiv 1507.02646)
 _PROPOSALS = 4  # proposals per draw kept
 _LEAST = 100  # proposals; a tail of fewer has no shape
+_PARTS = 100  # in which proposals are evaluated, so that progress can be told
+_QUIET = 2.0  # seconds between two words on progress; quicker work is done without any
+_LOG = logging.getLogger(__name__)
 
 
 def draw_corrected(
@@ -66,7 +72,7 @@ def draw_corrected(
     """
     with isolated(target.data[0].device, seed=seed), torch.no_grad():
         z = guide.sample((max(_LEAST, _PROPOSALS * draws if correct else draws),))
-        log_q, lp = guide.log_prob(z), target.evaluate(z)["lp"]
+        log_q, lp = guide.log_prob(z), _evaluated(target, z)
         if not bool(torch.isfinite(lp).any()):
             raise InputError(f"{method}: the density is finite at no draw of the approximation; use --method nuts.")
         info = {**info, "khat_guide": _smoothed(lp - log_q)[1], "corrected": 0}
@@ -81,7 +87,7 @@ def draw_corrected(
             proposals = torch.cat([z[:half], far])
             own = torch.cat([log_q[:half], guide.log_prob(far)])
             mixed = torch.logaddexp(own, wide.log_prob(proposals)) - math.log(2)
-            lp = torch.cat([lp[:half], target.evaluate(far)["lp"]])
+            lp = torch.cat([lp[:half], _evaluated(target, far)])
         weights, khat = _smoothed(lp - mixed)
         info["khat"] = khat
         if not khat <= RELIABLE:
@@ -90,6 +96,18 @@ def draw_corrected(
         worth = 1 / (float(weights.square().sum() / weights.sum() ** 2) + 1 / draws)
         info |= {"corrected": 1, "importance_ess": worth}
         return Draws(method, proposals[None, chosen], {"lp": lp[None, chosen], "log_q": mixed[None, chosen]}, info)
+
+
+def _evaluated(target: LogDensity, z: Tensor) -> Tensor:
+    """Evaluate log pi at points ``(S, D)``, ``(S,)``, with words on the progress where it takes long."""
+    found, done, told = [], 0, time.monotonic()
+    for part in z.split(max(_LEAST, -(-len(z) // _PARTS))):
+        found.append(target.evaluate(part)["lp"])
+        done += len(part)
+        if time.monotonic() - told > _QUIET:
+            log_step(_LOG, f"weighing draws: {done} of {len(z)}", done, len(z))
+            told = time.monotonic()
+    return torch.cat(found)
 
 
 def _smoothed(log_ratio: Tensor) -> tuple[Tensor, float]:

@@ -138,3 +138,17 @@ def test_the_random_state_is_left_as_it_was():
     before = torch.get_rng_state()
     approximate(1.0, draws=20)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_slow_draws_say_how_far_they_are_and_quick_ones_nothing(caplog, monkeypatch):
+    with caplog.at_level("INFO", logger="probattn"):
+        quick = approximate(1.0, draws=500)[0]
+    assert caplog.messages == []
+    monkeypatch.setattr(importance.time, "monotonic", iter(range(0, 1000, 3)).__next__)  # three seconds pass each time
+    with caplog.at_level("INFO", logger="probattn"):
+        slow = approximate(1.0, draws=500)[0]
+    steps = [(record.step, record.total) for record in caplog.records]
+    assert steps[0] == (100, 2000)
+    assert (2000, 2000) in steps
+    assert steps[-1] == (1000, 1000)  # those of the Student t
+    assert torch.equal(slow.z, quick.z)
