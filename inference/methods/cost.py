@@ -13,7 +13,9 @@ import torch
 from probattn.errors import InputError
 from probattn.inference.methods.log_density import LogDensity
 
-__all__ = ["announce", "free_bytes", "in_words", "require_memory"]
+__all__ = ["FEWER", "announce", "free_bytes", "in_words", "require_memory"]
+
+FEWER = "infer fewer (--rank; of a layer --update-rank)"  # the remedy that every method has
 
 _LOG = logging.getLogger(__name__)
 _LONG = 60.0  # seconds from which on work is announced

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from probattn.errors import InputError
-from probattn.inference.methods.cost import require_memory
+from probattn.inference.methods.cost import FEWER, require_memory
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.importance import draw_corrected
 from probattn.inference.methods.log_density import LogDensity
@@ -205,7 +205,7 @@ def fit_laplace(
         torch.Size([1, 8, 2])
     """
     matrices = 6 * target.dim**2 * target.origin.element_size()  # Hessian, its vectors, and what exists in passing
-    require_memory(target, matrices, "--method laplace", "use --method svi --guide mean_field, or infer fewer (--rank)")
+    require_memory(target, matrices, "--method laplace", f"use --method svi --guide mean_field, or {FEWER}")
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]
     state = init(target, config, start)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from probattn.errors import InputError
 from probattn.inference.methods.adaptation import StepSize, window_covariance, window_ends
+from probattn.inference.methods.cost import FEWER
 from probattn.inference.methods.draws import Draws
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.pyro_chains import run_pyro_chains
@@ -300,7 +301,7 @@ def _require_memory(target: LogDensity, config: NutsConfig) -> None:
     if each > allowed:
         raise InputError(
             f"one chain takes about {each / 2**30:,.1f} GiB for {target.dim:,} parameters, {config.memory:g} allowed; "
-            "infer fewer (--rank), use --method svi --guide mean_field or --method map, or raise --memory."
+            f"{FEWER}, use --method svi --guide mean_field or --method map, or raise --memory."
         )
     if together * each > allowed:
         raise InputError(

@@ -32,7 +32,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 from probattn.errors import InputError
-from probattn.inference.methods.cost import require_memory
+from probattn.inference.methods.cost import FEWER, require_memory
 from probattn.inference.methods.draws import Draws, Info
 from probattn.inference.methods.importance import draw_corrected
 from probattn.inference.methods.log_density import LogDensity
@@ -300,9 +300,9 @@ def _require_memory(target: LogDensity, config: SviConfig) -> None:
         "flow": 6 * dim**2,  # two networks with a hidden layer of size D
     }[config.guide]
     needed = 7 * numbers * target.origin.element_size()
-    smaller = "use --guide mean_field, or infer fewer (--rank)"
+    smaller = f"use --guide mean_field, or {FEWER}"
     if config.guide == "mean_field":
-        smaller = "infer fewer (--rank)"
+        smaller = FEWER
     require_memory(target, needed, f"--guide {config.guide}", smaller)
 
 

@@ -382,7 +382,8 @@ def _leave_one_out(fit: Fit, numbers: dict[str, float]) -> Iterator[Finding]:
     if bad == sequences:
         words += (
             f"; every one decides too much to be left out by weights (k-hat > {RELIABLE}), and this number means "
-            "little: give more sequences, or fewer parameters (--rank, --heads)"
+            "little: give more sequences, or fewer parameters "
+            "(--rank, --heads; of a layer --update-rank, --update-heads)"
         )
     elif bad:
         words += f"; {bad} of them decide too much to be left out by weights (k-hat > {RELIABLE}): refit without them"

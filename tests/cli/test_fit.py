@@ -136,12 +136,12 @@ def test_a_text_gives_the_posterior_of_its_attention_stage(folder, here):
         (["--data", "broad.npy", "--method", "svi"], "--guide full_rank needs about 550.3 GiB for 102,720 parameters"),
         pytest.param(
             ["--data", "wide.npy", "--method", "laplace"],
-            "use --method svi --guide mean_field, or infer fewer (--rank)",
+            "use --method svi --guide mean_field, or infer fewer (--rank; of a layer --update-rank)",
             marks=pytest.mark.slow,
         ),
         pytest.param(
             ["--data", "wide.npy", "--method", "nuts"],
-            "infer fewer (--rank), use --method svi --guide mean_field",
+            "infer fewer (--rank; of a layer --update-rank), use --method svi --guide mean_field",
             marks=pytest.mark.slow,
         ),
         (["--data", "one.npy", "--method", "laplace", "--compare", "jacobian"], "one sequence only"),

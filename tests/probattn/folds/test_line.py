@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probattn import regime
+from probattn import CausalAttention, regime
 from probattn.errors import InputError
 from probattn.folds.line import largest_sensitivity, turning_points
 from probattn.folds.search import find_fold
@@ -81,6 +81,20 @@ def test_search_agrees_with_brute_force(dim):
                 assert float(torch.linalg.det(past.mean_and_jacobian(witness)[1])) < 0
     assert folded > 10
     assert found >= 0.99 * folded
+
+
+def test_the_search_leaves_the_random_state_alone_and_does_not_depend_on_it():
+    corners = torch.tensor([[1.0, 0.2], [-1.0, -0.2], [0.1, 1.0]]).double()
+    past = Context.of(CausalAttention.from_qk_matrix(3 * torch.eye(2).double()), corners)
+    witnesses, states = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        witnesses.append(find_fold(past))
+        states.append(torch.equal(torch.get_rng_state(), before))
+    assert witnesses[0] is not None
+    assert torch.equal(*witnesses)
+    assert all(states)
 
 
 def test_search_says_none_where_a_contraction_certifies():
