@@ -36,14 +36,13 @@ def test_examples_in_docstrings_run(name):
 
 def test_import_is_light_and_does_no_work():
     program = (
-        "import sys, torch, pyro.distributions; before = set(sys.modules)\n"
-        "import time; start = time.perf_counter(); import probattn; seconds = time.perf_counter() - start\n"
-        "names = ('matplotlib', 'arviz_base', 'arviz_stats', 'transformers', 'xarray')\n"
-        "heavy = [name for name in names if name in sys.modules]\n"
-        "print(heavy, seconds < 1.0)\n"
+        "import sys, probattn\n"
+        "print([name for name in ('matplotlib', 'arviz_base', 'transformers', 'xarray') if name in sys.modules])\n"
+        "import probattn.hf, probattn.inference.verify\n"
+        "print([name for name in ('torch._dynamo', 'transformers') if name in sys.modules])\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.split("\n")[0] == "[] True"
+    assert result.stdout.split("\n")[:2] == ["[]", "[]"]
 
 
 def test_importing_changes_nothing_of_torch_or_pyro():

@@ -140,10 +140,12 @@ class MarginMonitor:
         wanted = known if self._wanted is None else self._wanted
         if not set(wanted) <= set(known) or not wanted:
             raise InputError(f"layers is {wanted}; the model has {known[0]} to {known[-1]}.")
+        # Here and not about the method: naming the compiler imports it, a second that most who import this never need.
+        opaque = torch.compiler.disable(self._see)
         for one in found:
             if one.site.number in wanted:
                 self._attentions[one.site.number] = one.layer.detach()
-                see = partial(self._see, one.site.number, Arguments(one.site.block))
+                see = partial(opaque, one.site.number, Arguments(one.site.block))
                 self._hooks.append(one.site.block.register_forward_pre_hook(see, with_kwargs=True))
         return self
 
@@ -229,7 +231,6 @@ class MarginMonitor:
         self._prompts: Tensor | None = None
         self._rows: Tensor | None = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _see(
         self, number: int, names: Arguments, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:

@@ -109,6 +109,8 @@ class Exact(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float and not args[0].dtype.is_floating_point:
+            return args[0].double()  # positions, before they meet frequencies
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]

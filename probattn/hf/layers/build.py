@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from probattn.hf.layers.verify import require_agreement
 from probattn.moments.dense import SUPPORTED
 
 __all__ = ["attention_layer", "find_site"]
+
+_OLDEST = "5.4"  # as in pyproject.toml: GPT-2 keeps its scale from there on
 
 
 def attention_layer(model: Any, number: int, *, dtype: torch.dtype | None = None, check: bool = True) -> AttentionLayer:
@@ -48,7 +51,13 @@ def attention_layer(model: Any, number: int, *, dtype: torch.dtype | None = None
     family = family_of(model)
     site = find_site(model, family, number)
     read.require_causal(site.attention)
-    sublayer = family.describe(site)
+    try:
+        sublayer = family.describe(site)
+    except AttributeError as error:
+        raise InputError(
+            f"layer {site.number} of {type(model).__name__}: {error}; layers as transformers {_OLDEST} and newer build "
+            f"them are read, and {metadata.version('transformers')} is installed."
+        ) from error
     if sublayer.heads % sublayer.groups or len(sublayer.query.weight) != sublayer.heads:
         raise InputError(
             f"layer {site.number} of {type(model).__name__} has {len(sublayer.query.weight)} queries, "
