@@ -119,6 +119,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_from_another_folder(wheel, tmp_path):
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)

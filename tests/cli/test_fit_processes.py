@@ -64,7 +64,6 @@ def test_killed_and_resumed_is_the_unbroken_fit(folder, here, method, options):
     xarray.testing.assert_equal(posterior(out / "fit.nc"), posterior(folder / f"whole-{method}" / "fit.nc"))
 
 
-# That two processes average to one is in tests/probattn/hf/test_barrier_backward.py with the fast tests.
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["svi", "map"])
 def test_two_processes_are_one(folder, here, method):

@@ -77,7 +77,8 @@ def test_a_prior_that_folds_cannot_be_calibrated():
         simulate_study(replace(STUDY, replicates=8, dim=2, length=16, sequences=2, prior_scale=9.0))
 
 
-@pytest.mark.parametrize("sampler", ["laplace", pytest.param("nuts", marks=pytest.mark.slow)])
+@pytest.mark.slow  # that the claim turns is with the fast tests
+@pytest.mark.parametrize("sampler", ["laplace", "nuts"])
 def test_a_right_posterior_passes_and_the_one_without_the_jacobian_fails(simulated, sampler, methods):
     right = calibrate(STUDY, sampler, simulated=simulated)
     assert right.calibrated()

@@ -256,6 +256,7 @@ class TestStudy:
         with pytest.raises(InputError, match="1 finished runs"):
             command.study(replace(options, report=True))
 
+    @pytest.mark.slow  # each process imports the libraries anew
     def test_processes_share_it(self, text, tmp_path):
         alone = run_study(self.arms[:2], TINY, text)
         shared = run_study(self.arms[:2], TINY, text, folder=tmp_path, jobs=2)

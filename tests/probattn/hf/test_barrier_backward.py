@@ -222,6 +222,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.slow  # the libraries are imported three times
 def test_two_processes_average_to_the_gradient_of_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))

@@ -52,7 +52,8 @@ def commuting(rank, turned, seed):
 def turn_queries_and_keys(layer, model):
     sublayer = layer.read()
     group, rank = sublayer.heads // sublayer.groups, sublayer.query.weight.shape[1]
-    turned = 0 if sublayer.rotary is None else sublayer.rotary(torch.zeros(1, 1), sublayer.output)[0].shape[-1]
+    position = torch.zeros(1, 1, dtype=torch.long)
+    turned = 0 if sublayer.rotary is None else sublayer.rotary(position, sublayer.output)[0].shape[-1]
     if sublayer.query_norm is not None:  # only the gains of the norms are free, the same in each plane of the rotation
         factor = torch.rand(rank, dtype=torch.float64) + 0.5
         factor[: turned // 2] = factor[turned // 2 : turned]
