@@ -2,15 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: verify test test-slow faults test-one-thread notebooks notebooks-smoke bench gate docs lint types imports clean
+.PHONY: verify test test-slow faults test-one-thread notebooks bench gate docs lint types imports clean
 
 verify: .venv/installed
 	$(BIN)/probattn verify
 
-# Half of the files to each process; the one that ends first takes half of what the other has left.
+# Half of the files to each process; the one that ends first takes half of what the other has left. The notebooks run
+# with small sizes; nothing is written.
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
-	$(MAKE) notebooks-smoke
+	OMP_NUM_THREADS=1 PROBATTN_SMOKE=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" --nbmake tests notebooks
 
 test-slow: .venv/installed
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
@@ -33,10 +33,6 @@ NUMERICAL := tests/probattn/numerics tests/probattn/moments tests/probattn/solve
 # All of them, completely and in place: this writes the outputs that are committed.
 notebooks: .venv/installed
 	for notebook in notebooks/*.ipynb; do OMP_NUM_THREADS=1 $(BIN)/python -c "$$EXECUTE" $$notebook || exit 1; done
-
-# With small sizes; nothing is written.
-notebooks-smoke: .venv/installed
-	OMP_NUM_THREADS=1 PROBATTN_SMOKE=1 $(BIN)/pytest -n 2 --nbmake notebooks
 
 # Without the times of execution and the version of the kernel, which differ from run to run.
 define EXECUTE
