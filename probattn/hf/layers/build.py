@@ -19,7 +19,7 @@ from probattn.moments.dense import SUPPORTED
 
 __all__ = ["attention_layer", "find_site"]
 
-_OLDEST = "5.4"  # as in pyproject.toml: GPT-2 keeps its scale from there on
+_OLDEST = "5.24"  # as in pyproject.toml
 
 
 def attention_layer(model: Any, number: int, *, dtype: torch.dtype | None = None, check: bool = True) -> AttentionLayer:
