@@ -69,6 +69,15 @@ def judge_study(summary: Summary) -> Verdict:
     shown = {name: found for name in FAMILIES if (found := _both(name, barriers, losses))}
     if any(name in shown for name in decisive):
         return Verdict("supported", None, words, tuple(shown))
+    missing = [arm.arm for arm in barriers if not arm.runs]
+    if missing:
+        return Verdict(
+            "not_run",
+            f"no barrier arm that was run is more robust in proportion to the embeddings at no loss of accuracy, and "
+            f"{len(missing)} of {len(barriers)} have no run ({', '.join(missing)})",
+            words,
+            tuple(shown),
+        )
     if shown:
         where = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in shown.items())
         return Verdict(
@@ -94,7 +103,9 @@ def _who(statement: str, meaning: str, barriers: Sequence[ArmSummary], losses: M
     """Say which barrier arms show a statement."""
     alone = [arm.arm for arm in barriers if arm.holds(statement, losses)]
     sure = [arm.arm for arm in barriers if arm.holds(statement, losses, len(barriers))]
-    head = f"{meaning}: {len(sure)} of {len(barriers)} barrier arms, adjusted for their number"
+    idle = sum(not arm.runs for arm in barriers)
+    number = f"{len(barriers)} barrier arms" + (f" ({idle} of which have no run)" if idle else "")
+    head = f"{meaning}: {len(sure)} of {number}, adjusted for their number"
     return head + (f" ({', '.join(sure)})" if sure else "") + f"; {len(alone)} by themselves."
 
 

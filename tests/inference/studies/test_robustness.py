@@ -446,6 +446,18 @@ class TestVerdict:
         assert found.overall == "not_run"
         assert "positive control" in found.condition
 
+    def test_arms_without_a_run_leave_the_question_open(self):
+        """As with ``--arms``: what was run cannot speak for the rest, unless it shows the claim by itself."""
+        ran = [record for record in planted({}) if record.arm != LITERAL]
+        found = judge_study(summarise(ran, JUDGED, resamples=300))
+        assert found.overall == "not_run"
+        assert f"1 of 2 have no run ({LITERAL})" in found.condition
+        assert "0 of 2 barrier arms (1 of which have no run)" in found.words["relative noise"]
+        gain = {"relative noise": -0.05}
+        (other,) = {arm.name for arm in JUDGED if arm.barrier} - {LITERAL}
+        shown = [record for record in planted({other: gain}) if record.arm != LITERAL]
+        assert judge_study(summarise(shown, JUDGED, resamples=300)).overall == "supported"
+
     def test_a_diverged_run_shows_nothing(self):
         effect = {LITERAL: {"relative noise": -0.05}}
         assert verdict_of(effect, diverged={(LITERAL, 2)}).overall == "not_supported"
