@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from probattn.moments import mean as module
+from probattn.moments.dense import attention_weights
 from probattn.moments.mean import causal_mean
 
 
@@ -197,3 +198,9 @@ class TestRowsFarFromZero:
         assert found[0, 0, 3].isnan().all()
         found[0, 0, 3] = expected[0, 0, 3]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+def test_a_row_that_sees_nothing_has_no_weight():
+    visible = torch.tensor([[False, False, False], [True, False, True]])
+    weights = attention_weights(torch.randn(2, 1), torch.zeros(3, 1), visible)
+    assert torch.equal(weights, torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.0, 0.5]]))
