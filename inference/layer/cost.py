@@ -11,7 +11,7 @@ from probattn.inference.methods.laplace import LaplaceConfig
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import MapConfig
 from probattn.inference.methods.nuts import NutsConfig
-from probattn.inference.methods.svi import SviConfig
+from probattn.inference.methods.svi import SviConfig, bytes_of_guide
 from probattn.models.layer import LayerModel
 
 __all__ = ["bytes_of_fit", "require_update_memory"]
@@ -40,8 +40,7 @@ def bytes_of_fit(method: NutsConfig | SviConfig | LaplaceConfig | MapConfig, dim
     if isinstance(method, LaplaceConfig):
         numbers += 6 * dim**2  # the Hessian, its vectors, and what exists in passing
     elif isinstance(method, SviConfig):
-        factors = {"mean_field": 2, "low_rank": 2 + max(1, round(dim**0.5)), "full_rank": dim + 1, "flow": 6 * dim}
-        numbers += 7 * factors[method.guide] * dim  # with gradients, averages and Adam's moments
+        return numbers * element + bytes_of_guide(method.guide, dim, element)
     return numbers * element
 
 

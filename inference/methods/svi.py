@@ -45,7 +45,7 @@ from probattn.inference.runtime.progress import log_step
 from probattn.inference.runtime.seeds import derived_seed
 from probattn.models.options import Range, Seed, check_options
 
-__all__ = ["Guide", "SviConfig", "SviState", "finish", "fit_svi", "init", "update"]
+__all__ = ["Guide", "SviConfig", "SviState", "bytes_of_guide", "finish", "fit_svi", "init", "update"]
 
 Guide = Literal["mean_field", "low_rank", "full_rank", "flow"]
 _log = logging.getLogger(__name__)
@@ -290,19 +290,31 @@ def _sizes(target: LogDensity, config: SviConfig) -> tuple[int, int]:
     return size, min(config.shards, size)
 
 
-def _require_memory(target: LogDensity, config: SviConfig) -> None:
-    """Refuse a guide whose parameters, with gradients, averages and Adam's moments, do not fit."""
-    dim = target.dim
+def bytes_of_guide(guide: str, dim: int, element: int = 8) -> int:
+    """Memory of a guide's parameters, with gradients, averages and Adam's moments.
+
+    Args:
+        guide: name of the guide.
+        dim: number D of parameters that are inferred.
+        element: bytes of a number.
+
+    Example:
+        >>> [bytes_of_guide(guide, 1000) // 2**20 for guide in ("mean_field", "full_rank", "flow")]
+        [0, 53, 962]
+    """
     numbers = {
         "mean_field": 2 * dim,
         "low_rank": (2 + max(1, round(dim**0.5))) * dim,
-        "full_rank": dim**2 + dim,
-        "flow": 6 * dim**2,  # two networks with a hidden layer of size D
-    }[config.guide]
-    needed = 7 * numbers * target.origin.element_size()
-    smaller = f"use --guide mean_field, or {FEWER}"
-    if config.guide == "mean_field":
-        smaller = FEWER
+        "full_rank": dim**2 + 2 * dim,  # centre, scales, and a triangle that is kept as a square
+        "flow": 18 * dim**2 + 16 * dim + 2,  # two networks with a hidden layer of size 3 D + 1
+    }[guide]
+    return 7 * numbers * element
+
+
+def _require_memory(target: LogDensity, config: SviConfig) -> None:
+    """Refuse a guide that does not fit."""
+    smaller = FEWER if config.guide == "mean_field" else f"use --guide mean_field, or {FEWER}"
+    needed = bytes_of_guide(config.guide, target.dim, target.origin.element_size())
     require_memory(target, needed, f"--guide {config.guide}", smaller)
 
 

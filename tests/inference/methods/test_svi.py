@@ -276,3 +276,15 @@ def test_two_fits_in_threads_are_the_two_fits():
         thread.join()
     assert all(torch.equal(results[seed], alone[seed]) for seed in (0, 1))
     assert not torch.equal(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "low_rank", "full_rank", "flow"])
+def test_the_memory_that_is_required_is_that_of_the_parameters_of_the_guide(guide, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "require_memory", lambda target, needed, *_: seen.append(needed))
+    u = 0.3 * torch.randn(4, 6, 5, dtype=torch.float64)
+    target = LogDensity(bilinear_model(u), u)
+    made = init(target, replace(CONFIG, guide=guide), feasible_start(target, 1, 0)[0]).guide
+    numbers = sum(parameter.numel() for parameter in made.parameters())
+    assert target.dim > 25
+    assert seen == [7 * 8 * numbers]  # with gradients, averages and Adam's moments, in double precision
