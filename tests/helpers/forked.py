@@ -28,8 +28,9 @@ class Forked:
     def _run(self, words, cwd):
         status = 3
         try:
-            # A run in the background inherits "ignore" for Ctrl-C.
+            # A run in the background inherits "ignore" for Ctrl-C, one under nohup for the end of the terminal.
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             os.chdir(cwd)
             sys.stdout = self.out.open("w", encoding="utf-8", buffering=1)
             sys.stderr = self.err.open("w", encoding="utf-8", buffering=1)
