@@ -302,11 +302,11 @@ def bytes_of_guide(guide: str, dim: int, element: int = 8) -> int:
         >>> [bytes_of_guide(guide, 1000) // 2**20 for guide in ("mean_field", "full_rank", "flow")]
         [0, 53, 962]
     """
-    numbers = {
+    numbers: int = {
         "mean_field": 2 * dim,
         "low_rank": (2 + max(1, round(dim**0.5))) * dim,
-        "full_rank": dim**2 + 2 * dim,  # centre, scales, and a triangle that is kept as a square
-        "flow": 18 * dim**2 + 16 * dim + 2,  # two networks with a hidden layer of size 3 D + 1
+        "full_rank": dim * dim + 2 * dim,  # centre, scales, and a triangle that is kept as a square
+        "flow": 18 * dim * dim + 16 * dim + 2,  # two networks with a hidden layer of size 3 D + 1
     }[guide]
     return 7 * numbers * element
 

@@ -53,7 +53,8 @@ def find_fold(past: Context, *, starts: int = 64, steps: int = 60) -> Tensor | N
     generator = torch.Generator(device="cpu").manual_seed(0)
     noise = torch.randn(starts, dim, generator=generator, dtype=torch.float64).to(values)
     chosen = torch.randint(len(values), (starts,), generator=generator).to(values.device)
-    mixed, size = torch.rand(2, starts, 1, generator=generator, dtype=torch.float64).to(values)
+    mixed = torch.rand(starts, 1, generator=generator, dtype=torch.float64).to(values)
+    size = torch.rand(starts, 1, generator=generator, dtype=torch.float64).to(values)
     u = centre + mixed * (values[chosen] - centre) + 0.5 * spread * noise * size
     identity = torch.eye(dim, dtype=u.dtype, device=u.device)
     length = spread / 4
