@@ -7,7 +7,7 @@ from typing import cast
 
 from probattn.errors import InputError
 from probattn.inference.methods.cost import free_bytes
-from probattn.inference.methods.laplace import LaplaceConfig
+from probattn.inference.methods.laplace import LaplaceConfig, bytes_of_hessian
 from probattn.inference.methods.log_density import LogDensity
 from probattn.inference.methods.map import MapConfig
 from probattn.inference.methods.nuts import NutsConfig
@@ -36,12 +36,12 @@ def bytes_of_fit(method: NutsConfig | SviConfig | LaplaceConfig | MapConfig, dim
     if isinstance(method, MapConfig):
         return 8 * dim * element
     draws = method.draws * getattr(method, "chains", 1) * (_COPIES + _PROPOSALS * getattr(method, "correct", False))
-    numbers = draws * dim
+    needed = draws * dim * element
     if isinstance(method, LaplaceConfig):
-        numbers += 6 * dim**2  # the Hessian, its vectors, and what exists in passing
+        needed += bytes_of_hessian(dim, element)
     elif isinstance(method, SviConfig):
-        return numbers * element + bytes_of_guide(method.guide, dim, element)
-    return numbers * element
+        needed += bytes_of_guide(method.guide, dim, element)
+    return needed
 
 
 def require_update_memory(target: LogDensity, method: NutsConfig | SviConfig | LaplaceConfig | MapConfig) -> int:

@@ -31,7 +31,7 @@ from probattn.inference.runtime.checkpoint import identify, iterate
 from probattn.inference.runtime.progress import log_step
 from probattn.models.options import Range, Seed, check_options
 
-__all__ = ["LaplaceConfig", "LaplaceState", "find_mode", "finish", "fit_laplace", "init", "update"]
+__all__ = ["LaplaceConfig", "LaplaceState", "bytes_of_hessian", "find_mode", "finish", "fit_laplace", "init", "update"]
 
 _log = logging.getLogger(__name__)
 _SEARCH = 10  # iterations of L-BFGS in one step of the state
@@ -166,6 +166,23 @@ def finish(state: LaplaceState, target: LogDensity, config: LaplaceConfig) -> Dr
     return Draws("laplace", z.unsqueeze(0), {"lp": target.evaluate(z)["lp"].unsqueeze(0)}, {"flat_directions": flat})
 
 
+def bytes_of_hessian(dim: int, element: int = 8) -> int:
+    """Memory of a Hessian, its vectors, and what exists in passing.
+
+    Args:
+        dim: number D of parameters that are inferred.
+        element: bytes of a number.
+
+    Returns:
+        The bytes of six matrices, ``(D, D)``.
+
+    Example:
+        >>> bytes_of_hessian(1000) // 2**20
+        45
+    """
+    return 6 * dim * dim * element
+
+
 def fit_laplace(
     target: LogDensity,
     config: LaplaceConfig,
@@ -204,7 +221,7 @@ def fit_laplace(
         >>> fit_laplace(target, LaplaceConfig(draws=8)).z.shape
         torch.Size([1, 8, 2])
     """
-    matrices = 6 * target.dim**2 * target.origin.element_size()  # Hessian, its vectors, and what exists in passing
+    matrices = bytes_of_hessian(target.dim, target.origin.element_size())
     require_memory(target, matrices, "--method laplace", f"use --method svi --guide mean_field, or {FEWER}")
     if start is None:
         start = feasible_start(target, 1, config.seed)[0]

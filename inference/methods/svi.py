@@ -290,13 +290,16 @@ def _sizes(target: LogDensity, config: SviConfig) -> tuple[int, int]:
     return size, min(config.shards, size)
 
 
-def bytes_of_guide(guide: str, dim: int, element: int = 8) -> int:
+def bytes_of_guide(guide: Guide, dim: int, element: int = 8) -> int:
     """Memory of a guide's parameters, with gradients, averages and Adam's moments.
 
     Args:
         guide: name of the guide.
         dim: number D of parameters that are inferred.
         element: bytes of a number.
+
+    Returns:
+        Bytes.
 
     Example:
         >>> [bytes_of_guide(guide, 1000) // 2**20 for guide in ("mean_field", "full_rank", "flow")]

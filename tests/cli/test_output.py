@@ -39,7 +39,7 @@ def test_a_reader_that_goes_away_ends_nothing(folder):
 
 
 def test_an_output_without_the_characters(folder):
-    words = [sys.executable, "-m", "probattn", "explore", "--save", "gehört.html"]
+    words = [*FIT, "--out", "gehört"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     result = subprocess.run(words, cwd=folder, capture_output=True, env=environment, timeout=200, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,8 @@
 """What is not covered is refused by name, with what is missing."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from layer_zoo import stream, tiny
@@ -146,5 +149,7 @@ class TestArguments:
 def test_a_layer_as_an_older_transformers_builds_it():
     model = tiny("gpt2")
     del model.transformer.h[0].attn.scaling
-    with pytest.raises(InputError, match=r"layer 0 of GPT2LMHeadModel: .*'scaling'; .*5.24 and newer.*is installed"):
+    with pytest.raises(InputError, match=r"layer 0 of GPT2LMHeadModel: .*'scaling'; .*transformers 5.24 and newer"):
         attention_layer(model, 0)
+    extra = (Path(__file__).parents[4] / "pyproject.toml").read_text(encoding="utf-8")
+    assert {*re.findall(r"transformers>=([\d.]+)", extra)} == {"5.24"}  # the message and the package say the same
