@@ -304,15 +304,33 @@ def test_fonts_of_the_formulas_are_there_with_their_licence():
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 2_000_000
 
 
-def test_how_numbers_are_written(ledger):
-    assert ledger.measured("jacobian:above_diagonal") == "0"
-    assert ledger.measured("jacobian:max_abs_error:.1e") == "1.9 × 10⁻¹⁴"
-    assert ledger.measured("barrier-training:mean_on_text:.1f") == "−14.6"
-    earlier = ledger.measured("robustness-earlier:embeddings logdet 0.05 on absolute noise:+.4f")
-    assert earlier == "−0.1809 [−0.2259, −0.1359]"
-    for wrong in ("jacobian:nothing", "nothing:max_abs_error", "robustness:plain on nothing"):
-        with pytest.raises((KeyError, ValueError)):
-            ledger.measured(wrong)
+def test_how_numbers_are_written(ledger, monkeypatch):
+    measured = {"small": 1.9e-14, "zero": 0.0, "negative": -14.63, "power": 1e-6, "count": 12345.0, "endless": "inf"}
+    monkeypatch.setattr(ledger, "claims", lambda: {"one": {"measured": measured}})
+    written = {
+        "small:.1e": "1.9 × 10⁻¹⁴",
+        "small": "1.9 × 10⁻¹⁴",
+        "zero": "0",
+        "negative:.1f": "−14.6",
+        "power:.0e": "10⁻⁶",
+        "count": "12,345",
+        "endless": "∞",
+    }
+    assert {key: ledger.measured(f"one:{key}") for key in written} == written
+
+
+def test_a_difference_of_a_study_is_written_with_its_interval(ledger):
+    found = ledger.study(ledger.EARLIER).arms["embeddings logdet 0.05"].differences["absolute noise"]
+    low, high = found.interval()
+    assert low < found.mean < high < 0
+    words = ledger.measured("robustness-earlier:embeddings logdet 0.05 on absolute noise:+.4f")
+    assert words == f"−{-found.mean:.4f} [−{-low:.4f}, −{-high:.4f}]"
+
+
+@pytest.mark.parametrize("wrong", ["jacobian:nothing", "nothing:max_abs_error", "robustness:plain on nothing"])
+def test_a_number_that_does_not_exist_fails_the_build(ledger, wrong):
+    with pytest.raises((KeyError, ValueError)):
+        ledger.measured(wrong)
 
 
 def test_the_study_of_robustness_takes_the_place_of_the_claim_that_was_not_run(ledger):
