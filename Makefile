@@ -1,6 +1,8 @@
 # Each target does everything on a fresh machine with Python 3.11 or newer: it makes .venv, installs, and runs.
 PYTHON ?= python3
 BIN := .venv/bin
+# Modules are compiled once, not again by every process that the tests start.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: verify test test-slow faults test-one-thread notebooks bench gate docs lint types imports clean
 

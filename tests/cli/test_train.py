@@ -6,9 +6,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from forked import Forked
 
 pytest.importorskip("accelerate")
 
@@ -39,14 +39,6 @@ def lines(folder, name="loss"):
     return [line for line in found if name in line]
 
 
-def wait_for(path, process):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 RANDOM = ["--corpus", "text.txt", "--steps", "120", "--save-every", "10", "--positions", "0.5", "--dropout", "0.1"]
 
 
@@ -64,23 +56,13 @@ def whole(folder, quietly):
 @pytest.mark.filterwarnings("ignore:You are resuming training:UserWarning")
 def test_a_run_cut_off_and_resumed_is_the_whole_run(folder, whole, here, number):
     out = folder / number.name
-    command = [sys.executable, *TRAIN, *SIZES, *RANDOM, "--out", out.name]
-    # Its own group and the default handler: a run in the background inherits "ignore" for Ctrl-C.
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    wait_for(out / "checkpoint-20", process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    with Forked("train", *SIZES, *RANDOM, "--out", out.name, cwd=folder) as process:
+        process.until((out / "checkpoint-20").exists)
+        process.send_signal(number)
+        assert process.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     assert lines(out)[-1]["step"] < 120, "it was over before it could be stopped"
     if number == signal.SIGINT:
-        assert "--resume" in errors
+        assert "--resume" in process.errors
     result = here("train", *SIZES, *RANDOM, "--out", out.name, "--resume", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
