@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Modules are compiled once, not again by every process that the tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: verify test test-slow faults test-one-thread notebooks bench gate docs lint types imports clean
+.PHONY: verify test test-slow test-browser faults test-all-threads notebooks bench gate docs lint types imports clean
 
 verify: .venv/installed
 	$(BIN)/probattn verify
@@ -12,10 +12,14 @@ verify: .venv/installed
 # Half of the files to each process; the one that ends first takes half of what the other has left. The notebooks run
 # with small sizes; nothing is written.
 test: .venv/installed
-	OMP_NUM_THREADS=1 PROBATTN_SMOKE=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" --nbmake tests notebooks
+	OMP_NUM_THREADS=1 PROBATTN_SMOKE=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not browser" --nbmake tests notebooks
 
 test-slow: .venv/installed
-	$(BIN)/pytest -n 2 --dist worksteal -m slow
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow and not browser"
+
+# The explorer, the report and the site in Chromium; it fails where there is none.
+test-browser: .venv/docs
+	OMP_NUM_THREADS=1 PROBATTN_REQUIRE_BROWSER=1 $(BIN)/pytest -n 2 --dist worksteal -m browser
 
 # Kills, full disks, flipped bits and malformed inputs, from a seed; docs/reliability.md has the figures.
 faults: .venv/installed
@@ -25,9 +29,9 @@ SECONDS ?= 3600
 SEED ?= 0
 KINDS ?= files kernels runs
 
-# The numerical tests again on one thread; `make test` runs them on all threads of its processes.
-test-one-thread: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(NUMERICAL)
+# The numerical tests again on all threads, in one process; `make test` runs them on one thread.
+test-all-threads: .venv/installed
+	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/pytest -m "not slow" $(NUMERICAL)
 
 NUMERICAL := tests/probattn/numerics tests/probattn/moments tests/probattn/solve tests/probattn/test_blocks.py \
 	tests/probattn/test_attention.py tests/probattn/test_barrier.py tests/probattn/test_penalty.py

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 
 # The tensors of the tests are small: one thread is faster, and two workers on two cores do not wait for each other.
@@ -41,8 +42,28 @@ def undrawn():
         yield
 
 
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser; where there is none its tests are skipped, or fail if PROBATTN_REQUIRE_BROWSER is set."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("PROBATTN_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        missing = "no Chromium on this machine: install one, or name it in PROBATTN_CHROMIUM"
+        if os.environ.get("PROBATTN_REQUIRE_BROWSER"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch finds none"))
 

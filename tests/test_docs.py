@@ -1,12 +1,10 @@
 """The pages of the site: their code runs, their links lead somewhere, their numbers exist, and nothing is missing."""
 
 import ast
-import contextlib
 import doctest
 import importlib
 import inspect
 import json
-import os
 import pkgutil
 import re
 import shutil
@@ -241,28 +239,27 @@ def formulas(as_displayed):
             yield as_displayed(inspect.cleandoc(tex)), True
 
 
-def test_every_formula_is_typeset_by_what_ships_with_the_site(extensions):
+def test_every_formula_is_typeset_by_what_ships_with_the_site(extensions, offline):
     """In a browser, as for a reader, without a network; KaTeX refuses what it does not know."""
-    browser = browser_or_skip()
+    context, asked = offline
     wanted = list(formulas(extensions["formulas"].as_displayed))
     assert len(wanted) > 800
-    with browser as (context, asked):
-        page = context.new_page()
-        page.goto("about:blank")
-        page.add_script_tag(content=(DOCS / "_static" / "katex" / "katex.min.js").read_text(encoding="utf-8"))
-        refused = page.evaluate(
-            """all => all.filter(([tex, displayMode]) => {
-                try { katex.renderToString(tex, {displayMode, strict: false}); return false } catch { return true }
-            })""",
-            [*wanted, (r"\nosuchcommand{x}", False)],
-        )
+    page = context.new_page()
+    page.goto("about:blank")
+    page.add_script_tag(content=(DOCS / "_static" / "katex" / "katex.min.js").read_text(encoding="utf-8"))
+    refused = page.evaluate(
+        """all => all.filter(([tex, displayMode]) => {
+            try { katex.renderToString(tex, {displayMode, strict: false}); return false } catch { return true }
+        })""",
+        [*wanted, (r"\nosuchcommand{x}", False)],
+    )
     assert refused == [[r"\nosuchcommand{x}", False]]
     assert asked == []
 
 
-@contextlib.contextmanager
-def chromium(path):
-    """A browser without a network, and the list of what it asked of one."""
+@pytest.fixture
+def offline(chromium):
+    """A window of a browser without a network, and the list of what it asked of one."""
     asked = []
 
     def answer(route):
@@ -271,28 +268,10 @@ def chromium(path):
             asked.append(route.request.url)
         route.continue_() if local else route.abort()
 
-    with sync_api().sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        context = opened.new_context(viewport={"width": 1280, "height": 900})
-        context.route("**/*", answer)
-        yield context, asked
-        opened.close()
-
-
-def sync_api():
-    return pytest.importorskip("playwright.sync_api")
-
-
-def browser_or_skip():
-    """Chromium as the tests of the explorer find it."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("PROBATTN_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        if os.environ.get("PROBATTN_REQUIRE_BROWSER"):
-            pytest.fail("no Chromium on this machine: install one, or name it in PROBATTN_CHROMIUM")
-        pytest.skip("no Chromium on this machine")
-    sync_api()
-    return chromium(path)
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context.route("**/*", answer)
+    yield context, asked
+    context.close()
 
 
 def test_fonts_of_the_formulas_are_there_with_their_licence():
@@ -455,7 +434,7 @@ def test_what_is_read_exists():
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_a_warning(tmp_path, offline):
     for needed in ("sphinx", "myst_nb", "furo", "sphinx_copybutton"):
         pytest.importorskip(needed, reason="the extra `docs` is not installed")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-d", str(tmp_path / "doctrees")]
@@ -471,13 +450,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     linked = re.findall(r"\]\(([^)]+)\)", (built / "llms.txt").read_text(encoding="utf-8"))
     assert len(linked) > len(PAGES)
     assert all((built / target).exists() for target in linked)
-    with browser_or_skip() as (context, asked):
-        page = context.new_page()
-        page.goto((built / "theory.html").as_uri())
-        page.wait_for_selector(".katex")
-        assert page.locator(".katex").count() > 150
-        assert page.locator(".katex-error").count() == 0
-        assert asked == []
+    context, asked = offline
+    page = context.new_page()
+    page.goto((built / "theory.html").as_uri())
+    page.wait_for_selector(".katex")
+    assert page.locator(".katex").count() > 150
+    assert page.locator(".katex-error").count() == 0
+    assert asked == []
     html = (built / "claims" / "jacobian.html").read_text(encoding="utf-8")
     assert 'class="verdict verdict-supported"' in html
     assert "{measured}" not in html

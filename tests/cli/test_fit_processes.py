@@ -44,7 +44,7 @@ def posterior(path):
     [
         pytest.param("nuts", ["--chains", "2", "--warmup", "20", "--draws", "300"], marks=pytest.mark.slow),
         pytest.param("svi", ["--steps", "1000", "--draws", "60", "--particles", "2"], marks=pytest.mark.slow),
-        ("map", ["--steps", "400", "--patience", "0"]),
+        ("map", ["--steps", "160", "--patience", "0"]),
     ],
     ids=["nuts", "svi", "map"],
 )

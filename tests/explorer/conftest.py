@@ -1,30 +1,12 @@
 """The explorer in headless Chromium: no request may leave the machine, and no error may be printed."""
 
-import os
-import shutil
 import time
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from probattn.teach.explorer import explorer_page
 
 LOCAL = ("file://", "http://127.0.0.1", "data:")
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("PROBATTN_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        missing = "no Chromium on this machine: install one, or name it in PROBATTN_CHROMIUM"
-        if os.environ.get("PROBATTN_REQUIRE_BROWSER"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -247,7 +247,6 @@ def test_a_state_beyond_the_limits_is_brought_within(open_page, settle):
         change(page, settle, "line", tokens=[0])
 
 
-@pytest.mark.slow
 def test_sliders_at_their_extremes(open_page, settle):
     page = open_page()
     for view in VIEWS:

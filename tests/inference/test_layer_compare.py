@@ -39,7 +39,8 @@ class TestRoute:
         ("rank", "method"),
         [
             pytest.param(1, LaplaceConfig(draws=25, correct=False), marks=pytest.mark.slow),
-            (2, LaplaceConfig(draws=25, correct=False)),  # flat in the turns of its factors
+            # Flat in the turns of its factors.
+            pytest.param(2, LaplaceConfig(draws=25, correct=False), marks=pytest.mark.slow),
             (1, SviConfig(guide="low_rank", steps=20, window=10, draws=30, particles=2, shards=1, correct=False)),
             (1, MapConfig(steps=20)),
         ],

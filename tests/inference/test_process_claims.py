@@ -62,9 +62,9 @@ class TestConsistency:
     @pytest.mark.parametrize("slope", [3.0, 8.0])
     def test_the_excess_is_the_mean_mass(self, slope):
         generator = torch.Generator().manual_seed(0)
-        u = torch.randn(600, 2, generator=generator, dtype=torch.float64).cumsum(-1).unsqueeze(-1)
+        u = torch.randn(400, 2, generator=generator, dtype=torch.float64).cumsum(-1).unsqueeze(-1)
         masses = torch.tensor([scalar_mass(Context.of(scalar_attention(slope), pair), 1.0).absolute - 1 for pair in u])
-        error = float(masses.std()) / 600**0.5
+        error = float(masses.std()) / 400**0.5
         assert abs(float(masses.mean()) - three_token_excess(slope)) < 4 * error  # four standard errors
         assert abs(float(masses.mean()) - 2 * three_token_excess(slope)) > 4 * error
 
