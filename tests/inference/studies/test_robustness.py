@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -261,7 +262,7 @@ class TestStudy:
         assert read.facts == record.facts
         assert {"rms", "parameter_norm", "residual_determinant_0.5", "stage_determinant_negative"} <= set(read.facts)
         assert set(read.losses) == set(record.losses)
-        assert content["environment"]["versions"]["torch"] == torch.__version__
+        assert content["environment"]["versions"]["torch"] == metadata.version("torch")
 
     def test_a_diverged_run_is_reported_and_so_is_its_follower(self, text):
         wild = replace(BARRIER, weight=1e38)
