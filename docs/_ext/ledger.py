@@ -79,8 +79,8 @@ def measured(target: str) -> str:
         KeyError: a number that does not exist.
 
     Example:
-        >>> measured("stationarity:critical_p1_strict:.4f")
-        '0.1480'
+        >>> measured("jacobian:above_diagonal")  # exactly, by causality
+        '0'
     """
     name, key, form = (*target.split(":"), "")[:3]
     if name == "bench":
