@@ -20,6 +20,7 @@ from probattn.inference.bench.sampling import sequences
 from probattn.inference.bench.training import gpt2_step
 from probattn.inference.runtime.environment import describe, select_device
 from probattn.inference.runtime.files import prepare_folder, write_figure, write_json, write_text
+from probattn.inference.runtime.progress import log_stage
 from probattn.models.options import Device, Range, Seed, check_options
 from probattn.moments import cpu
 from probattn.plotting import plot_cost
@@ -79,7 +80,7 @@ class BenchOptions:
 
 
 def bench(options: BenchOptions) -> list[Row]:
-    """Measure and write ``bench.json``, ``bench.md`` and ``cost.png``; each row is logged when it is done.
+    """Measure and write ``bench.json``, ``bench.md`` and ``cost.png``; parts and rows are logged.
 
     Args:
         options: parts, rounds and where to write.
@@ -97,6 +98,7 @@ def bench(options: BenchOptions) -> list[Row]:
     for name, part in PARTS.items():
         if options.parts and name not in options.parts:
             continue
+        log_stage(_LOG, f"measuring {name}")
         try:
             found = part(device, options.rounds)
         except ImportError as error:
@@ -172,7 +174,8 @@ def broken_gates(rows: Sequence[Row]) -> list[str]:
 
 
 def _ratio(row: Row) -> str:
-    return f"{row.ratio:.3g} times {'faster' if row.faster else 'the cost'}"
+    three_digits = float(f"{row.ratio:.3g}")
+    return f"{three_digits:,g} times {'faster' if row.faster else 'the cost'}"
 
 
 def _line(row: Row) -> str:

@@ -95,9 +95,11 @@ def test_the_table_shows_what_was_missed_and_what_was_not_measured(monkeypatch):
         Row("a", "its three matrix products, dense", 3.0, faster=False, goal=2.5, seconds=seconds),
         Row("b", "NumPyro", None, faster=True, goal=1.0, notes={"not measured": "NumPyro is not installed."}),
         Row("c", "einsum and slogdet", 0.9, faster=True, goal=5.0),
+        Row("d", "torch.func.jacrev", 1234.0, faster=True),
     ]
     table = as_table(rows, describe(torch.device("cpu"), torch.float32, 0))
     assert "| a | its three matrix products, dense | 3 times the cost | <= 2.5 | **no** |" in table
+    assert "| d | torch.func.jacrev | 1,230 times faster |  |  |" in table
     assert "| b | NumPyro | NumPyro is not installed. | >= 1 |  |" in table
     assert "ours 1 s (median 1.5)" in table
     assert json.dumps([row.as_dict() for row in rows])
@@ -123,8 +125,9 @@ def test_a_run_writes_the_rows_of_its_parts(tmp_path, caplog, monkeypatch):
     assert [row["met"] for row in content["rows"]] == [True, True, None]
     assert "numpyro; install probattn[bench]" in content["rows"][2]["notes"]["not measured"]
     assert "| work | other | 3 times faster | >= 2 | yes |" in (tmp_path / "bench.md").read_text()
-    assert caplog.messages[0] == "work | other: 3 times faster (goal >= 2: met)"
-    assert len(caplog.messages) == 3
+    line = "work | other: 3 times faster (goal >= 2: met)"
+    assert caplog.messages[:4] == ["measuring memory", line, line, "measuring nuts"]
+    assert len(caplog.messages) == 5
 
 
 def test_parts_and_rounds_that_cannot_be():
