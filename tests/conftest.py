@@ -45,16 +45,17 @@ def undrawn():
 @pytest.fixture(scope="session")
 def chromium():
     """A headless browser; where there is none its tests are skipped, or fail if PROBATTN_REQUIRE_BROWSER is set."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    give_up = pytest.fail if os.environ.get("PROBATTN_REQUIRE_BROWSER") else pytest.skip
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        give_up("playwright drives the browser: pip install playwright")
     names = ("chromium", "chromium-browser", "google-chrome")
     path = os.environ.get("PROBATTN_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        missing = "no Chromium on this machine: install one, or name it in PROBATTN_CHROMIUM"
-        if os.environ.get("PROBATTN_REQUIRE_BROWSER"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        give_up("no Chromium on this machine: install one, or name it in PROBATTN_CHROMIUM")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 
