@@ -26,12 +26,7 @@ from probattn.inference.studies.robustness.rules import (
     POSITIVE_ATTACK,
     SHORTER,
 )
-from probattn.inference.studies.robustness.study import (
-    Record,
-    read_study,
-    run_study,
-    weights_file,
-)
+from probattn.inference.studies.robustness.study import Record, read_study, run_study, weights_file
 from probattn.inference.studies.robustness.summary import summarise
 from probattn.inference.studies.robustness.training import batches, forward_with_streams, residual_attention, train
 from probattn.models.corpus import UNKNOWN, Corpus

@@ -21,10 +21,7 @@ from probattn.inference.studies.robustness.rules import (
     POSITIVE_ATTACK,
     SHORTER,
 )
-from probattn.inference.studies.robustness.study import (
-    QUANTILES,
-    Record,
-)
+from probattn.inference.studies.robustness.study import QUANTILES, Record
 from probattn.inference.studies.robustness.summary import Summary, paired_difference, shared_seeds, summarise
 from probattn.inference.studies.robustness.table import escape
 from probattn.inference.studies.robustness.verdict import judge_study
